@@ -1,2 +1,31 @@
-"""GRASS."""
+"""GRASS: full-rank fine-tuning that trains a few layers at a time, chosen by their gradients."""
+
+from grass.config import GrassConfig
+from grass.errors import (
+    ConfigError,
+    DataError,
+    GrassError,
+    LayerDiscoveryError,
+    ParameterError,
+    RunFolderError,
+    StateMismatchError,
+)
+from grass.layers import LayerMap
+from grass.optim import AdamW, GrassAdamW
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "AdamW",
+    "ConfigError",
+    "DataError",
+    "GrassAdamW",
+    "GrassConfig",
+    "GrassError",
+    "LayerDiscoveryError",
+    "LayerMap",
+    "ParameterError",
+    "RunFolderError",
+    "StateMismatchError",
+    "__version__",
+]

@@ -37,11 +37,20 @@ class MeanGradientNorm:
         self.importance = torch.zeros(len(num_params))
         self.num_refreshes = 0
         self.accumulated = False
-        counts = torch.tensor([max(1, n) for n in num_params], dtype=torch.float32)
-        self._num_params = counts.to(device)
+        self.count(num_params, device)
         self._sum = torch.zeros_like(self._num_params)  # of root-mean-square gradients
         self._count = torch.zeros_like(self._num_params)  # of finite observations
         self._nonfinite = torch.zeros((), device=device)
+
+    def count(self, num_params: Sequence[int], device: torch.device) -> None:
+        """Take N_l anew."""
+        counts = torch.tensor([max(1, n) for n in num_params], dtype=torch.float32)
+        self._num_params = counts.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the window's sums are."""
+        return self._sum.device
 
     @property
     def nonfinite_norms(self) -> int:
@@ -56,6 +65,10 @@ class MeanGradientNorm:
             observed: bool [L], the layers that had gradients.
             skipped: device scalar, not zero if the step was skipped (a GradScaler found an overflow).
         """
+        if sq_norms.device != self._sum.device:  # the model has been moved since construction
+            self._num_params, self._sum, self._count, self._nonfinite = (
+                t.to(sq_norms.device) for t in (self._num_params, self._sum, self._count, self._nonfinite)
+            )
         rms = (sq_norms / self._num_params).sqrt()
         finite = torch.isfinite(rms)
         counted = finite & observed

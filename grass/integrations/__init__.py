@@ -1,0 +1,1 @@
+"""Thin factories for other libraries' training loops."""

@@ -1,0 +1,69 @@
+"""Hugging Face Trainer: an optimizer factory, nothing else."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from grass.config import GrassConfig
+from grass.layers import LayerMap, Pattern
+from grass.optim.freezing import trainable_flags
+from grass.optim.grass_adamw import GrassAdamW
+
+Factory = Callable[[], Callable[..., GrassAdamW]]
+
+
+def trainer_optimizer(
+    *,
+    lr: float | Tensor = 1e-3,
+    config: GrassConfig | None = None,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    pattern: LayerMap | Pattern | None = None,
+) -> tuple[Factory, dict[str, Any]]:
+    """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes to train by GRASS.
+
+    The optimizer gets the two groups Trainer makes for its own AdamW: biases and norms are not decayed.
+    Trainer asks for it once the model stands where it will be trained.
+
+    Args:
+        lr, weight_decay, betas, eps: as for `grass.AdamW`; Trainer does not pass its own
+            ``learning_rate`` and ``weight_decay`` on, so give ``lr=args.learning_rate`` and so on.
+        config: settings of the method.
+        pattern: as for `grass.GrassAdamW`.
+
+    Example:
+        >>> Trainer(model, args, optimizer_cls_and_kwargs=trainer_optimizer(lr=1e-5, config=GrassConfig()), ...)
+    """
+    options = {
+        "lr": lr,
+        "config": config,
+        "weight_decay": weight_decay,
+        "betas": betas,
+        "eps": eps,
+        "pattern": pattern,
+    }
+    return _make_factory, options
+
+
+def _make_factory() -> Callable[..., GrassAdamW]:
+    return _build_optimizer
+
+
+def _build_optimizer(model: nn.Module, *, weight_decay: float, **options: Any) -> GrassAdamW:
+    return GrassAdamW(_decay_groups(model, weight_decay), model=model, **options)
+
+
+def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainer's groups: decayed and not decayed, without what does not require grad."""
+    from transformers import Trainer
+
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # reads nothing of the trainer
+    named = list(model.named_parameters())
+    flags = trainable_flags([p for _, p in named])  # also what an older optimizer has frozen
+    trainable = [(name, p) for (name, p), flag in zip(named, flags, strict=True) if flag]
+    return [
+        {"params": [p for name, p in trainable if name in decayed], "weight_decay": weight_decay},
+        {"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,56 @@
+"""What the optimizer's state dict needs beyond torch's layout: entries for what has never been stepped.
+
+Checkpoint libraries want the state of every parameter that requires grad, and a layer that was never drawn
+has none. It is shown as zeros that share one element of memory, and dropped again when loaded.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grass.errors import StateMismatchError
+from grass.optim.adamw import moment_dtype, moment_keys
+
+
+def placeholder_state(group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+    """The state of a parameter that was never stepped, in torch's layout, without its memory."""
+    state = {"step": torch.zeros((), device=p.device)}
+    for key in moment_keys(group):
+        state[key] = torch.zeros((), dtype=moment_dtype(p), device=p.device).expand(p.shape)
+    return state
+
+
+def split_method(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Take the method's state out of a state dict, and the entries that were never stepped.
+
+    Returns:
+        A shallow copy that torch's layout describes whole, and the method's state or None.
+    """
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    method = groups[0].pop("grass", None) if groups else None
+    stepped = {key: state for key, state in state_dict["state"].items() if float(state.get("step", 1)) != 0}
+    return {**state_dict, "state": stepped, "param_groups": groups}, method
+
+
+def check_shapes(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """Refuse a state dict whose groups or moments do not fit the parameters.
+
+    Raises:
+        StateMismatchError: with the first difference.
+    """
+    saved = [list(group["params"]) for group in state_dict["param_groups"]]
+    own = [group["params"] for group in groups]
+    if [len(group) for group in saved] != [len(group) for group in own]:
+        raise StateMismatchError(
+            f"the state dict has parameter groups of {[len(group) for group in saved]} parameters, this optimizer "
+            f"of {[len(group) for group in own]}: it is of another model, or of other groups"
+        )
+    for group, keys in zip(own, saved, strict=True):
+        for p, key in zip(group, keys, strict=True):
+            moment = state_dict["state"].get(key, {}).get("exp_avg")
+            if moment is not None and moment.shape != p.shape:
+                raise StateMismatchError(
+                    f"exp_avg of parameter {key} has shape {tuple(moment.shape)} in the state dict, the parameter "
+                    f"{tuple(p.shape)}: it is of another model"
+                )

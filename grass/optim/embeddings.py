@@ -1,0 +1,45 @@
+"""Frozen embeddings under reentrant activation checkpointing.
+
+Reentrant checkpointing computes gradients only if an input of the block requires grad. With a frozen
+embedding none does, and every gradient above would silently be lost. So the embedding's output is made to
+require grad there; elsewhere it is left alone, and backward ends at the lowest active layer.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+def keep_graph_through_frozen_embeddings(model: nn.Module) -> list[RemovableHandle]:
+    """Hook the model's input embedding, if it has one that can be asked for."""
+    get_input_embeddings = getattr(model, "get_input_embeddings", None)
+    if get_input_embeddings is None:
+        return []
+    try:
+        embedding = get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return []
+    if not isinstance(embedding, nn.Module):
+        return []
+    model_ref = weakref.ref(model)
+
+    def require_grad(module: nn.Module, _: Any, output: Any) -> None:
+        model = model_ref()
+        if model is None or not (model.training and torch.is_grad_enabled()):
+            return
+        if isinstance(output, Tensor) and not output.requires_grad and uses_reentrant_checkpointing(model):
+            output.requires_grad_(True)
+
+    return [embedding.register_forward_hook(require_grad)]
+
+
+def uses_reentrant_checkpointing(model: nn.Module) -> bool:
+    """Whether a transformers model checkpoints its blocks in the reentrant way."""
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is not None and getattr(module, "gradient_checkpointing", False):
+            return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+    return False

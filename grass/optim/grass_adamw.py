@@ -1,0 +1,366 @@
+"""GrassAdamW: the one place where all parts of the method meet.
+
+A gradient's way, in one direction: backward -> update and norm in one pass -> importance (a vector on the
+device) -> at a refresh L floats to the host -> probabilities -> active set -> ``requires_grad``.
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+from grass.config import GrassConfig
+from grass.errors import ConfigError, GrassError, ParameterError
+from grass.layer_scheduler import Change, LayerScheduler
+from grass.layers import LayerMap, Pattern
+from grass.optim.adamw import AdamW, refuse_sparse
+from grass.optim.checkpoint import check_shapes, placeholder_state, split_method
+from grass.optim.embeddings import keep_graph_through_frozen_embeddings
+from grass.optim.freezing import Lease, trainable_flags
+from grass.optim.probe import Probe
+from grass.optim.slots import assign_slots, count_elements, refuse_distributed, weight_norms
+from grass.optim.view import MethodView
+
+
+class GrassAdamW(MethodView, AdamW):
+    """AdamW that trains few layers at a time, chosen by their gradients; nothing but `step` is needed.
+
+    The first ``probe_steps`` steps measure every layer's gradient and update nothing. Then
+    ``active_layers`` layers are drawn for each period of ``sample_interval`` steps; all others are frozen:
+    ``requires_grad`` off, no gradient, and weights, moments and step counters unchanged by one bit. Every
+    ``update_interval`` steps the norms measured since move the importance, hence the probabilities.
+
+    Args:
+        params: a model, or parameters or groups of them with ``model=``.
+        lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused,
+            state_dtype: as for `AdamW`; ``differentiable`` is refused.
+        model: the model the parameters belong to, if ``params`` is not a model.
+        config: settings of the method.
+        pattern: which modules are the layers, if they cannot be found: as for `LayerMap.from_model`, or a
+            `LayerMap`.
+
+    Works with any training loop, gradient accumulation, activation checkpointing, autocast, GradScaler,
+    accelerate and Trainer. While probing, ``step`` changes no weight but counts as a step: a learning-rate
+    schedule moves on, and a logged gradient norm is near zero, as gradients are freed once measured.
+
+    Raises:
+        ParameterError: no parameters, or some that are not the model's.
+        ConfigError: a configuration that does not fit the model, or a distributed run.
+        LayerDiscoveryError: the model's layers cannot be told.
+
+    Source: paper, "the method". Moments are kept when a layer is frozen, with a step counter of their own.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        model: nn.Module | None = None,
+        config: GrassConfig | None = None,
+        pattern: LayerMap | Pattern | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        if isinstance(params, nn.Module):
+            if model is not None and model is not params:
+                raise ParameterError("two models were passed: give one, as the first argument or as model=")
+            model, params = params, list(params.parameters())
+            if not params:
+                raise ParameterError("the model has no parameters")
+        if model is None:
+            raise ParameterError(
+                "GrassAdamW needs the model to find its layers: pass the model itself, or model=model"
+            )
+        if differentiable or capturable:
+            raise ConfigError(
+                "GrassAdamW is neither differentiable nor capturable: its schedule is the host's"
+            )
+        refuse_distributed(model)
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            fused=fused,
+            state_dtype=state_dtype,
+        )
+        self._config = config if config is not None else GrassConfig()
+        self._layers = pattern if isinstance(pattern, LayerMap) else LayerMap.from_model(model, pattern)
+        self._model_ref: weakref.ref[nn.Module] | None = weakref.ref(model)
+        members = [p for _, p in self._members()]
+        self._slots = dict(zip(members, self._slots_of(members), strict=True))
+        flags = trainable_flags(members)
+        if not any(flags):
+            raise ParameterError("no parameter requires grad: there is nothing to train")
+        self._build(flags)
+        self._lease.handles.extend(keep_graph_through_frozen_embeddings(model))
+        if hasattr(model, "_orig_mod"):
+            warnings.warn(
+                "the whole model is compiled: every new set of active layers recompiles it; compile its blocks "
+                "one by one instead (two graphs each)",
+                stacklevel=2,
+            )
+
+    def _slots_of(self, params: Sequence[Tensor]) -> list[int]:
+        model = None if self._model_ref is None else self._model_ref()
+        if model is None:
+            raise ParameterError("a copied or unpickled optimizer knows no model: it takes no new parameters")
+        return assign_slots(params, model, self._layers, self._config)
+
+    def _build(self, trainable: Sequence[bool]) -> None:
+        """Make the scheduler, then take the lease, the first thing that changes the model."""
+        members = [p for _, p in self._members()]
+        flags = dict(zip(members, trainable, strict=True))
+        device = next(p.device for p, on in flags.items() if on)
+        by_slot = self._by_slot(flags)
+        weights = weight_norms(by_slot) if self._config.sampler == "weight_norm" else None
+        self._scheduler = LayerScheduler(
+            self._config, self._layers.names, count_elements(by_slot), device, weights
+        )
+        self._lease = Lease(members, trainable)
+        self._lease.bind(self)
+        self._probe: Probe | None = None
+        self._sq_norms: Tensor | None = None
+        self._switch_parameters()
+
+    def _by_slot(self, flags: dict[Tensor, bool]) -> list[list[Tensor]]:
+        """Trainable parameters of each layer."""
+        members: list[list[Tensor]] = [[] for _ in self._layers.names]
+        for p, trainable in flags.items():
+            if trainable and self._slots[p] < len(members):
+                members[self._slots[p]].append(p)
+        return members
+
+    # -- steps ----------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step of the current phase.
+
+        Args:
+            closure: clears gradients, computes the loss, calls backward and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        A step without any gradient does nothing, and does not count.
+        """
+        if self._lease.ended:
+            raise GrassError(
+                "this GrassAdamW has been released, or a newer one has taken over its model: use the newer one"
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        refuse_sparse(self.param_groups)
+        with torch.no_grad():
+            if self._wants_only_state():
+                self._show_state()
+            elif self._probe is not None:
+                self._take_probe_step(self._probe)
+            else:
+                self._take_adapt_step()
+        return loss
+
+    def _take_probe_step(self, probe: Probe) -> None:
+        if not probe.fired:
+            return
+        accumulated = probe.accumulated
+        sq_norms, observed = probe.take(getattr(self, "grad_scale", None))
+        self._finish_step(sq_norms, observed, accumulated)
+
+    def _take_adapt_step(self) -> None:
+        sq_norms: Tensor | None = None
+        observed = [False] * (len(self._layers) + 1)
+        for group in self.param_groups:
+            params = []
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if self._trains(p):
+                    params.append(p)
+                    observed[self._slots[p]] = True
+                else:
+                    p.grad = None  # set by hand, or before a checkpoint was loaded
+            if params:
+                if sq_norms is None:
+                    sq_norms = torch.zeros(len(observed), device=params[0].device)
+                self._update(group, params, [self._slots[p] for p in params], sq_norms)
+        if sq_norms is not None:
+            self._finish_step(sq_norms, observed, accumulated=False)
+
+    def _finish_step(self, sq_norms: Tensor, observed: list[bool], accumulated: bool) -> None:
+        self._sq_norms = sq_norms
+        found_inf = getattr(self, "found_inf", None)
+        change = self._scheduler.finish_step(sq_norms[:-1], observed[:-1], found_inf, accumulated)
+        self._follow(change)
+
+    def _follow(self, change: Change) -> None:
+        """Bring moments and parameters to what the scheduler decided."""
+        if change.drawn is not None:
+            for group, p in self._members():
+                if self._slots[p] in (*change.drawn, len(self._layers)) and self._lease.found(p):
+                    self._allocate(group, p)
+        if change.left is not None:
+            if self._config.moments == "reset":
+                for _, p in self._members():
+                    if self._slots[p] in change.left:
+                        self.state.pop(p, None)
+            self._switch_parameters()
+
+    def _trains(self, p: Tensor) -> bool:
+        """Whether a parameter takes part in the step about to be taken (if it is trainable at all)."""
+        slot = self._slots[p]
+        if slot >= len(self._layers):
+            return slot == len(self._layers)
+        return self._scheduler.probing or slot in self._scheduler.active
+
+    def _switch_parameters(self) -> None:
+        """Set ``requires_grad`` and the probe's hooks as the scheduler says."""
+        self._lease.switch(self._trains)
+        if self._probe is not None:
+            self._probe.remove()
+            self._probe = None
+        if self._scheduler.probing:
+            measured = [p for _, p in self._members() if p.requires_grad]
+            slots = [self._slots[p] for p in measured]
+            self._probe = Probe(measured, slots, len(self._layers) + 1)
+            self._lease.handles.extend(self._probe.handles)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, and what a probe has measured since the last step."""
+        super().zero_grad(set_to_none)
+        if self._probe is not None:
+            self._probe.discard()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of further parameters of the model.
+
+        Raises:
+            ParameterError: parameters that are not the model's, or the optimizer is a copy.
+        """
+        if "_lease" not in self.__dict__:  # torch's constructor adds the first groups
+            super().add_param_group(param_group)
+            return
+        given = param_group["params"]
+        given = [given] if isinstance(given, Tensor) else list(given)
+        params = [entry[1] if isinstance(entry, tuple) else entry for entry in given]
+        slots = self._slots_of(params)
+        flags = [self._lease.found(p) for _, p in self._members()] + trainable_flags(params)
+        super().add_param_group({**param_group, "params": given})
+        self._slots.update(zip(params, slots, strict=True))
+        members = [p for _, p in self._members()]
+        self._scheduler.recount(count_elements(self._by_slot(dict(zip(members, flags, strict=True)))))
+        hooks = self._lease.handles
+        self._lease.handles = []  # the old lease ends with the new one's beginning, its hooks go on
+        self._lease = Lease(members, flags)
+        self._lease.bind(self)
+        self._lease.handles = hooks
+        self._switch_parameters()
+
+    def release(self) -> None:
+        """Give ``requires_grad`` back as it was at construction and remove all hooks."""
+        self._lease.end()
+        self._probe = None
+
+    # -- checkpoints and copies -----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """State in torch's AdamW layout, with the whole method in ``param_groups[0]["grass"]``.
+
+        Layers that were never drawn appear with zero moments that take no memory: checkpoint libraries want
+        every parameter's state.
+        """
+        state_dict = super().state_dict()
+        state_dict["param_groups"][0]["grass"] = self._scheduler.state_dict()
+        for index, (group, p) in enumerate(self._members()):
+            if self._slots[p] <= len(self._layers) and self._lease.found(p) and not self.state.get(p):
+                state_dict["state"][index] = placeholder_state(group, p)
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken, in whatever phase.
+
+        A state dict of `torch.optim.AdamW` gives the moments; the method then starts at its beginning, with
+        one warning.
+
+        Raises:
+            StateMismatchError: of another model, another layer map or another `GrassConfig`; nothing has
+                been changed then.
+        """
+        state_dict, method = split_method(state_dict)
+        check_shapes(state_dict, self.param_groups)
+        if method is not None:
+            self._scheduler.check(method)
+        super().load_state_dict(state_dict)
+        if method is None:
+            warnings.warn(
+                "the state dict is plain AdamW's: moments are loaded, the method starts at its beginning",
+                stacklevel=2,
+            )
+            self._scheduler.load_state_dict(self._scheduler.beginning)
+        else:
+            self._scheduler.load_state_dict(method)
+        self._switch_parameters()
+
+    def __getstate__(self) -> dict[str, Any]:
+        members = [p for _, p in self._members()]
+        return {
+            **super().__getstate__(),
+            "grass_copy": {
+                "config": self._config,
+                "layers": self._layers,
+                "slots": [self._slots[p] for p in members],
+                "trainable": [self._lease.found(p) for p in members],
+                "method": self._scheduler.state_dict(),
+            },
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        copied = state.get("grass_copy")
+        super().__setstate__({key: value for key, value in state.items() if key != "grass_copy"})
+        if copied is None:  # torch's load_state_dict comes by here too
+            return
+        self._config, self._layers, self._model_ref = copied["config"], copied["layers"], None
+        members = [p for _, p in self._members()]
+        self._slots = dict(zip(members, copied["slots"], strict=True))
+        self._build(copied["trainable"])
+        self._scheduler.load_state_dict(copied["method"])
+        self._switch_parameters()
+
+    def _wants_only_state(self) -> bool:
+        """Whether this step is a checkpoint library's, which makes a fresh optimizer show its state.
+
+        `torch.distributed.checkpoint` sets zero gradients by hand and the learning rate to 0, steps once, and
+        then loads the state of whatever requires grad.
+        """
+        if self.step_count or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        grads = [p.grad for _, p in self._members() if p.grad is not None]
+        if self._probe is not None:
+            return bool(grads) and not self._probe.fired
+        return bool(grads) and not any(bool(grad.any()) for grad in grads)
+
+    def _show_state(self) -> None:
+        """Make the state of all that can ever train, and let it require grad until the next switch."""
+        for group, p in self._members():
+            if self._slots[p] <= len(self._layers) and self._lease.found(p):
+                self._allocate(group, p)
+        self._lease.switch(lambda p: self._slots[p] <= len(self._layers))
