@@ -59,7 +59,8 @@ def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     """Trainer's groups: decayed and not decayed, without what does not require grad."""
     from transformers import Trainer
 
-    decayed = set(Trainer.get_decay_parameter_names(None, model))  # reads nothing of the trainer
+    # An instance method that reads nothing of the instance.
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     named = list(model.named_parameters())
     flags = trainable_flags([p for _, p in named])  # also what an older optimizer has frozen
     trainable = [(name, p) for (name, p), flag in zip(named, flags, strict=True) if flag]

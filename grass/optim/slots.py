@@ -24,7 +24,9 @@ def assign_slots(
         ConfigError: a name pattern of ``always_active`` that matches nothing.
     """
     patterns = config.always_active_patterns
-    named = {p: (name, layer) for name, p, layer in layers.assign(model)}
+    named: dict[Tensor, tuple[str, int | None]] = {
+        p: (name, layer) for name, p, layer in layers.assign(model)
+    }
     foreign = [tuple(p.shape) for p in params if p not in named]
     if foreign:
         raise ParameterError(

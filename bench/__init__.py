@@ -1,0 +1,1 @@
+"""Benchmarks: `pytest bench --benchmark-only`. Ratios within one run are what counts."""
