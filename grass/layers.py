@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 from torch import nn
 
 from grass.errors import LayerDiscoveryError, ParameterError
-from grass.layer_discovery import (
-    choose_stacks,
-    clean_name,
-    describe,
-    find_stacks,
-    how_to_pass,
-    is_under,
-    unwrap,
-    walk,
-)
+from grass.layer_discovery import candidates, describe, discover, how_to_pass, title
+from grass.layer_stacks import children_of, clean_name, is_plain_container, is_under, unwrap, walk
 
 Pattern = str | Sequence[str] | Sequence[nn.Module] | nn.Module
 
@@ -65,12 +58,7 @@ class LayerMap:
         Raises:
             LayerDiscoveryError: no layers, or doubt about them; the message lists the candidates.
         """
-        if pattern is None:
-            stacks = choose_stacks(model, find_stacks(model))
-            paths = [path for stack in stacks for path in stack.blocks]
-        else:
-            paths = _paths_of(model, pattern)
-        return cls._from_paths(model, paths)
+        return cls._from_paths(model, discover(model) if pattern is None else _paths_of(model, pattern))
 
     @classmethod
     def _from_paths(cls, model: nn.Module, paths: Sequence[str]) -> LayerMap:
@@ -80,14 +68,13 @@ class LayerMap:
             aliases.setdefault(id(parameter), []).append(clean_name(name))
             parameters[id(parameter)] = parameter
 
-        layer_of_path = {path: index for index, path in enumerate(paths)}
+        holders = _holders(model, paths)
         members: list[list[str]] = [[] for _ in paths]
         sizes = [0] * len(paths)
         outside: list[str] = []
         outside_num_params = 0
         for key, parameter in parameters.items():
-            owners = {_layer_around(name, layer_of_path) for name in aliases[key]}
-            owner = owners.pop() if len(owners) == 1 else None
+            owner = holders[key].pop() if len(holders[key]) == 1 else None
             if owner is None:
                 outside.append(aliases[key][0])
                 outside_num_params += parameter.numel()
@@ -121,7 +108,7 @@ class LayerMap:
         """
         name = clean_name(parameter_name)
         name = dict(self.tied).get(name, name)
-        owner = self._owners().get(name, -1)
+        owner = self._owners.get(name, -1)
         if owner == -1:
             raise ParameterError(
                 f"{parameter_name!r} is no parameter of the model that this layer map describes. "
@@ -138,7 +125,7 @@ class LayerMap:
         Raises:
             ParameterError: the model's parameters are not those of the map.
         """
-        owners = self._owners()
+        owners = self._owners
         found = {clean_name(name): parameter for name, parameter in model.named_parameters()}
         if found.keys() != owners.keys():
             missing, unknown = sorted(owners.keys() - found.keys()), sorted(found.keys() - owners.keys())
@@ -168,6 +155,7 @@ class LayerMap:
             )
         return tuple(found[name] for name in self.names)
 
+    @cached_property
     def _owners(self) -> dict[str, int | None]:
         owners: dict[str, int | None] = dict.fromkeys(self.outside)
         for index, names in enumerate(self.parameter_names):
@@ -175,13 +163,26 @@ class LayerMap:
         return owners
 
 
-def _layer_around(parameter_name: str, layer_of_path: dict[str, int]) -> int | None:
-    path = parameter_name
-    while path:
-        path = path.rpartition(".")[0]
-        if path in layer_of_path:
-            return layer_of_path[path]
-    return None
+def _holders(model: nn.Module, paths: Sequence[str]) -> dict[int, set[int | None]]:
+    """For each parameter's id the layers (None: outside) that hold it, told by module, not by name.
+
+    A model may register a block, or the whole language model, under a second name; that shares nothing.
+    """
+    modules = dict(walk(model))
+    layer_of_block = {id(unwrap(modules[path])): index for index, path in enumerate(paths)}
+    holders: dict[int, set[int | None]] = {}
+
+    def visit(module: nn.Module, layer: int | None) -> None:
+        module = unwrap(module)
+        layer = layer_of_block.get(id(module), layer)
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders.setdefault(id(parameter), set()).add(layer)
+        for _, child in children_of(module):
+            visit(child, layer)
+
+    visit(model, None)
+    return holders
 
 
 def _paths_of(model: nn.Module, pattern: Pattern) -> list[str]:
@@ -203,21 +204,20 @@ def _paths_of(model: nn.Module, pattern: Pattern) -> list[str]:
 
 
 def _paths_matching(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    modules = dict(walk(model))
-    split = {path: path.split(".") for path in modules if path}
-    found: dict[str, None] = {}
+    modules = {path: module for path, module in walk(model) if path}
+    found: dict[int, str] = {}  # by block: one that stands in two places is one layer
     for pattern in patterns:
         parts = clean_name(pattern).split(".")
-        matches = [path for path, own in split.items() if _matches(own, parts)]
+        matches = [path for path in modules if _matches(path.split("."), parts)]
         if not matches:
-            raise _nothing_matches(model, f"pattern {pattern!r} matches no module")
-        lists = [path for path in matches if type(unwrap(modules[path])) in (nn.ModuleList, nn.ModuleDict)]
-        if lists:
-            raise _nothing_matches(
-                model, f"pattern {pattern!r} matches {lists[0]!r}, a list of modules, not a block"
-            )
-        found.update(dict.fromkeys(matches))
-    return list(found)
+            raise _not_there(model, f"pattern {pattern!r} matches no module")
+        for path in matches:
+            if is_plain_container(modules[path]):
+                raise _not_there(
+                    model, f"pattern {pattern!r} matches {path!r}, a list of modules, not a block"
+                )
+            found.setdefault(id(unwrap(modules[path])), path)
+    return list(found.values())
 
 
 def _matches(path: Sequence[str], pattern: Sequence[str]) -> bool:
@@ -228,19 +228,13 @@ def _paths_of_modules(model: nn.Module, blocks: Sequence[nn.Module]) -> list[str
     known: dict[int, str] = {}
     for path, module in walk(model):
         known.setdefault(id(unwrap(module)), path)
-    missing = [block for block in blocks if id(unwrap(block)) not in known]
-    if missing:
-        raise _nothing_matches(
-            model, f"a {type(unwrap(missing[0])).__name__} in pattern is no module of the model"
-        )
+    foreign = [block for block in blocks if id(unwrap(block)) not in known]
+    if foreign:
+        raise _not_there(model, f"a {title(foreign[0])} passed as layer is no module of the model")
     return list(dict.fromkeys(known[id(unwrap(block))] for block in blocks))
 
 
-def _nothing_matches(model: nn.Module, why: str) -> LayerDiscoveryError:
-    stacks = find_stacks(model)
-    candidates = (
-        f"\nstacks of repeated blocks in {type(unwrap(model)).__name__}:\n{describe(stacks)}"
-        if stacks
-        else ""
-    )
-    return LayerDiscoveryError(f"{why}{candidates}\n{how_to_pass(stacks)}")
+def _not_there(model: nn.Module, why: str) -> LayerDiscoveryError:
+    stacks = candidates(model)
+    listed = f"\nstacks of repeated blocks in {title(model)}:\n{describe(stacks)}" if stacks else ""
+    return LayerDiscoveryError(f"{why}{listed}\n{how_to_pass(stacks)}")
