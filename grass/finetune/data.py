@@ -1,0 +1,194 @@
+"""Reading training data: JSON or JSONL files of three kinds of records.
+
+========================================================  ==========================================
+``{"instruction", "input"?, "output", "answer"?}``        `Instruction`, the format of LLM-Adapters
+``{"messages": [{"role", "content"}, ...], "answer"?}``   `Chat`
+``{"text"}``                                              `PlainText`
+========================================================  ==========================================
+
+The kind is told record by record. Every error names the file, and the line or the record.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grass.errors import DataError
+
+ROLES = ("system", "user", "assistant", "tool")
+FORMATS = '"instruction" and "output", or "messages", or "text"'
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A task and its solution; `answer`, if there is one, is what evaluation looks for."""
+
+    instruction: str
+    output: str
+    input: str = ""
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation as (role, content) turns, with at least one turn of the assistant."""
+
+    messages: tuple[tuple[str, str], ...]
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """A text, learnt as a whole."""
+
+    text: str
+    answer: None = None
+
+
+Record = Instruction | Chat | PlainText
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """Read all records of a JSON (an array) or JSONL (an object a line) file.
+
+    Args:
+        path: the file; which of the two it is, is told by its first character.
+
+    Raises:
+        DataError: a missing, unreadable, empty or malformed file, with the place.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: is a folder; pass one JSON or JSONL file") from None
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}:{line}: not UTF-8 text") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    objects = _array(path, text) if text.lstrip().startswith("[") else _lines(path, text)
+    records = [_parse(place, item) for place, item in objects]
+    if not records:
+        raise DataError(f"{path}: no records; expected objects with {FORMATS}")
+    return records
+
+
+def _array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    try:
+        items = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except RecursionError:
+        raise DataError(f"{path}: not valid JSON: nested too deeply") from None
+    for index, item in enumerate(items, start=1):
+        yield f"{path}: record {index}", item
+
+
+def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    # Not splitlines: JSON strings may hold U+2028 and its like, which are no line ends in a JSONL file.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{path}:{number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{number}: not valid JSON: {error.msg}") from None
+        except RecursionError:
+            raise DataError(f"{path}:{number}: not valid JSON: nested too deeply") from None
+
+
+def _parse(place: str, item: Any) -> Record:
+    if not isinstance(item, dict):
+        raise DataError(f"{place}: expected an object with {FORMATS}, found {_kind(item)}")
+    if "messages" in item:
+        return Chat(_messages(place, item["messages"]), _answer(place, item))
+    if "instruction" in item and "output" in item:
+        return Instruction(
+            _text(place, item, "instruction"),
+            _text(place, item, "output"),
+            # Some files write null where there is no input.
+            _text(place, item, "input", may_be_empty=True) if item.get("input") is not None else "",
+            _answer(place, item),
+        )
+    if "text" in item:
+        return PlainText(_text(place, item, "text"))
+    found = ", ".join(json.dumps(key) for key in list(item)[:6]) or "no keys"
+    raise DataError(f"{place}: expected {FORMATS}; found {found}")
+
+
+def _text(place: str, item: dict[str, Any], key: str, *, may_be_empty: bool = False) -> str:
+    value = item[key]
+    if not isinstance(value, str):
+        raise DataError(f'{place}: "{key}" must be a string, not {_kind(value)}')
+    if not value.strip() and not may_be_empty:
+        raise DataError(f'{place}: "{key}" is empty')
+    return value
+
+
+def _answer(place: str, item: dict[str, Any]) -> str | None:
+    value = item.get("answer")
+    if value is None or value == "":
+        return None
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise DataError(f'{place}: "answer" must be a string or a number, not {_kind(value)}')
+    return str(value)
+
+
+def _messages(place: str, value: Any) -> tuple[tuple[str, str], ...]:
+    if not isinstance(value, list) or not value:
+        raise DataError(f'{place}: "messages" must be a non-empty list')
+    turns = []
+    for index, message in enumerate(value, start=1):
+        where = f"{place}: message {index}"
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise DataError(f'{where}: expected an object with "role" and "content"')
+        role = message["role"]
+        if role not in ROLES:
+            raise DataError(f"{where}: role must be one of {', '.join(ROLES)}, not {json.dumps(role)}")
+        turns.append((role, _text(where, message, "content", may_be_empty=role != "assistant")))
+    if not any(role == "assistant" for role, _ in turns):
+        raise DataError(f"{place}: no message of the assistant: there is nothing to learn")
+    return tuple(turns)
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def split_heldout(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """Hold a fraction of the records out; equal records stay on one side.
+
+    Args:
+        records: all records.
+        fraction: share to hold out, in (0, 1), rounded to at least one distinct record.
+        seed: of the choice.
+
+    Returns:
+        Training records, held-out records, both in their old order.
+
+    Raises:
+        DataError: fewer than two distinct records.
+    """
+    distinct = list(dict.fromkeys(records))
+    if len(distinct) < 2:
+        raise DataError("cannot hold records out: there are fewer than two distinct ones")
+    count = min(max(1, round(fraction * len(distinct))), len(distinct) - 1)
+    heldout = set(random.Random(seed).sample(distinct, count))
+    return [r for r in records if r not in heldout], [r for r in records if r in heldout]
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, by which a resumed run knows that its data is still the same."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,122 @@
+"""The built-in demo: a small Llama learns plain sums in full, then word problems by GRASS. No download."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from grass.config import GrassConfig
+from grass.finetune.arithmetic import plain_sums, vocabulary, word_problems
+from grass.finetune.data import PlainText
+from grass.finetune.encoding import Encoder
+from grass.finetune.options import FinetuneOptions
+from grass.finetune.run_folder import RunFolder
+from grass.finetune.screen import Screen
+from grass.finetune.training import train
+
+NUM_TRAIN, NUM_HELDOUT = 4000, 200
+CONTEXT = 64
+
+# What the demo does where the user has not said otherwise.
+DEMO_OPTIONS = FinetuneOptions(
+    template="plain",
+    steps=1600,
+    batch_size=16,
+    lr=2e-3,
+    scheduler="linear",
+    warmup=0.05,
+    log_steps=20,
+    eval_batch_size=100,
+    eval_answers=NUM_HELDOUT,
+    max_new_tokens=8,
+)
+
+# The base model's own training. It ends before the sums are perfect: fine-tuning repeats them.
+BASE_OPTIONS = FinetuneOptions(method="full", steps=450, batch_size=96, lr=3e-3, warmup=0.1, log_steps=20)
+
+
+def demo_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each word, number and sign of the task."""
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    words = {word: i for i, word in enumerate(special + vocabulary())}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=CONTEXT,
+    )
+
+
+def demo_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """A Llama of six layers and 0.7 million parameters with random weights."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=CONTEXT,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=False,
+        use_cache=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def make_demo(
+    folder: RunFolder, options: FinetuneOptions, config: GrassConfig, screen: Screen
+) -> FinetuneOptions:
+    """Write the problems, and train the base model, as far as the folder does not hold them yet.
+
+    Args:
+        folder: of the demo's run.
+        options: of the demo's run.
+        config: gives the seed, and nothing else.
+        screen: shows progress.
+
+    Returns:
+        The options with model and data filled in: from here on the demo is a run like any other.
+
+    Raises:
+        Stopped: the user asked to stop.
+    """
+    data = folder.path / "data"
+    data.mkdir(exist_ok=True)
+    train_problems, heldout_problems = word_problems(NUM_TRAIN, NUM_HELDOUT, config.seed)
+    files = {"train": train_problems, "heldout": heldout_problems}
+    for name, problems in files.items():
+        lines = "".join(json.dumps(problem.record) + "\n" for problem in problems)
+        (data / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    base = _open_or_create(folder.path / "base", config.seed)
+    if base.state != "trained":
+        screen.say("training a small Llama on plain sums, all parameters")
+        tokenizer = demo_tokenizer()
+        sums = [PlainText(record["text"]) for record in plain_sums()]
+        examples = Encoder(tokenizer, "plain", CONTEXT).encode(sums, "plain sums").examples
+        model = demo_model(tokenizer, config.seed)
+        base_options = replace(BASE_OPTIONS, save_steps=options.save_steps)
+        train(model, tokenizer, examples, [], base_options, config, base, screen, "base model")
+    return replace(
+        options,
+        model=str(base.model),
+        data=str(data / "train.jsonl"),
+        eval=str(data / "heldout.jsonl"),
+    )
+
+
+def _open_or_create(path: Path, seed: int) -> RunFolder:
+    if path.exists():
+        return RunFolder.open(path)
+    return RunFolder.create(path, {"command": "base model of the demo", "seed": seed})

@@ -1,0 +1,132 @@
+"""Evaluation on held-out records: the loss, and exact match of generated answers."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from grass.finetune.data import Chat, Instruction
+from grass.finetune.encoding import IGNORED, Collator, Encoder, Example
+
+_NUMBER = re.compile(r"(?<!\d)-?\d[\d,]*(?:\.\d+)?")
+_MAX_CHOICES = 20  # more distinct answers than this are no multiple choice
+
+
+class Answer(NamedTuple):
+    """What the model said to a held-out record."""
+
+    expected: str
+    generated: str
+    correct: bool
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def heldout_loss(
+    model: PreTrainedModel, examples: Sequence[Example], batch_size: int, pad_token_id: int
+) -> float:
+    """Mean cross-entropy of all learnt tokens, each token with the same weight.
+
+    Args:
+        model: a causal language model.
+        examples: held-out examples; labels `IGNORED` do not count.
+        batch_size: examples in a forward pass; does not change the result beyond rounding.
+        pad_token_id: what to pad with.
+    """
+    collate = Collator(pad_token_id)
+    ordered = sorted(examples, key=lambda example: len(example.input_ids))  # little padding
+    total, count = 0.0, 0
+    with _evaluating(model):
+        for start in range(0, len(ordered), batch_size):
+            batch = {k: v.to(model.device) for k, v in collate(ordered[start : start + batch_size]).items()}
+            learnt = int((batch["labels"][:, 1:] != IGNORED).sum())
+            total += float(model(**batch, use_cache=False).loss) * learnt
+            count += learnt
+    return total / count
+
+
+def answer_records(
+    model: PreTrainedModel,
+    encoder: Encoder,
+    records: Sequence[Instruction | Chat],
+    batch_size: int,
+    max_new_tokens: int,
+    pad_token_id: int,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[Answer]:
+    """Generate an answer to each record, greedily, and compare it with the expected one.
+
+    Args:
+        model: a causal language model.
+        encoder: makes the prompts.
+        records: all with an answer.
+        batch_size: prompts generated from at a time, padded on the left.
+        max_new_tokens: longest generated text.
+        pad_token_id: what to pad with.
+        advance: called with the number of records done.
+    """
+    tokenizer = encoder.tokenizer
+    room = max(1, encoder.context - max_new_tokens)
+    prompts = [encoder.prompt(record)[-room:] for record in records]
+    expected = [str(record.answer) for record in records]
+    choices = sorted(set(expected))
+    order = sorted(range(len(records)), key=lambda i: len(prompts[i]))
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=min(max_new_tokens, encoder.context - 1),
+        pad_token_id=pad_token_id,
+        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    answers: dict[int, Answer] = {}
+    with _evaluating(model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            width = max(len(prompts[i]) for i in chosen)
+            padding = [width - len(prompts[i]) for i in chosen]
+            pairs = list(zip(chosen, padding, strict=True))
+            ids = torch.tensor([[pad_token_id] * n + prompts[i] for i, n in pairs], device=model.device)
+            mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=model.device)
+            generated = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            texts = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
+            for i, text in zip(chosen, texts, strict=True):
+                answers[i] = Answer(expected[i], text.strip(), is_match(text, expected[i], choices))
+            advance(len(chosen))
+    return [answers[i] for i in range(len(records))]
+
+
+def is_match(generated: str, expected: str, choices: Sequence[str] = ()) -> bool:
+    """Whether a generated text gives the expected answer.
+
+    A number: the last number of the text, compared by value. One of a few choices (true/false, A to E):
+    the first choice that the text names. Anything else: the whole text, but for case and spaces.
+
+    Args:
+        generated: what the model said.
+        expected: the right answer.
+        choices: all answers that occur in the evaluation.
+    """
+    if _NUMBER.fullmatch(expected.strip()):
+        numbers = _NUMBER.findall(generated)
+        return bool(numbers) and _value(numbers[-1]) == _value(expected.strip())
+    if 1 < len(choices) <= _MAX_CHOICES:
+        longest_first = sorted(choices, key=len, reverse=True)
+        named = re.search(rf"\b(?:{'|'.join(map(re.escape, longest_first))})\b", generated)
+        return named is not None and named.group() == expected
+    return generated.split() == expected.split() or generated.lower().split() == expected.lower().split()
+
+
+def _value(number: str) -> float:
+    return float(number.replace(",", ""))

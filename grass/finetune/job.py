@@ -1,0 +1,265 @@
+"""The job: check everything, make the run folder, train, evaluate, draw, sum up."""
+
+import platform
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import grass
+from grass.config import GrassConfig
+from grass.errors import RunFolderError
+from grass.finetune.data import Chat, Instruction, Record, file_digest, read_records, split_heldout
+from grass.finetune.demo import demo_model, demo_tokenizer, make_demo
+from grass.finetune.encoding import Encoded, Encoder, Example
+from grass.finetune.evaluation import Answer, answer_records, heldout_loss
+from grass.finetune.model import check_method, context_of, load_model, pad_token_id
+from grass.finetune.options import FinetuneOptions
+from grass.finetune.picture import draw_picture
+from grass.finetune.run_folder import (
+    RunFolder,
+    append_row,
+    check_is_free,
+    default_path,
+    read_rows,
+    write_json,
+)
+from grass.finetune.screen import Screen
+from grass.finetune.stopping import Stopped
+from grass.finetune.summary import make_results
+from grass.finetune.training import train
+from grass.layers import LayerMap
+
+
+@dataclass
+class Prepared:
+    """A run that has passed all checks: its model, and its data as tokens."""
+
+    model: PreTrainedModel
+    encoder: Encoder
+    examples: list[Example]
+    heldout: list[Example]
+    questions: list[Instruction | Chat]  # held-out records to answer
+    layers: LayerMap | None
+
+    @property
+    def pad_token_id(self) -> int:
+        """What to pad with."""
+        return pad_token_id(self.encoder.tokenizer)
+
+
+def start_run(
+    options: FinetuneOptions, config: GrassConfig, screen: Screen, command: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Do a new run from beginning to end.
+
+    Nothing is written before model, data, layers and settings have been checked.
+
+    Args:
+        options, config: what to do.
+        screen: shows progress.
+        command: the command line, for the record.
+
+    Returns:
+        The numbers of the final table.
+
+    Raises:
+        GrassError: bad input, in one line.
+        Stopped: the user stopped the run; `resume_run` continues it.
+    """
+    path = Path(options.output) if options.output else default_path()
+    check_is_free(path)
+    prepared = None
+    if options.is_demo:
+        check_method(demo_model(demo_tokenizer(), config.seed), options, config)
+    else:
+        prepared = prepare(options, config, screen)
+    files = [file for file in (options.data, options.eval) if file]
+    record = {
+        "command": list(command),
+        "options": asdict(options),
+        "config": asdict(config),
+        "seed": config.seed,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "data_sha256": {file: file_digest(file) for file in files},
+        "versions": {
+            "grass": grass.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    return _carry_out(RunFolder.create(path, record), options, config, prepared, screen)
+
+
+def resume_run(path: Path, screen: Screen) -> dict[str, Any]:
+    """Continue a run that was stopped, with its saved settings, to the result of one never stopped.
+
+    Args:
+        path: the run folder.
+        screen: shows progress.
+
+    Raises:
+        RunFolderError: no run, a finished run, or one whose data has changed.
+        Stopped: stopped again.
+    """
+    folder = RunFolder.open(path)
+    if folder.state == "finished":
+        raise RunFolderError(f"{path}: the run is finished; there is nothing to continue")
+    try:
+        options = FinetuneOptions(**folder.record["options"])
+        config = GrassConfig(**folder.record["config"])
+    except (KeyError, TypeError) as error:
+        raise RunFolderError(
+            f"{path}: saved by another version, so it cannot be continued ({error})"
+        ) from None
+    for file, digest in folder.record["data_sha256"].items():
+        if not Path(file).is_file() or file_digest(file) != digest:
+            raise RunFolderError(f"{path}: {file} is not what the run began with, so it cannot be continued")
+    prepared = None if options.is_demo else prepare(options, config, screen)
+    return _carry_out(folder, options, config, prepared, screen)
+
+
+def prepare(options: FinetuneOptions, config: GrassConfig, screen: Screen) -> Prepared:
+    """Read and check all inputs; writes nothing.
+
+    Args:
+        options: with model and data.
+        config: of the method.
+        screen: told how many texts are cut, and the like.
+    """
+    records = read_records(options.data)
+    heldout_records: list[Record] = []
+    if options.eval:
+        heldout_records = read_records(options.eval)
+        shared = len(set(heldout_records) & set(records))
+        if shared:
+            screen.say(f"warning: {shared} held-out records are also among the training records")
+    elif options.eval_fraction:
+        records, heldout_records = split_heldout(records, options.eval_fraction, config.seed)
+    else:
+        screen.say("no held-out records: pass --eval FILE or --eval-fraction to see loss and accuracy")
+    model, tokenizer = load_model(options.model, options.dtype)
+    layers = check_method(model, options, config)
+    encoder = Encoder(tokenizer, options.template, context_of(model, options.context))
+    train_set = encoder.encode(records, options.data)
+    _tell_cuts(train_set, "training", encoder.context, screen)
+    heldout = Encoded()
+    if heldout_records:
+        heldout = encoder.encode(heldout_records, options.eval or options.data)
+        _tell_cuts(heldout, "held-out", encoder.context, screen)
+    questions = [r for r in heldout_records if isinstance(r, (Instruction, Chat)) and r.answer is not None]
+    if len(questions) > options.eval_answers:
+        questions = random.Random(config.seed).sample(questions, options.eval_answers)
+    return Prepared(model, encoder, train_set.examples, heldout.examples, questions, layers)
+
+
+def _tell_cuts(encoded: Encoded, kind: str, context: int, screen: Screen) -> None:
+    if encoded.num_cut:
+        total = len(encoded.examples) + encoded.num_dropped
+        line = f"{encoded.num_cut:,} of {total:,} {kind} texts are longer than {context} tokens and are cut"
+        if encoded.num_dropped:
+            line += f"; {encoded.num_dropped:,} are left out, as nothing to learn remains of them"
+        screen.say(line)
+
+
+def _carry_out(
+    folder: RunFolder,
+    options: FinetuneOptions,
+    config: GrassConfig,
+    prepared: Prepared | None,
+    screen: Screen,
+) -> dict[str, Any]:
+    try:
+        if prepared is None:
+            options = make_demo(folder, options, config, screen)
+            prepared = prepare(options, config, screen)
+        return _train_and_evaluate(folder, options, config, prepared, screen)
+    except (Stopped, KeyboardInterrupt) as reason:
+        screen.stop()
+        if folder.state != "trained":
+            folder.update(state="stopped")
+        raise Stopped(
+            f"{reason if str(reason) else 'stopped'}; continue with: grass finetune --resume {folder.path}"
+        ) from None
+
+
+def _train_and_evaluate(
+    folder: RunFolder, options: FinetuneOptions, config: GrassConfig, run: Prepared, screen: Screen
+) -> dict[str, Any]:
+    before = _saved_evaluation(folder, "before")
+    if before is None:
+        before, _ = evaluate(run, options, screen, "evaluating before training")
+        append_row(folder.metrics, {"step": 0, "when": "before", **before})
+    if folder.state == "trained":
+        run.model, _ = load_model(str(folder.model))
+    else:
+        if run.layers is not None:
+            screen.say(f"fine-tuning by GRASS, {config.active_layers} of {len(run.layers)} layers at a time")
+        train(run.model, run.encoder.tokenizer, run.examples, run.heldout, options, config, folder, screen)
+    training = folder.record["training"]
+    after, answers = evaluate(run, options, screen, "evaluating after training")
+    (folder.path / "answers.jsonl").unlink(missing_ok=True)
+    for answer in answers:
+        append_row(folder.path / "answers.jsonl", answer._asdict())
+    append_row(folder.metrics, {"step": training["steps"], "when": "after", **after})
+    rows = read_rows(folder.layers)
+    if rows:
+        title = (
+            f"{Path(options.model).name or options.model}: {config.sampler}, {config.active_layers} active"
+        )
+        _draw(rows, training["steps"], title, folder, screen)
+    num_params = sum(p.numel() for p in run.model.parameters())
+    results = make_results(
+        options, config, run.layers, num_params, training, rows, before, after, str(folder.path)
+    )
+    write_json(folder.results, results)
+    folder.update(state="finished")
+    return results
+
+
+def evaluate(
+    run: Prepared, options: FinetuneOptions, screen: Screen, title: str
+) -> tuple[dict[str, Any], list[Answer]]:
+    """Held-out loss and accuracy, as far as there are held-out records; and the answers."""
+    result: dict[str, Any] = {}
+    answers: list[Answer] = []
+    if torch.cuda.is_available():
+        run.model.to("cuda")  # type: ignore[arg-type]  # transformers' own signature
+    if run.heldout:
+        result["heldout_loss"] = heldout_loss(
+            run.model, run.heldout, options.eval_batch_size, run.pad_token_id
+        )
+    if run.questions:
+        screen.start(title, len(run.questions), unit="answer")
+        answers = answer_records(
+            run.model,
+            run.encoder,
+            run.questions,
+            options.eval_batch_size,
+            options.max_new_tokens,
+            run.pad_token_id,
+            screen.advance,
+        )
+        screen.stop()
+        result["accuracy"] = sum(answer.correct for answer in answers) / len(answers)
+        result["answers"] = len(answers)
+    return result, answers
+
+
+def _saved_evaluation(folder: RunFolder, when: str) -> dict[str, Any] | None:
+    rows = [row for row in read_rows(folder.metrics) if row.get("when") == when]
+    return {k: v for k, v in rows[-1].items() if k not in ("step", "when")} if rows else None
+
+
+def _draw(rows: list[dict[str, Any]], steps: int, title: str, folder: RunFolder, screen: Screen) -> None:
+    try:
+        draw_picture(rows, steps, title, folder.picture)
+    except ImportError:
+        screen.say("no picture: matplotlib is not installed (pip install 'grass-optim[plots]')")

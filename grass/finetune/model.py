@@ -1,0 +1,89 @@
+"""Loading what a run starts from: a causal language model and its tokenizer."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from grass.config import GrassConfig
+from grass.errors import ConfigError
+from grass.finetune.options import FinetuneOptions
+from grass.layers import LayerMap
+
+DEFAULT_CONTEXT = 1024
+
+
+def load_model(name: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer.
+
+    Args:
+        name: a folder, or a name on the hub.
+        dtype: of the weights: ``"auto"`` as stored, ``"float32"`` or ``"bfloat16"``.
+
+    Raises:
+        ConfigError: there is none of that name, or it is no causal language model with a tokenizer.
+    """
+    path = Path(name)
+    if path.exists() and not (path / "config.json").is_file():
+        raise ConfigError(f"model {name!r}: not a folder with a config.json")
+    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise ConfigError(f"model {name!r}: no such folder")
+    part = "configuration"
+    try:
+        AutoConfig.from_pretrained(name)
+        part = "tokenizer"
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        part = "weights"
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ConfigError(f"model {name!r}: cannot load its {part}: {reason}") from None
+    return model, tokenizer
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What to pad with: padding is masked, so any token will do where there is none for it."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+
+
+def context_of(model: PreTrainedModel, wanted: int | None) -> int:
+    """Longest text in tokens: what is wanted, or what the model allows up to `DEFAULT_CONTEXT`.
+
+    Raises:
+        ConfigError: more is wanted than the model has positions for.
+    """
+    text_config = model.config.get_text_config()
+    most = getattr(text_config, "max_position_embeddings", None)
+    if wanted is None:
+        return min(most or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    if most is not None and wanted > most:
+        raise ConfigError(f"context is {wanted}, but the model has {most} positions; pass at most {most}")
+    return wanted
+
+
+def layer_pattern(options: FinetuneOptions) -> str | list[str] | None:
+    """The user's layer pattern, or several separated by commas; None to find the layers."""
+    patterns = [p.strip() for p in options.layers.split(",") if p.strip()]
+    return (patterns[0] if len(patterns) == 1 else patterns) if patterns else None
+
+
+def check_method(model: PreTrainedModel, options: FinetuneOptions, config: GrassConfig) -> LayerMap | None:
+    """Find the layers and check that the method can work on them; None for full fine-tuning.
+
+    Raises:
+        LayerDiscoveryError: the layers cannot be told.
+        ConfigError: more active layers than layers, and the like.
+    """
+    if options.method == "full":
+        return None
+    layers = LayerMap.from_model(model, layer_pattern(options))
+    config.check_layers(len(layers))
+    return layers

@@ -1,0 +1,82 @@
+"""What the user sees while a run goes on: lines and one progress bar, all on stderr."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+# Whose warnings say nothing to someone who only runs a command.
+_NOISY = ("torch", "transformers", "accelerate", "huggingface_hub", "tokenizers", "matplotlib", "safetensors")
+
+
+class Screen:
+    """Lines and a progress bar on stderr; stdout is left to results."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+        self._reported = 0
+
+    def say(self, line: str) -> None:
+        """Show a line, above the bar if there is one."""
+        tqdm.write(line, file=sys.stderr)
+
+    def start(self, title: str, total: int, done: int = 0, unit: str = "step") -> None:
+        """Begin a bar; where stderr is no terminal, a line at every tenth of the way stands in for it."""
+        self.stop()
+        layout = "{desc} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}"
+        # disable=None: on only on a terminal
+        self._bar = tqdm(
+            desc=title, total=total, initial=done, unit=unit, file=sys.stderr, disable=None, bar_format=layout
+        )
+        self._title, self._total, self._done, self._note = title, total, done, ""
+        self._reported = done * 10 // max(1, total)
+
+    def note(self, text: str) -> None:
+        """Show a text at the bar's end."""
+        self._note = text
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+
+    def advance(self, count: int = 1) -> None:
+        """Move the bar."""
+        if self._bar is None:
+            return
+        self._done += count
+        self._bar.update(count)
+        if self._bar.disable and self._done * 10 // max(1, self._total) > self._reported:
+            self._reported = self._done * 10 // max(1, self._total)
+            print(f"{self._title} {self._done}/{self._total} {self._note}".rstrip(), file=sys.stderr)
+
+    def stop(self) -> None:
+        """End the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence the libraries underneath while the block runs: their banners, bars and warnings."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning at every fork
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    accelerate_logger = logging.getLogger("accelerate")
+    accelerate_level = accelerate_logger.level
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    accelerate_logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for module in _NOISY:
+                warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
+            yield
+    finally:
+        accelerate_logger.setLevel(accelerate_level)
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,120 @@
+"""The numbers of a finished run, and the table that shows them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from grass.config import GrassConfig
+from grass.finetune.options import FinetuneOptions
+from grass.layers import LayerMap
+
+
+def trained_share(rows: Sequence[dict[str, Any]], steps: int, num_params: int) -> float:
+    """Share of the parameters that a step trains, averaged over the steps after the probe.
+
+    Args:
+        rows: of layers.jsonl.
+        steps: of the run.
+        num_params: of the model.
+    """
+    ends = [row["step"] for row in rows[1:]] + [steps]
+    spans = [
+        (end - row["step"], row["trained_params"])
+        for row, end in zip(rows, ends, strict=True)
+        if row["phase"] != "probe"
+    ]
+    adapt_steps = sum(length for length, _ in spans)
+    return sum(length * params for length, params in spans) / max(1, adapt_steps * num_params)
+
+
+def make_results(
+    options: FinetuneOptions,
+    config: GrassConfig,
+    layers: LayerMap | None,
+    num_params: int,
+    training: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    before: dict[str, Any],
+    after: dict[str, Any],
+    path: str,
+) -> dict[str, Any]:
+    """All numbers of the table, with plain names: what ``--json`` prints.
+
+    Args:
+        options, config: settings of the run.
+        layers: of the model; None for full fine-tuning.
+        num_params: of the model.
+        training: a `TrainingSummary` as a dictionary.
+        rows: of layers.jsonl.
+        before, after: evaluations; empty without held-out records.
+        path: of the run folder.
+    """
+    sampled = layers is not None
+    return {
+        "run": path,
+        "model": f"{path}/model",
+        "method": options.method,
+        "sampler": config.sampler if sampled else None,
+        "seed": config.seed,
+        "steps": training["steps"],
+        "layers": len(layers) if layers is not None else None,
+        "active_layers": config.active_layers if sampled else None,
+        "num_params": num_params,
+        "heldout_loss_before": before.get("heldout_loss"),
+        "heldout_loss_after": after.get("heldout_loss"),
+        "accuracy_before": before.get("accuracy"),
+        "accuracy_after": after.get("accuracy"),
+        "answers": after.get("answers"),
+        "trained_share": trained_share(rows, training["steps"], num_params) if sampled else 1.0,
+        "optimizer_state_bytes": training["optimizer_state_bytes"],
+        "optimizer_state_bytes_active": training["optimizer_state_bytes_active"],
+        "tokens_per_second": training["tokens_per_second"],
+        "draw_counts": training["draw_counts"],
+        "nonfinite_norms": training["nonfinite_norms"],
+    }
+
+
+def format_table(results: dict[str, Any]) -> str:
+    """The short table for people."""
+    r = results
+    lines = [(_method(r), "before", "after", "")]
+    if r["heldout_loss_after"] is not None:
+        losses = (f"{r[f'heldout_loss_{when}']:.3f}" for when in ("before", "after"))
+        lines.append(("held-out loss", *losses, ""))
+    if r["accuracy_after"] is not None:
+        shares = (f"{r[f'accuracy_{when}']:.1%}" for when in ("before", "after"))
+        lines.append(("held-out accuracy", *shares, f"exact match, {r['answers']} answers"))
+    if len(lines) == 1:
+        lines = [(_method(r), "", "", "")]
+    state = f"{_bytes(r['optimizer_state_bytes_active'])} active at a time"
+    facts = [
+        ("trained a step", f"{r['trained_share']:.1%}", f"of {r['num_params']:,} parameters"),
+        ("optimizer state", _bytes(r["optimizer_state_bytes"]), state if r["draw_counts"] else ""),
+        ("speed", f"{r['tokens_per_second']:,.0f}", "tokens a second"),
+    ]
+    lines += [(name, "", value, note) for name, value, note in facts]
+    head = max(len(line[0]) for line in lines) + 2
+    table = [f"{a:<{head}}{b:>9}{c:>11}   {d}".rstrip() for a, b, c, d in lines]
+    if r["draw_counts"]:
+        table.append(f"{'draws by layer':<{head}}  " + _counts(r["draw_counts"]))
+    if r["nonfinite_norms"]:
+        table.append(f"gradient norms that were not finite, and were left out: {r['nonfinite_norms']}")
+    return "\n".join(table)
+
+
+def _method(r: dict[str, Any]) -> str:
+    if r["method"] == "full":
+        return f"full fine-tuning, {r['steps']:,} steps"
+    return f"GRASS, {r['sampler']}, {r['active_layers']} of {r['layers']} layers, {r['steps']:,} steps"
+
+
+def _counts(counts: Sequence[int]) -> str:
+    return "  ".join(f"{i}: {n}" for i, n in enumerate(counts))
+
+
+def _bytes(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"

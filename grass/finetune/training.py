@@ -1,0 +1,194 @@
+"""Training itself: Trainer with our optimizer, our rows and our way to stop."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from grass.config import GrassConfig
+from grass.finetune.encoding import Collator, Example
+from grass.finetune.evaluation import heldout_loss
+from grass.finetune.model import layer_pattern, pad_token_id
+from grass.finetune.options import FinetuneOptions
+from grass.finetune.recording import Recorder
+from grass.finetune.run_folder import RunFolder, append_row
+from grass.finetune.screen import Screen
+from grass.finetune.stopping import Stopped, StopRequest
+from grass.integrations.transformers import trainer_optimizer
+from grass.optim import AdamW, GrassAdamW
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """What is known only while the optimizer is alive; kept in the run's marker."""
+
+    steps: int
+    tokens_per_second: float
+    optimizer_state_bytes: int
+    optimizer_state_bytes_active: int
+    draw_counts: list[int] | None
+    nonfinite_norms: int
+
+
+def count_steps(options: FinetuneOptions, num_examples: int) -> int:
+    """Optimizer steps of a run: as asked, or enough for the epochs."""
+    if options.steps is not None:
+        return options.steps
+    batches = ceil(num_examples / options.batch_size)
+    return max(1, round(options.epochs * ceil(batches / options.gradient_accumulation)))
+
+
+def optimizer_for(options: FinetuneOptions, config: GrassConfig) -> tuple[Any, dict[str, Any]]:
+    """Class or factory and arguments, as Trainer's ``optimizer_cls_and_kwargs``."""
+    if options.method == "full":
+        return AdamW, {"lr": options.lr}  # Trainer's groups carry the weight decay
+    return trainer_optimizer(
+        lr=options.lr, config=config, weight_decay=options.weight_decay, pattern=layer_pattern(options)
+    )
+
+
+def optimizer_state_bytes(optimizer: Optimizer, *, active_only: bool = False) -> int:
+    """Bytes of all tensors the optimizer keeps for its parameters, or for those not frozen now."""
+    states = (state for p, state in optimizer.state.items() if p.requires_grad or not active_only)
+    tensors = (value for state in states for value in state.values() if isinstance(value, torch.Tensor))
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class _HeldoutLoss(TrainerCallback):
+    """Writes the held-out loss every `eval_steps` steps."""
+
+    def __init__(self, recorder: Recorder, examples: Sequence[Example], options: FinetuneOptions) -> None:
+        self.recorder, self.examples, self.options = recorder, examples, options
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+        if state.global_step % self.options.eval_steps or state.global_step >= state.max_steps:
+            return
+        loss = heldout_loss(
+            context["model"], self.examples, self.options.eval_batch_size, self.recorder.collator.pad_token_id
+        )
+        append_row(self.recorder.folder.metrics, {"step": state.global_step, "heldout_loss": loss})
+        self.recorder.skip_time()
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    heldout: Sequence[Example],
+    options: FinetuneOptions,
+    config: GrassConfig,
+    folder: RunFolder,
+    screen: Screen,
+    title: str = "training",
+) -> TrainingSummary:
+    """Train a model, from the folder's newest checkpoint if it has one, and save it as ``model/``.
+
+    Args:
+        model: changed in place.
+        tokenizer: saved with the model.
+        examples: to train on.
+        heldout: for the loss every ``eval_steps`` steps; may be empty.
+        options, config: settings; `config` is not used by full fine-tuning, but for its seed.
+        folder: of the run.
+        screen: shows progress.
+        title: of the progress bar.
+
+    Raises:
+        Stopped: the user asked to stop; a checkpoint of the last step has been saved.
+    """
+    steps = count_steps(options, len(examples))
+    collator = Collator(pad_token_id(tokenizer))
+    stop = StopRequest()
+    recorder = Recorder(folder, collator, screen, title, stop)
+    callbacks: list[TrainerCallback] = [recorder]
+    if options.eval_steps and heldout:
+        callbacks.append(_HeldoutLoss(recorder, heldout, options))
+    if options.activation_checkpointing:
+        _checkpoint_activations(model)
+    trainer = Trainer(
+        model=model,
+        args=_arguments(options, config, folder, steps),
+        data_collator=collator,
+        train_dataset=list(examples),  # type: ignore[arg-type]  # anything with a length and an index
+        callbacks=callbacks,
+        optimizer_cls_and_kwargs=optimizer_for(options, config),
+    )
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = folder.last_checkpoint()
+    folder.forget_after(int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+    try:
+        with stop.on_signals(screen.say):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        screen.stop()
+    if trainer.state.global_step < steps:
+        raise Stopped(f"stopped after step {trainer.state.global_step} of {steps}")
+    optimizer = recorder.optimizer
+    assert optimizer is not None  # training has begun
+    sampled = isinstance(optimizer, GrassAdamW)
+    summary = TrainingSummary(
+        steps=steps,
+        tokens_per_second=recorder.tokens_per_second,
+        optimizer_state_bytes=optimizer_state_bytes(optimizer),
+        optimizer_state_bytes_active=optimizer_state_bytes(optimizer, active_only=True),
+        draw_counts=optimizer.draw_counts if sampled else None,
+        nonfinite_norms=optimizer.nonfinite_norms if sampled else 0,
+    )
+    if sampled:
+        optimizer.release()
+    _save(model, tokenizer, folder)
+    folder.update(state="trained", training=asdict(summary))
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)  # the model stands for them now
+    return summary
+
+
+def _arguments(
+    options: FinetuneOptions, config: GrassConfig, folder: RunFolder, steps: int
+) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder.checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        learning_rate=options.lr,
+        lr_scheduler_type=options.scheduler,
+        warmup_steps=round(options.warmup * steps),
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        seed=config.seed,
+        logging_steps=options.log_steps,
+        logging_nan_inf_filter=False,  # a diverged loss shows as what it is, and looking for it would wait
+        save_strategy="steps" if options.save_steps else "no",
+        save_steps=options.save_steps or 1,
+        save_total_limit=1,
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    # Non-reentrant: the reentrant kind needs an input that requires grad, which frozen embeddings do not give.
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:  # transformers before 5.20 or so
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: RunFolder) -> None:
+    """Save the result in one move, so that a folder named ``model`` is always complete."""
+    temporary = folder.path / "model.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder.model, ignore_errors=True)
+    temporary.rename(folder.model)
