@@ -1,0 +1,94 @@
+"""The one door to Triton: what is installed, which device runs what, and how a kernel is launched.
+
+What runs where (:func:`runs_triton`):
+
+==================  ==============================================================================
+CUDA, ROCm          Triton, on the tensors' device and its current stream
+CPU, interpreting   Triton's interpreter (``TRITON_INTERPRET=1`` when this package is imported): the
+                    kernels, tables and launchers a GPU runs, for tests on any machine
+everything else     torch: its own fused AdamW on the CPU where that is the same function, otherwise
+                    the reference
+==================  ==============================================================================
+
+Without Triton the package still imports: kernels are then plain functions that nobody calls.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no wheel for this platform
+    triton = None
+    tl = SimpleNamespace(constexpr=lambda value: value)
+
+INSTALLED = triton is not None
+INTERPRETING = INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
+
+THREADS = 256
+"""Threads of every program. A block of 2048 then gives each thread 8 elements: one 128-bit access in
+16 bits, two in 32."""
+
+constexpr = tl.constexpr
+
+
+def jit(do_not_specialize: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """`triton.jit`, or nothing at all where Triton is not installed.
+
+    `do_not_specialize` names integers that change between calls: a kernel compiled for one value of
+    theirs (1, or a multiple of 16) would be compiled again for the next.
+    """
+    if not INSTALLED:
+        return lambda function: function
+    return lambda function: triton.jit(function, do_not_specialize=list(do_not_specialize))
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether tensors on `device` are updated by the Triton kernels (see the table above)."""
+    return INSTALLED and (device.type == "cuda" or (INTERPRETING and device.type == "cpu"))
+
+
+def tl_dtype(dtype: torch.dtype) -> Any:
+    """Triton's name of a torch dtype."""
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+
+
+@functools.lru_cache(maxsize=None)
+def _warp_size(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).warp_size)
+
+
+@contextlib.contextmanager
+def _interpreter_as_silent_as_a_gpu() -> Iterator[None]:
+    """inf - inf is no warning on a GPU; numpy, which the interpreter computes with, would raise one."""
+    import numpy as np
+
+    with np.errstate(all="ignore"):
+        yield
+
+
+def launch(kernel: Any, programs: int, device: torch.device, threads: int = THREADS, **arguments: Any) -> None:
+    """Run `programs` programs of `kernel` on `device`, on its current stream.
+
+    No multiplication and addition are fused (`enable_fp_fusion=False`): whether they would be differs
+    between Triton versions, and the interpreter does not. Without it a kernel, its reference and the
+    norms of two kernels would differ in the last bit.
+    """
+    if programs == 0:
+        return
+    if device.type == "cpu":
+        with _interpreter_as_silent_as_a_gpu():
+            kernel[(programs,)](**arguments)
+        return
+    # Triton launches on torch's current device, which need not be the tensors' own.
+    with torch.cuda.device(device):
+        kernel[(programs,)](
+            **arguments, num_warps=max(1, threads // _warp_size(device)), enable_fp_fusion=False
+        )

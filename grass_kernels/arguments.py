@@ -1,0 +1,209 @@
+"""What the public functions accept: every check runs before anything is launched or changed."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import KernelArgumentError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_supported(param_dtype: torch.dtype, grad_dtype: torch.dtype, state_dtype: torch.dtype) -> bool:
+    """Whether :func:`masked_adamw_` takes parameters, gradients and moments of these dtypes together.
+
+    Parameters are fp32, bf16 or fp16; gradients of the parameter's dtype or fp32; moments, likewise.
+    """
+    allowed = (param_dtype, torch.float32)
+    return param_dtype in DTYPES and grad_dtype in allowed and state_dtype in allowed
+
+
+def common_device(lists: Mapping[str, Sequence[Tensor]]) -> torch.device:
+    """The one device of all tensors; the CPU if there are none."""
+    device = None
+    for name, tensors in lists.items():
+        for position, t in enumerate(tensors):
+            if device is None:
+                device = t.device
+            elif t.device != device:
+                raise KernelArgumentError(
+                    f"{name}[{position}] is on {t.device}, tensors before it are on {device}: "
+                    f"one call takes tensors of one device; call once for each"
+                )
+    return device if device is not None else torch.device("cpu")
+
+
+def check_grads(grads: Sequence[Tensor]) -> None:
+    """Gradients must be dense (in torch's sense: not sparse) and of a supported dtype."""
+    for position, g in enumerate(grads):
+        if g.layout != torch.strided:
+            raise KernelArgumentError(
+                f"grads[{position}] is {_bare(g.layout)}: sparse gradients have no kernel; use "
+                f"sparse=False in the embedding, or torch.optim.SparseAdam for it"
+            )
+        if g.dtype not in DTYPES:
+            raise KernelArgumentError(
+                f"grads[{position}] is {_bare(g.dtype)}: float32, bfloat16 and float16 are supported"
+                + ("; pass torch.view_as_real(...) of complex tensors" if g.is_complex() else "")
+            )
+
+
+def layer_list(layer_index: Sequence[int] | Tensor | None, count: int, num_layers: int) -> list[int]:
+    """`layer_index` as a list of `count` ints in ``[0, num_layers)``; all 0 for None."""
+    layers = _host_list("layer_index", layer_index) if layer_index is not None else [0] * count
+    if len(layers) != count:
+        raise KernelArgumentError(
+            f"layer_index has {len(layers)} entries for {count} tensors: give one a tensor"
+        )
+    if layers and not (min(layers) >= 0 and max(layers) < num_layers):
+        position = next(i for i, layer in enumerate(layers) if not 0 <= layer < num_layers)
+        raise KernelArgumentError(
+            f"layer_index[{position}] is {layers[position]}, but there are {num_layers} layers: "
+            f"indices run from 0 to {num_layers - 1}"
+        )
+    return layers
+
+
+def _host_list(name: str, values: Sequence[int] | Tensor) -> list[int]:
+    if isinstance(values, Tensor):
+        if values.device.type != "cpu" or values.is_floating_point() or values.dim() != 1:
+            raise KernelArgumentError(
+                f"{name} is a {values.dim()}-dimensional {_bare(values.dtype)} tensor on {values.device}: "
+                f"it is read by the host; give a list or a 1-D integer tensor on the CPU"
+            )
+        return [int(v) for v in values.tolist()]
+    return [int(v) for v in values]
+
+
+def device_scalar(
+    name: str, value: Tensor | None, device: torch.device, dtype: torch.dtype | None = torch.float32
+) -> Tensor | None:
+    """A scalar that the kernels read on the device: one element of `dtype` (None: any real one)."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor) or value.numel() != 1 or value.device != device:
+        found = f"{tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)
+        raise KernelArgumentError(f"{name} is {found}: give a tensor of one element on {device}")
+    if value.is_complex() or (dtype is not None and value.dtype != dtype):
+        raise KernelArgumentError(f"{name} is {_bare(value.dtype)}: convert it to {_bare(dtype)}")
+    return value
+
+
+def check_adamw_lists(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor] | None,
+    steps: Sequence[Tensor],
+) -> torch.device:
+    """Lengths, layouts, dtypes, shapes and the device of the lists of one AdamW call."""
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    if max_exp_avg_sqs is not None:
+        lists["max_exp_avg_sqs"] = max_exp_avg_sqs
+    for name, tensors in {**lists, "steps": steps}.items():
+        if len(tensors) != len(params):
+            raise KernelArgumentError(
+                f"{name} has {len(tensors)} tensors for {len(params)} parameters: give one a parameter"
+            )
+    check_grads(grads)
+    device = common_device({"params": params, **lists, "steps": steps})
+    for position, param in enumerate(params):
+        for name, tensors in lists.items():
+            t = tensors[position]
+            if t.shape != param.shape:
+                raise KernelArgumentError(
+                    f"{name}[{position}] has shape {tuple(t.shape)}, its parameter {tuple(param.shape)}: "
+                    f"they must be equal"
+                )
+        dtypes = {name: tensors[position].dtype for name, tensors in lists.items()}
+        state_dtype = dtypes["exp_avg_sqs"]
+        if not is_supported(param.dtype, dtypes["grads"], state_dtype) or any(
+            dtypes[name] != state_dtype for name in dtypes if name != "grads"
+        ):
+            found = ", ".join(f"{name} {_bare(dtype)}" for name, dtype in dtypes.items())
+            raise KernelArgumentError(
+                f"dtypes at position {position} are params {_bare(param.dtype)}, {found}: parameters may be "
+                f"float32, bfloat16 or float16, gradients and moments of the same dtype or float32, and all "
+                f"moments alike (see is_supported); convert them"
+            )
+        if not all(stride or size <= 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
+            raise KernelArgumentError(
+                f"params[{position}] is expanded: its elements share memory; update the tensor it views"
+            )
+        step = steps[position]
+        if step.dtype != torch.float32 or step.dim() != 0:
+            raise KernelArgumentError(
+                f"steps[{position}] is {_bare(step.dtype)} of shape {tuple(step.shape)}: "
+                f"give a float32 tensor of shape ()"
+            )
+    return device
+
+
+def layer_count(
+    layer_index: Sequence[int] | Tensor | None, active: Sequence[bool] | Tensor | None, sq_norms: Tensor | None
+) -> int:
+    """Number of layers: the length of `sq_norms` or `active`, or else the highest index and one."""
+    if sq_norms is not None and active is not None and sq_norms.numel() != len(active):
+        raise KernelArgumentError(
+            f"active has {len(active)} entries, sq_norms {sq_norms.numel()}: both have one a layer"
+        )
+    if sq_norms is not None:
+        return sq_norms.numel()
+    if active is not None:
+        return len(active)
+    return max(_host_list("layer_index", layer_index), default=0) + 1 if layer_index is not None else 1
+
+
+def check_sq_norms(sq_norms: Tensor | None, device: torch.device) -> None:
+    """The output for norms: contiguous float32 on the tensors' device."""
+    if sq_norms is None:
+        return
+    if sq_norms.dtype != torch.float32 or sq_norms.dim() != 1 or sq_norms.device != device:
+        raise KernelArgumentError(
+            f"sq_norms is {_bare(sq_norms.dtype)} of shape {tuple(sq_norms.shape)} on {sq_norms.device}: "
+            f"give float32 [num_layers] on {device}"
+        )
+    if not sq_norms.is_contiguous():
+        raise KernelArgumentError("sq_norms has gaps between its elements: give a contiguous tensor")
+
+
+def split_mask(
+    active: Sequence[bool] | Tensor | None, device: torch.device
+) -> tuple[list[bool] | None, Tensor | None]:
+    """`active` as what the host knows and what only the device knows; at most one is not None."""
+    if not isinstance(active, Tensor):
+        return (None if active is None else [bool(a) for a in active]), None
+    if active.dtype != torch.bool or active.dim() != 1:
+        raise KernelArgumentError(
+            f"active is {_bare(active.dtype)} of shape {tuple(active.shape)}: give bool [num_layers]"
+        )
+    if active.device.type == "cpu":
+        return active.tolist(), None
+    if active.device != device:
+        raise KernelArgumentError(
+            f"active is on {active.device}, the tensors on {device}: give it there, or on the CPU"
+        )
+    return None, active.contiguous()
+
+
+def check_hyperparameters(
+    lr: float | Tensor, betas: tuple[float, float], device: torch.device
+) -> None:
+    """`betas` in ``[0, 1)``; `lr` a number, or one element on the tensors' device or the CPU."""
+    for i, beta in enumerate(betas):
+        if not 0 <= beta < 1:
+            raise KernelArgumentError(f"betas[{i}] is {beta}: give a number in [0, 1)")
+    if isinstance(lr, Tensor) and (
+        lr.numel() != 1 or lr.device not in (device, torch.device("cpu")) or not lr.is_floating_point()
+    ):
+        raise KernelArgumentError(
+            f"lr is {_bare(lr.dtype)} of shape {tuple(lr.shape)} on {lr.device}: give a number, or a "
+            f"floating-point tensor of one element on {device} or the CPU"
+        )
+
+
+def _bare(thing: object) -> str:
+    """`torch.float32` as `float32`."""
+    return str(thing).removeprefix("torch.")

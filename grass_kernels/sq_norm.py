@@ -1,0 +1,204 @@
+"""Squared norms of many tensors by layer: kernels and launcher.
+
+One pass reads every gradient once and leaves one partial sum a chunk; a second, small pass adds a
+layer's partial sums in their order. No atomics, and no sum whose order is the compiler's choice: every
+addition has a place (:func:`tree_sum`), so the result has the same bits on every run, with any layout
+Triton gives a block, in this kernel and in AdamW's, and in the plain-torch reference.
+"""
+
+# ruff: noqa: N803 - constexpr arguments are in capitals, as everywhere in Triton
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import arguments, layout, reference
+from ._triton import constexpr, jit, launch, runs_triton, tl, tl_dtype
+from .conversions import block_mask, block_pointers, load_fp32, pointer
+from .table import ALIGNED, BLOCK, CHUNK, FIRST_PARTIAL, GRAD, HEADER, NUMEL, ROW, Table, build_table
+
+LAYER_BLOCK = 4096
+"""Partial sums a program of the second pass holds at a time."""
+
+
+@jit()
+def tree_sum(x, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton types its own arguments
+    """Sum of `SIZE` (a power of two) values: neighbours first, then neighbouring pairs, and so on.
+
+    `tl.sum` over the whole block would add in an order that follows the block's layout, and the layout
+    follows the other loads of the kernel. A sum of two has no order.
+    """
+    for level in tl.static_range(1, 31):
+        if SIZE >> level > 0:
+            x = tl.sum(tl.reshape(x, [SIZE >> level, 2]), axis=1)
+    return tl.sum(x, axis=0)  # of one
+
+
+@jit()
+def find_chunk(chunk_ptr, table_ptr):  # type: ignore[no-untyped-def]  # Triton types its own arguments
+    """The chunk of a program: its tensor, its number in the tensor, and the tensor's row."""
+    word = tl.load(chunk_ptr)
+    tensor = word >> 32
+    return tensor, word & 0xFFFFFFFF, table_ptr + HEADER + tensor * ROW
+
+
+@jit()
+def chunk_range(row, chunk, CHUNK: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A chunk's first element, its end, and the end of its blocks that may use 128-bit accesses.
+
+    Only full blocks of tensors whose every address is a multiple of 16 bytes may.
+    """
+    start = chunk * CHUNK
+    stop = tl.minimum(start + CHUNK, tl.load(row + NUMEL))
+    aligned = tl.load(row + ALIGNED) != 0
+    return start, stop, tl.where(aligned, stop - (stop - start) % BLOCK, start)
+
+
+@jit()
+def load_scale(grad_scale_ptr):  # type: ignore[no-untyped-def]  # Triton types its own arguments
+    """The number gradients are divided by, or None."""
+    if grad_scale_ptr is None:
+        return None
+    else:
+        return tl.load(grad_scale_ptr)
+
+
+@jit()
+def load_grad(grad_ptr, start, mask, grad_scale, BLOCK: tl.constexpr, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A block of gradients, divided by `grad_scale` unless it is None."""
+    grad = load_fp32(block_pointers(grad_ptr, start, BLOCK, FULL), mask)
+    if grad_scale is not None:
+        grad = tl.div_rn(grad, grad_scale)
+    return grad
+
+
+@jit(do_not_specialize=("chunks_start",))
+def _layer_sq_norms_kernel(  # type: ignore[no-untyped-def]  # Triton types its own arguments
+    table_ptr,  # int64, see table.py
+    partials_ptr,  # out: float32 [chunks]
+    grad_scale_ptr,  # float32 [1] or None
+    chunks_start,  # first word of this launch's chunks
+    GRAD_DTYPE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a chunk."""
+    _, chunk, row = find_chunk(table_ptr + chunks_start + tl.program_id(0), table_ptr)
+    start, stop, full = chunk_range(row, chunk, CHUNK, BLOCK)
+    numel = tl.load(row + NUMEL)
+    grad_ptr = pointer(tl.load(row + GRAD), GRAD_DTYPE)
+    grad_scale = load_scale(grad_scale_ptr)
+    sums = tl.zeros((BLOCK,), dtype=tl.float32)
+    for block in range(start, full, BLOCK):
+        grad = load_grad(grad_ptr, block, None, grad_scale, BLOCK, True)
+        sums += grad * grad
+    for block in range(full, stop, BLOCK):
+        grad = load_grad(grad_ptr, block, block_mask(block, numel, BLOCK, False), grad_scale, BLOCK, False)
+        sums += grad * grad
+    tl.store(partials_ptr + tl.load(row + FIRST_PARTIAL) + chunk, tree_sum(sums, BLOCK))
+
+
+@jit(do_not_specialize=("layers_start",))
+def _sum_layers_kernel(  # type: ignore[no-untyped-def]  # Triton types its own arguments
+    table_ptr,  # int64, see table.py
+    partials_ptr,  # float32 [chunks]
+    sq_norms_ptr,  # out: float32 [num_layers]
+    layers_start,  # word of the table
+    BLOCK: tl.constexpr,
+):
+    layer = tl.program_id(0)
+    begin = tl.load(table_ptr + layers_start + layer)
+    end = tl.load(table_ptr + layers_start + layer + 1)
+    sums = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(begin, end, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        sums += tl.load(partials_ptr + index, mask=index < end, other=0.0)
+    tl.store(sq_norms_ptr + layer, tree_sum(sums, BLOCK))
+
+
+def launch_sum_layers(table: Table, partials: Tensor, sq_norms: Tensor) -> None:
+    """Second pass: add every layer's partial sums into `sq_norms`, 0 for a layer that has none."""
+    launch(
+        _sum_layers_kernel,
+        sq_norms.numel(),
+        sq_norms.device,
+        table_ptr=table.data,
+        partials_ptr=partials,
+        sq_norms_ptr=sq_norms,
+        layers_start=table.layers_start,
+        BLOCK=LAYER_BLOCK,
+    )
+
+
+def _layer_sq_norms_triton(
+    grads: Sequence[Tensor], layers: Sequence[int], num_layers: int, grad_scale: Tensor | None, device: torch.device
+) -> Tensor:
+    sq_norms = torch.empty(num_layers, dtype=torch.float32, device=device)
+    table = build_table(
+        grads=grads, keys=[g.dtype for g in grads], layers=layers, num_layers=num_layers, device=device
+    )
+    partials = torch.empty(table.num_partials, dtype=torch.float32, device=device)
+    for dtype, start, count in table.runs:
+        launch(
+            _layer_sq_norms_kernel,
+            count,
+            device,
+            table_ptr=table.data,
+            partials_ptr=partials,
+            grad_scale_ptr=grad_scale,
+            chunks_start=start,
+            GRAD_DTYPE=tl_dtype(dtype),
+            CHUNK=CHUNK,
+            BLOCK=BLOCK,
+        )
+    launch_sum_layers(table, partials, sq_norms)
+    return sq_norms
+
+
+@torch.no_grad()
+def layer_sq_norms(
+    grads: Sequence[Tensor],
+    layer_index: Sequence[int] | Tensor,
+    num_layers: int,
+    *,
+    grad_scale: Tensor | None = None,
+) -> Tensor:
+    """Squared Euclidean norm of the gradients of each layer.
+
+    ``out[l] = sum over i with layer_index[i] = l of ||grads[i] / grad_scale||^2``
+
+    Reads each gradient once and writes nothing but the result; does not synchronise with the host.
+    Deterministic: the same gradients give the same bits, on any run and beside :func:`masked_adamw_`,
+    which computes the same norms on its way. Infinities and NaN reach the result.
+
+    Args:
+        grads: Gradients, fp32, bf16 or fp16, mixed as they come, on one device. Dense tensors of any
+            strides are read in storage order; others through a contiguous copy.
+        layer_index: The layer of each gradient, integers in ``[0, num_layers)``.
+        num_layers: Number of layers. A layer without gradients has norm 0.
+        grad_scale: Gradients are divided by this first: one float32 on their device, as kept by
+            `torch.amp.GradScaler`. None is 1.
+
+    Returns:
+        float32 ``[num_layers]``, on the gradients' device; on the CPU for an empty list.
+
+    Raises:
+        KernelArgumentError: A list of the wrong length, an index out of range, gradients on several
+            devices, of another dtype, sparse or complex.
+
+    Source: the per-layer norms of GRASS's importance, before the square root.
+    """
+    device = arguments.common_device({"grads": grads})
+    arguments.check_grads(grads)
+    layers = arguments.layer_list(layer_index, len(grads), num_layers)
+    grad_scale = arguments.device_scalar("grad_scale", grad_scale, device)
+    grads = [g if layout.is_dense(g) else g.contiguous() for g in grads]
+    if runs_triton(device):
+        return _layer_sq_norms_triton(grads, layers, num_layers, grad_scale, device)
+    return reference.layer_sq_norms(grads, layers, num_layers, grad_scale=grad_scale)
+
+
+def layer_sq_norms_bytes(numel: int, grad_dtype: torch.dtype) -> int:
+    """Bytes :func:`layer_sq_norms` must move for `numel` gradient elements: each is read once."""
+    return numel * grad_dtype.itemsize
