@@ -60,21 +60,23 @@ def tl_dtype(dtype: torch.dtype) -> Any:
     return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _warp_size(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).warp_size)
 
 
 @contextlib.contextmanager
 def _interpreter_as_silent_as_a_gpu() -> Iterator[None]:
-    """inf - inf is no warning on a GPU; numpy, which the interpreter computes with, would raise one."""
+    """A GPU computes inf - inf without a word; numpy, which the interpreter computes with, would warn."""
     import numpy as np
 
     with np.errstate(all="ignore"):
         yield
 
 
-def launch(kernel: Any, programs: int, device: torch.device, threads: int = THREADS, **arguments: Any) -> None:
+def launch(
+    kernel: Any, programs: int, device: torch.device, threads: int = THREADS, **arguments: Any
+) -> None:
     """Run `programs` programs of `kernel` on `device`, on its current stream.
 
     No multiplication and addition are fused (`enable_fp_fusion=False`): whether they would be differs

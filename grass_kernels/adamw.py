@@ -1,404 +1,20 @@
-"""Masked AdamW over many tensors, with squared gradient norms by layer as a by-product.
+"""Masked AdamW over many tensors, with squared gradient norms by layer as a by-product."""
 
-A call is three small-to-large launches, whatever the number of tensors: a prologue advances the step
-counters and works out the coefficients in double; one main pass a combination of dtypes updates; and, if
-norms are wanted, a last one adds their partial sums. The host waits for none of them.
-"""
-
-# ruff: noqa: N803 - constexpr arguments are in capitals, as everywhere in Triton
-
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import arguments, layout, reference
-from ._triton import THREADS, constexpr, jit, launch, runs_triton, tl, tl_dtype
-from .conversions import block_mask, block_pointers, load_fp32, pointer, store_fp32
-from .sq_norm import chunk_range, find_chunk, launch_sum_layers, load_grad, load_scale, tree_sum
-from .table import (
-    BLOCK,
-    CHUNK,
-    EXP_AVG,
-    EXP_AVG_SQ,
-    FIRST_PARTIAL,
-    GRAD,
-    HEADER,
-    LAYER,
-    MAX_EXP_AVG_SQ,
-    NUMEL,
-    PARAM,
-    ROW,
-    STEP,
-    build_table,
-)
-
-NARROW_BLOCK = 2 * THREADS
-"""Elements a program holds at a time where it must mask."""
-
-# Words of the table's header, doubles. A kernel's float arguments would arrive as fp32.
-HYPERPARAMETERS = (
-    "lr",
-    "weight_decay",
-    "log_beta1",
-    "log_beta2",
-    "exp_avg_weight",
-    "beta2",
-    "one_minus_beta2",
-    "eps",
-    "sign",
-)
-LR = constexpr(HYPERPARAMETERS.index("lr"))
-WEIGHT_DECAY = constexpr(HYPERPARAMETERS.index("weight_decay"))
-LOG_BETA1 = constexpr(HYPERPARAMETERS.index("log_beta1"))
-LOG_BETA2 = constexpr(HYPERPARAMETERS.index("log_beta2"))
-EXP_AVG_WEIGHT = constexpr(HYPERPARAMETERS.index("exp_avg_weight"))
-BETA2 = constexpr(HYPERPARAMETERS.index("beta2"))
-ONE_MINUS_BETA2 = constexpr(HYPERPARAMETERS.index("one_minus_beta2"))
-EPS = constexpr(HYPERPARAMETERS.index("eps"))
-SIGN = constexpr(HYPERPARAMETERS.index("sign"))
-
-# What the prologue leaves for each parameter: one row of fp32, a 64-byte line.
-COEFFICIENTS = constexpr(16)
-C_MODE = constexpr(0)
-C_DECAY = constexpr(1)
-C_EXP_AVG_WEIGHT = constexpr(2)
-C_BETA2 = constexpr(3)
-C_ONE_MINUS_BETA2 = constexpr(4)
-C_STEP_SIZE = constexpr(5)
-C_BIAS_CORRECTION2_SQRT = constexpr(6)
-C_EPS = constexpr(7)
-C_GRAD_FACTOR = constexpr(8)
-
-# What is to be done with a parameter.
-SKIP = constexpr(0.0)  # its layer is not active
-NORM_ONLY = constexpr(1.0)  # a gradient somewhere is not finite: the call changes nothing
-UPDATE = constexpr(2.0)
+from ._triton import runs_triton
+from .adamw_kernel import Options, TensorLists, launch_masked_adamw
 
 
-@jit()
-def _hyperparameter(table_ptr, INDEX: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A double of the table's header."""
-    return tl.load(table_ptr + INDEX).to(tl.float64, bitcast=True)
+def _masked_adamw_torch(lists: TensorLists, options: Options) -> None:
+    """The same without Triton: torch's fused AdamW on the CPU, the reference elsewhere.
 
-
-@jit()
-def _prologue_kernel(  # type: ignore[no-untyped-def]  # Triton types its own arguments
-    table_ptr,  # int64, see table.py
-    coefficients_ptr,  # out: float32 [tensors, COEFFICIENTS]
-    active_ptr,  # bool [num_layers] or None
-    found_inf_ptr,  # any type [1] or None
-    clip_coef_ptr,  # float32 [1] or None
-    lr_ptr,  # floating point [1] or None: then lr is in the header
-):
-    """One program a parameter: advance its counter, decide, and compute its coefficients in double.
-
-    Runs with one warp. With more, one could read the counter after another has advanced it; for the same
-    reason no program of the main pass, where many share a parameter, touches a counter.
-    """
-    tensor = tl.program_id(0).to(tl.int64)
-    row = table_ptr + HEADER + tensor * ROW
-    mode = tl.full((), UPDATE, tl.float32)
-    if found_inf_ptr is not None:
-        mode = tl.where(tl.load(found_inf_ptr) != 0, NORM_ONLY, mode)
-    if active_ptr is not None:
-        mode = tl.where(tl.load(active_ptr + tl.load(row + LAYER)) != 0, mode, SKIP)
-
-    step_ptr = tl.load(row + STEP).to(tl.pointer_type(tl.float32))
-    step = tl.load(step_ptr) + 1.0
-    tl.store(step_ptr, step, mask=mode == UPDATE)
-
-    if lr_ptr is not None:
-        lr = tl.load(lr_ptr).to(tl.float64)
-    else:
-        lr = _hyperparameter(table_ptr, LR)
-    steps = step.to(tl.float64)
-    # beta^steps: with the logarithm in double, the error of the power is some 1e-16 of 1.
-    bias_correction1 = 1.0 - tl.exp(steps * _hyperparameter(table_ptr, LOG_BETA1))
-    bias_correction2 = 1.0 - tl.exp(steps * _hyperparameter(table_ptr, LOG_BETA2))
-    # x * 1 and x * -1 are exact: neither the absent clipping nor the direction needs a kernel of its own.
-    grad_factor = _hyperparameter(table_ptr, SIGN).to(tl.float32)
-    if clip_coef_ptr is not None:
-        grad_factor = grad_factor * tl.load(clip_coef_ptr)
-
-    out = coefficients_ptr + tensor * COEFFICIENTS
-    tl.store(out + C_MODE, mode)
-    tl.store(out + C_DECAY, (1.0 - lr * _hyperparameter(table_ptr, WEIGHT_DECAY)).to(tl.float32))
-    tl.store(out + C_EXP_AVG_WEIGHT, _hyperparameter(table_ptr, EXP_AVG_WEIGHT).to(tl.float32))
-    tl.store(out + C_BETA2, _hyperparameter(table_ptr, BETA2).to(tl.float32))
-    tl.store(out + C_ONE_MINUS_BETA2, _hyperparameter(table_ptr, ONE_MINUS_BETA2).to(tl.float32))
-    tl.store(out + C_STEP_SIZE, (lr / bias_correction1).to(tl.float32))
-    tl.store(out + C_BIAS_CORRECTION2_SQRT, tl.sqrt(bias_correction2).to(tl.float32))
-    tl.store(out + C_EPS, _hyperparameter(table_ptr, EPS).to(tl.float32))
-    tl.store(out + C_GRAD_FACTOR, grad_factor)
-
-
-@jit()
-def _adamw_block(  # type: ignore[no-untyped-def]  # Triton types its own arguments
-    param_ptr,
-    grad_ptr,
-    exp_avg_ptr,
-    exp_avg_sq_ptr,
-    max_exp_avg_sq_ptr,
-    start,  # first element
-    numel,
-    sums,  # fp32 [BLOCK], squares of gradients so far; None if not asked for
-    grad_scale,  # None is no scale
-    grad_factor,
-    decay,
-    exp_avg_weight,
-    beta2,
-    one_minus_beta2,
-    step_size,
-    bias_correction2_sqrt,
-    eps,
-    AMSGRAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FULL: tl.constexpr,  # a full block at 16-byte aligned addresses
-):
-    """Update one block. Returns `sums` with the squares of its gradients, as unscaled and not yet clipped."""
-    mask = block_mask(start, numel, BLOCK, FULL)
-    param_block = block_pointers(param_ptr, start, BLOCK, FULL)
-    exp_avg_block = block_pointers(exp_avg_ptr, start, BLOCK, FULL)
-    exp_avg_sq_block = block_pointers(exp_avg_sq_ptr, start, BLOCK, FULL)
-
-    grad = load_grad(grad_ptr, start, mask, grad_scale, BLOCK, FULL)
-    param = load_fp32(param_block, mask)
-    exp_avg = load_fp32(exp_avg_block, mask)
-    exp_avg_sq = load_fp32(exp_avg_sq_block, mask)
-
-    if sums is not None:
-        sums += grad * grad
-    grad = grad * grad_factor
-    param = param * decay
-    nearer = tl.where(exp_avg_weight <= 0, grad, exp_avg)  # see reference.exp_avg_weight
-    exp_avg = nearer + exp_avg_weight * (grad - exp_avg)
-    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
-    store_fp32(exp_avg_block, exp_avg, mask)
-    store_fp32(exp_avg_sq_block, exp_avg_sq, mask)
-    if AMSGRAD:
-        max_exp_avg_sq_block = block_pointers(max_exp_avg_sq_ptr, start, BLOCK, FULL)
-        max_exp_avg_sq = load_fp32(max_exp_avg_sq_block, mask)
-        # NaN on either side wins, as in torch.maximum.
-        replace = (exp_avg_sq > max_exp_avg_sq) | (exp_avg_sq != exp_avg_sq)
-        exp_avg_sq = tl.where(replace, exp_avg_sq, max_exp_avg_sq)
-        store_fp32(max_exp_avg_sq_block, exp_avg_sq, mask)
-    denominator = tl.div_rn(tl.sqrt_rn(exp_avg_sq), bias_correction2_sqrt) + eps
-    param = param - tl.div_rn(step_size * exp_avg, denominator)
-    store_fp32(param_block, param, mask)
-    return sums
-
-
-@jit(do_not_specialize=("chunks_start",))
-def _masked_adamw_kernel(  # type: ignore[no-untyped-def]  # Triton types its own arguments
-    table_ptr,  # int64, see table.py
-    coefficients_ptr,  # float32 [tensors, COEFFICIENTS], from the prologue
-    partials_ptr,  # out: float32 [chunks], or None
-    grad_scale_ptr,  # float32 [1] or None
-    chunks_start,  # first word of this launch's chunks
-    PARAM_DTYPE: tl.constexpr,
-    GRAD_DTYPE: tl.constexpr,
-    STATE_DTYPE: tl.constexpr,
-    AMSGRAD: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NARROW_BLOCK: tl.constexpr,
-):
-    """One program a chunk: its full aligned blocks first, then what is left of it under masks."""
-    tensor, chunk, row = find_chunk(table_ptr + chunks_start + tl.program_id(0), table_ptr)
-    start, stop, full = chunk_range(row, chunk, CHUNK, BLOCK)
-    numel = tl.load(row + NUMEL)
-    param_ptr = pointer(tl.load(row + PARAM), PARAM_DTYPE)
-    grad_ptr = pointer(tl.load(row + GRAD), GRAD_DTYPE)
-    exp_avg_ptr = pointer(tl.load(row + EXP_AVG), STATE_DTYPE)
-    exp_avg_sq_ptr = pointer(tl.load(row + EXP_AVG_SQ), STATE_DTYPE)
-    max_exp_avg_sq_ptr = pointer(tl.load(row + MAX_EXP_AVG_SQ), STATE_DTYPE)
-
-    c_ptr = coefficients_ptr + tensor * COEFFICIENTS
-    mode = tl.load(c_ptr + C_MODE)
-    grad_factor = tl.load(c_ptr + C_GRAD_FACTOR)
-    decay = tl.load(c_ptr + C_DECAY)
-    exp_avg_weight = tl.load(c_ptr + C_EXP_AVG_WEIGHT)
-    beta2 = tl.load(c_ptr + C_BETA2)
-    one_minus_beta2 = tl.load(c_ptr + C_ONE_MINUS_BETA2)
-    step_size = tl.load(c_ptr + C_STEP_SIZE)
-    bias_correction2_sqrt = tl.load(c_ptr + C_BIAS_CORRECTION2_SQRT)
-    eps = tl.load(c_ptr + C_EPS)
-    grad_scale = load_scale(grad_scale_ptr)
-
-    sums = tl.zeros((BLOCK,), dtype=tl.float32)
-    squared = tl.where(mode == SKIP, stop, start)  # gradients before this one are in `sums`, or not asked for
-    if mode == UPDATE:
-        for block in range(start, full, BLOCK):
-            sums = _adamw_block(
-                param_ptr,
-                grad_ptr,
-                exp_avg_ptr,
-                exp_avg_sq_ptr,
-                max_exp_avg_sq_ptr,
-                block,
-                numel,
-                sums,
-                grad_scale,
-                grad_factor,
-                decay,
-                exp_avg_weight,
-                beta2,
-                one_minus_beta2,
-                step_size,
-                bias_correction2_sqrt,
-                eps,
-                AMSGRAD,
-                BLOCK,
-                True,
-            )
-        # Narrow blocks: masks and single elements on full ones would triple the kernel's registers.
-        for block in range(full, stop, NARROW_BLOCK):
-            _adamw_block(
-                param_ptr,
-                grad_ptr,
-                exp_avg_ptr,
-                exp_avg_sq_ptr,
-                max_exp_avg_sq_ptr,
-                block,
-                numel,
-                None,
-                grad_scale,
-                grad_factor,
-                decay,
-                exp_avg_weight,
-                beta2,
-                one_minus_beta2,
-                step_size,
-                bias_correction2_sqrt,
-                eps,
-                AMSGRAD,
-                NARROW_BLOCK,
-                False,
-            )
-        squared = full
-    if partials_ptr is not None:
-        # Their squares in full blocks again, since sums have the same bits whatever the alignment. Read
-        # a second time, these gradients come from the cache.
-        for block in range(squared, stop, BLOCK):
-            grad = load_grad(grad_ptr, block, block_mask(block, numel, BLOCK, False), grad_scale, BLOCK, False)
-            sums += grad * grad
-        tl.store(partials_ptr + tl.load(row + FIRST_PARTIAL) + chunk, tree_sum(sums, BLOCK))
-
-
-class _Lists(NamedTuple):
-    """Lists of dense tensors of equal strides, one entry an active parameter."""
-
-    params: Sequence[Tensor]
-    grads: Sequence[Tensor]
-    exp_avgs: Sequence[Tensor]
-    exp_avg_sqs: Sequence[Tensor]
-    max_exp_avg_sqs: Sequence[Tensor]  # empty without amsgrad
-    steps: Sequence[Tensor]
-    layers: Sequence[int]
-
-    def keys(self) -> list[tuple[torch.dtype, torch.dtype, torch.dtype]]:
-        """The dtypes of parameter, gradient and moments: what decides a kernel."""
-        columns = zip(self.params, self.grads, self.exp_avgs, strict=True)
-        return [(p.dtype, g.dtype, m.dtype) for p, g, m in columns]
-
-
-class _Options(NamedTuple):
-    """The other arguments of a call."""
-
-    num_layers: int
-    sq_norms: Tensor | None
-    lr: float | Tensor  # a tensor is read on the device
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    maximize: bool
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
-    clip_coef: Tensor | None
-
-
-def _masked_adamw_triton(
-    lists: _Lists, options: _Options, device: torch.device, device_active: Tensor | None = None
-) -> None:
-    """Queue prologue, main passes and norms. `device_active`: bool [num_layers], read by the prologue."""
-    beta1, beta2 = options.betas
-    lr_on_device = isinstance(options.lr, Tensor)
-    hyperparameters = {
-        "lr": 0.0 if lr_on_device else float(options.lr),
-        "weight_decay": options.weight_decay,
-        "log_beta1": math.log(beta1) if beta1 else -math.inf,
-        "log_beta2": math.log(beta2) if beta2 else -math.inf,
-        "exp_avg_weight": reference.exp_avg_weight(beta1),
-        "beta2": beta2,
-        "one_minus_beta2": 1 - beta2,
-        "eps": options.eps,
-        "sign": -1.0 if options.maximize else 1.0,
-    }
-    table = build_table(
-        params=lists.params,
-        grads=lists.grads,
-        exp_avgs=lists.exp_avgs,
-        exp_avg_sqs=lists.exp_avg_sqs,
-        max_exp_avg_sqs=lists.max_exp_avg_sqs,
-        steps=lists.steps,
-        keys=lists.keys(),
-        layers=lists.layers,
-        num_layers=options.num_layers,
-        header=[hyperparameters[name] for name in HYPERPARAMETERS],
-        device=device,
-    )
-    coefficients = torch.empty(table.num_tensors * COEFFICIENTS.value, dtype=torch.float32, device=device)
-    partials = None
-    if options.sq_norms is not None:
-        partials = torch.empty(table.num_partials, dtype=torch.float32, device=device)
-    launch(
-        _prologue_kernel,
-        table.num_tensors,
-        device,
-        threads=1,
-        table_ptr=table.data,
-        coefficients_ptr=coefficients,
-        active_ptr=device_active,
-        found_inf_ptr=options.found_inf,
-        clip_coef_ptr=options.clip_coef,
-        lr_ptr=options.lr if lr_on_device else None,
-    )
-    for (param_dtype, grad_dtype, state_dtype), start, count in table.runs:
-        launch(
-            _masked_adamw_kernel,
-            count,
-            device,
-            table_ptr=table.data,
-            coefficients_ptr=coefficients,
-            partials_ptr=partials,
-            grad_scale_ptr=options.grad_scale,
-            chunks_start=start,
-            PARAM_DTYPE=tl_dtype(param_dtype),
-            GRAD_DTYPE=tl_dtype(grad_dtype),
-            STATE_DTYPE=tl_dtype(state_dtype),
-            AMSGRAD=bool(lists.max_exp_avg_sqs),
-            CHUNK=CHUNK,
-            BLOCK=BLOCK,
-            NARROW_BLOCK=NARROW_BLOCK,
-        )
-    if options.sq_norms is not None and partials is not None:
-        launch_sum_layers(table, partials, options.sq_norms)
-    # Autograd sees no write through an address. Without this, backward through a tensor saved before the
-    # call would silently use what stands there after it.
-    mutated = [*lists.params, *lists.exp_avgs, *lists.exp_avg_sqs, *lists.max_exp_avg_sqs, *lists.steps]
-    if options.sq_norms is not None:
-        mutated.append(options.sq_norms)
-    torch.autograd.graph.increment_version(mutated)
-
-
-def _masked_adamw_torch(lists: _Lists, options: _Options) -> None:
-    """The same without Triton, on any device: in pieces, so that fp32 copies stay small.
-
-    Tensors of one dtype whose gradients are taken as they are go to torch's fused AdamW, which then is the
-    same function of the same arguments.
+    torch's wants one dtype and gradients as they are. What is neither goes through it in pieces, by way of
+    fp32 copies that fit a cache.
     """
     if options.sq_norms is not None:
         norms = reference.layer_sq_norms(
@@ -408,34 +24,65 @@ def _masked_adamw_torch(lists: _Lists, options: _Options) -> None:
     if not lists.params or (options.found_inf is not None and bool(options.found_inf != 0)):
         return
     torch._foreach_add_(list(lists.steps), 1)
-    lr, (beta1, beta2) = float(options.lr), options.betas
     as_they_are = options.grad_scale is None and options.clip_coef is None
-    fused: dict[torch.dtype, list[int]] = {}
+    whole: dict[torch.dtype, list[list[Tensor]]] = {}  # param, grad, moments, step of each tensor
     for i, dtypes in enumerate(lists.keys()):
-        if as_they_are and lists.params[i].device.type == "cpu" and len(set(dtypes)) == 1:
-            fused.setdefault(dtypes[0], []).append(i)
-            continue
-        c = reference.coefficients(
-            lists.steps[i].item(), lr=lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
-        )
-        factor = (1.0 if options.clip_coef is None else options.clip_coef) * (-1.0 if options.maximize else 1.0)
         columns = [lists.params[i], lists.grads[i], lists.exp_avgs[i], lists.exp_avg_sqs[i]]
-        columns += lists.max_exp_avg_sqs[i : i + 1]
-        for p, g, m, v, *v_max in zip(*(layout.flat(t).split(CHUNK) for t in columns), strict=True):
-            reference.adamw_(p, g, m, v, v_max[0] if v_max else None, c, options.grad_scale, factor)
-    for indices in fused.values():
-        flat = [[layout.flat(column[i]) for i in indices if column] for column in lists[:5]]
-        torch._fused_adamw_(
-            *flat,
-            [lists.steps[i] for i in indices],
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=options.weight_decay,
-            eps=options.eps,
-            amsgrad=bool(lists.max_exp_avg_sqs),
-            maximize=options.maximize,
-        )
+        flat = [layout.flat(t) for t in [*columns, *lists.max_exp_avg_sqs[i : i + 1]]]
+        if flat[0].device.type != "cpu":
+            _update_pieces_by_reference(flat, lists.steps[i], options)
+        elif as_they_are and len(set(dtypes)) == 1:
+            whole.setdefault(dtypes[0], []).append([*flat, lists.steps[i]])
+        else:
+            _update_pieces_in_fp32(flat, lists.steps[i], options)
+    for tensors in whole.values():
+        _fused_adamw(tensors, options)
+
+
+def _fused_adamw(tensors: Sequence[Sequence[Tensor]], options: Options) -> None:
+    """Run torch's fused AdamW on rows of param, grad, exp_avg, exp_avg_sq, perhaps max_exp_avg_sq, and step."""
+    params, grads, exp_avgs, exp_avg_sqs, *max_exp_avg_sqs, steps = map(list, zip(*tensors, strict=True))
+    torch._fused_adamw_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs[0] if max_exp_avg_sqs else [],
+        steps,
+        lr=float(options.lr),
+        beta1=options.betas[0],
+        beta2=options.betas[1],
+        weight_decay=options.weight_decay,
+        eps=options.eps,
+        amsgrad=bool(max_exp_avg_sqs),
+        maximize=options.maximize,
+    )
+
+
+def _update_pieces_in_fp32(flat: Sequence[Tensor], step: Tensor, options: Options) -> None:
+    for pieces in zip(*(t.split(reference.PIECE) for t in flat), strict=True):
+        wide = [piece.float() for piece in pieces]
+        if options.grad_scale is not None:
+            wide[1] = wide[1] / options.grad_scale
+        if options.clip_coef is not None:
+            wide[1] = wide[1] * options.clip_coef
+        _fused_adamw([[*wide, step]], options)
+        for position, (piece, updated) in enumerate(zip(pieces, wide, strict=True)):
+            if position != 1 and updated is not piece:
+                piece.copy_(updated)
+
+
+def _update_pieces_by_reference(flat: Sequence[Tensor], step: Tensor, options: Options) -> None:
+    c = reference.coefficients(
+        step.item(),
+        lr=float(options.lr),
+        betas=options.betas,
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+    )
+    factor = (1.0 if options.clip_coef is None else options.clip_coef) * (-1.0 if options.maximize else 1.0)
+    for p, g, m, v, *v_max in zip(*(t.split(reference.PIECE) for t in flat), strict=True):
+        reference.adamw_(p, g, m, v, v_max[0] if v_max else None, c, options.grad_scale, factor)
 
 
 @torch.no_grad()
@@ -515,7 +162,7 @@ def masked_adamw_(
     arguments.check_hyperparameters(lr, betas, device)
     arguments.check_sq_norms(sq_norms, device)
     host_active, device_active = arguments.split_mask(active, device)
-    options = _Options(
+    options = Options(
         num_layers=num_layers,
         sq_norms=sq_norms,
         lr=lr if isinstance(lr, Tensor) and lr.device == device and device.type != "cpu" else float(lr),
@@ -537,7 +184,7 @@ def masked_adamw_(
         columns = [[column[i] for i in kept] if column else [] for column in columns]
         layers = [layers[i] for i in kept]
     of = layout.Layout(columns[0])
-    lists = _Lists(
+    lists = TensorLists(
         of.params,
         of.read(columns[1]),
         of.update(columns[2]),
@@ -547,7 +194,7 @@ def masked_adamw_(
         layers,
     )
     if with_triton:
-        _masked_adamw_triton(lists, options, device, device_active)
+        launch_masked_adamw(lists, options, device, device_active)
     else:
         _masked_adamw_torch(lists, options)
     of.write_back()

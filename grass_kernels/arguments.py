@@ -8,6 +8,7 @@ from torch import Tensor
 from .errors import KernelArgumentError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LR_DTYPES = (torch.float32, torch.float64)
 
 
 def is_supported(param_dtype: torch.dtype, grad_dtype: torch.dtype, state_dtype: torch.dtype) -> bool:
@@ -21,17 +22,19 @@ def is_supported(param_dtype: torch.dtype, grad_dtype: torch.dtype, state_dtype:
 
 def common_device(lists: Mapping[str, Sequence[Tensor]]) -> torch.device:
     """The one device of all tensors; the CPU if there are none."""
-    device = None
+    devices = {t.device for tensors in lists.values() for t in tensors}
+    if len(devices) <= 1:
+        return devices.pop() if devices else torch.device("cpu")
+    first: torch.device | None = None
     for name, tensors in lists.items():
         for position, t in enumerate(tensors):
-            if device is None:
-                device = t.device
-            elif t.device != device:
+            first = first or t.device
+            if t.device != first:
                 raise KernelArgumentError(
-                    f"{name}[{position}] is on {t.device}, tensors before it are on {device}: "
-                    f"one call takes tensors of one device; call once for each"
+                    f"{name}[{position}] is on {t.device}, tensors before it are on {first}: one call takes "
+                    f"tensors of one device; call once for each"
                 )
-    return device if device is not None else torch.device("cpu")
+    raise AssertionError("more than one device, and none that differs")
 
 
 def check_grads(grads: Sequence[Tensor]) -> None:
@@ -109,30 +112,33 @@ def check_adamw_lists(
             )
     check_grads(grads)
     device = common_device({"params": params, **lists, "steps": steps})
-    for position, param in enumerate(params):
-        for name, tensors in lists.items():
-            t = tensors[position]
-            if t.shape != param.shape:
-                raise KernelArgumentError(
-                    f"{name}[{position}] has shape {tuple(t.shape)}, its parameter {tuple(param.shape)}: "
-                    f"they must be equal"
-                )
-        dtypes = {name: tensors[position].dtype for name, tensors in lists.items()}
-        state_dtype = dtypes["exp_avg_sqs"]
-        if not is_supported(param.dtype, dtypes["grads"], state_dtype) or any(
-            dtypes[name] != state_dtype for name in dtypes if name != "grads"
-        ):
-            found = ", ".join(f"{name} {_bare(dtype)}" for name, dtype in dtypes.items())
+    # Whole columns are compared first: there may be thousands of tensors, and hardly ever an error.
+    shapes = [p.shape for p in params]
+    for name, tensors in lists.items():
+        if [t.shape for t in tensors] != shapes:
+            position = next(i for i, t in enumerate(tensors) if t.shape != shapes[i])
             raise KernelArgumentError(
-                f"dtypes at position {position} are params {_bare(param.dtype)}, {found}: parameters may be "
-                f"float32, bfloat16 or float16, gradients and moments of the same dtype or float32, and all "
-                f"moments alike (see is_supported); convert them"
+                f"{name}[{position}] has shape {tuple(tensors[position].shape)}, its parameter "
+                f"{tuple(shapes[position])}: they must be equal"
             )
-        if not all(stride or size <= 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
+    dtypes = list(zip(*([t.dtype for t in tensors] for tensors in (params, *lists.values())), strict=True))
+    refused = {found for found in set(dtypes) if not is_supported(*found[:3]) or len(set(found[2:])) > 1}
+    if refused:
+        position = next(i for i, found in enumerate(dtypes) if found in refused)
+        columns = zip(("params", *lists), dtypes[position], strict=True)
+        raise KernelArgumentError(
+            f"dtypes at position {position} are {', '.join(f'{name} {_bare(t)}' for name, t in columns)}: "
+            f"parameters may be float32, bfloat16 or float16, gradients and moments of the same dtype or "
+            f"float32, and all moments alike (see is_supported); convert them"
+        )
+    for position, param in enumerate(params):
+        if 0 in param.stride() and any(
+            stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)
+        ):
             raise KernelArgumentError(
                 f"params[{position}] is expanded: its elements share memory; update the tensor it views"
             )
-        step = steps[position]
+    for position, step in enumerate(steps):
         if step.dtype != torch.float32 or step.dim() != 0:
             raise KernelArgumentError(
                 f"steps[{position}] is {_bare(step.dtype)} of shape {tuple(step.shape)}: "
@@ -142,7 +148,9 @@ def check_adamw_lists(
 
 
 def layer_count(
-    layer_index: Sequence[int] | Tensor | None, active: Sequence[bool] | Tensor | None, sq_norms: Tensor | None
+    layer_index: Sequence[int] | Tensor | None,
+    active: Sequence[bool] | Tensor | None,
+    sq_norms: Tensor | None,
 ) -> int:
     """Number of layers: the length of `sq_norms` or `active`, or else the highest index and one."""
     if sq_norms is not None and active is not None and sq_norms.numel() != len(active):
@@ -188,19 +196,17 @@ def split_mask(
     return None, active.contiguous()
 
 
-def check_hyperparameters(
-    lr: float | Tensor, betas: tuple[float, float], device: torch.device
-) -> None:
+def check_hyperparameters(lr: float | Tensor, betas: tuple[float, float], device: torch.device) -> None:
     """`betas` in ``[0, 1)``; `lr` a number, or one element on the tensors' device or the CPU."""
     for i, beta in enumerate(betas):
         if not 0 <= beta < 1:
             raise KernelArgumentError(f"betas[{i}] is {beta}: give a number in [0, 1)")
     if isinstance(lr, Tensor) and (
-        lr.numel() != 1 or lr.device not in (device, torch.device("cpu")) or not lr.is_floating_point()
+        lr.numel() != 1 or lr.device not in (device, torch.device("cpu")) or lr.dtype not in _LR_DTYPES
     ):
         raise KernelArgumentError(
             f"lr is {_bare(lr.dtype)} of shape {tuple(lr.shape)} on {lr.device}: give a number, or a "
-            f"floating-point tensor of one element on {device} or the CPU"
+            f"float32 or float64 tensor of one element on {device} or the CPU"
         )
 
 

@@ -6,7 +6,7 @@ the interpreter tests. With integers the interpreter, a GPU and torch agree on e
 needs no such care: the interpreter converts it as IEEE 754 says.
 """
 
-# ruff: noqa: N803 - constexpr arguments are in capitals, as everywhere in Triton
+# ruff: noqa: N803, SIM300 - constexpr arguments are in capitals, as everywhere in Triton
 
 from ._triton import constexpr, jit, tl
 
@@ -17,21 +17,14 @@ ALIGNMENT = constexpr(16)
 @jit()
 def pointer(address, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton types its own arguments
     """The pointer an int64 of a table stands for; bf16 as its 16 bits."""
-    if DTYPE == tl.bfloat16:
-        typed = address.to(tl.pointer_type(tl.uint16))
-    else:
-        typed = address.to(tl.pointer_type(DTYPE))
-    return typed
+    return address.to(tl.pointer_type(tl.uint16 if DTYPE == tl.bfloat16 else DTYPE))
 
 
 @jit()
 def to_fp32(x):  # type: ignore[no-untyped-def]  # Triton types its own arguments
     """A loaded block in fp32, exactly."""
-    if x.dtype == tl.uint16:
-        wide = (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        wide = x.to(tl.float32)
-    return wide
+    bits = x.to(tl.uint32) << 16 if x.dtype == tl.uint16 else x
+    return bits.to(tl.float32, bitcast=True) if x.dtype == tl.uint16 else x.to(tl.float32)
 
 
 @jit()
@@ -64,22 +57,15 @@ def block_pointers(ptr, start, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # t
 @jit()
 def block_mask(start, numel, BLOCK: tl.constexpr, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
     """Which of `BLOCK` elements from `start` on exist; None if all do."""
-    if FULL:
-        return None
-    else:
-        # What is left, as int32: masks in int64 would double their registers.
-        left = tl.minimum(numel - start, BLOCK).to(tl.int32)
-        return tl.arange(0, BLOCK) < left
+    # What is left, as int32: a mask computed in int64 would double its registers.
+    left = tl.minimum(numel - start, BLOCK).to(tl.int32)
+    return None if FULL else tl.arange(0, BLOCK) < left
 
 
 @jit()
 def load_fp32(pointers, mask):  # type: ignore[no-untyped-def]  # Triton types its own arguments
     """Load a block, in fp32. `mask` None is a full block; masked-off elements are zero."""
-    if mask is None:
-        x = tl.load(pointers)
-    else:
-        x = tl.load(pointers, mask=mask, other=0)
-    return to_fp32(x)
+    return to_fp32(tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0))
 
 
 @jit()

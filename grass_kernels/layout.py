@@ -16,7 +16,9 @@ def is_dense(t: Tensor) -> bool:
     if t.is_contiguous():
         return True
     expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size != 1):
+    for stride, size in sorted(
+        (stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size != 1
+    ):
         if stride != expected:
             return False
         expected *= size

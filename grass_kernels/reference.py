@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from . import arguments, layout
-from .table import BLOCK, CHUNK
+from .table import BLOCK, CHUNK, LAYER_BLOCK
 
-_CHUNKS_AT_ONCE = 16
-"""1 MiB of fp32: no full-size copy of a bf16 gradient is ever made."""
+PIECE = 8 * CHUNK
+"""Elements worked on at a time: half a MiB of fp32. No full-size copy of a bf16 gradient is ever made."""
 
 
 def tree_sum(x: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def chunk_sq_norms(grad: Tensor, grad_scale: Tensor | None = None) -> Tensor:
     """Sums of squares of the chunks of one gradient in storage order: float32 ``[chunks]``."""
     grad = layout.flat(grad if layout.is_dense(grad) else grad.contiguous())
     sums = [torch.empty(0, dtype=torch.float32, device=grad.device)]
-    for piece in grad.split(_CHUNKS_AT_ONCE * CHUNK):
+    for piece in grad.split(PIECE):
         x = piece.float()
         if grad_scale is not None:
             x = x / grad_scale
@@ -58,14 +58,14 @@ def layer_sq_norms(
     grad_scale: Tensor | None = None,
 ) -> Tensor:
     """Squared norms by layer: see :func:`grass_kernels.layer_sq_norms`."""
-    from .sq_norm import LAYER_BLOCK
-
     layers = arguments.layer_list(layer_index, len(grads), num_layers)
-    partials = [chunk_sq_norms(g, grad_scale) for g in grads]
+    partials: dict[int, list[Tensor]] = {}
+    for grad, layer in zip(grads, layers, strict=True):
+        partials.setdefault(layer, []).append(chunk_sq_norms(grad, grad_scale))
     device = grads[0].device if grads else torch.device("cpu")
     sq_norms = torch.zeros(num_layers, dtype=torch.float32, device=device)
-    for layer in sorted(set(layers)):
-        of_layer = torch.cat([s for s, index in zip(partials, layers, strict=True) if index == layer])
+    for layer, sums in partials.items():
+        of_layer = torch.cat(sums)
         if of_layer.numel():
             sq_norms[layer] = tree_sum(_add_rows(of_layer, LAYER_BLOCK))
     return sq_norms
@@ -133,8 +133,13 @@ def adamw_(
     if max_exp_avg_sq is not None:
         v = torch.maximum(max_exp_avg_sq.float(), v)
         max_exp_avg_sq.copy_(v)
-    denominator = v.sqrt() / _fp32(c.bias_correction2_sqrt) + _fp32(c.eps)
+    denominator = _sqrt(v) / _fp32(c.bias_correction2_sqrt) + _fp32(c.eps)
     param.copy_(p - _fp32(c.step_size) * m / denominator)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """The square root rounded to the nearest fp32. torch's own is, on some CPUs, one bit off at times."""
+    return x.double().sqrt().float()
 
 
 def _fp32(x: float) -> Tensor:
@@ -179,6 +184,4 @@ def masked_adamw_(
         steps[i].add_(1)
         c = coefficients(steps[i].item(), lr=float(lr), betas=betas, eps=eps, weight_decay=weight_decay)
         max_exp_avg_sq = None if max_exp_avg_sqs is None else max_exp_avg_sqs[i]
-        adamw_(
-            params[i], grads[i], exp_avgs[i], exp_avg_sqs[i], max_exp_avg_sq, c, grad_scale, grad_factor
-        )
+        adamw_(params[i], grads[i], exp_avgs[i], exp_avg_sqs[i], max_exp_avg_sq, c, grad_scale, grad_factor)

@@ -14,12 +14,21 @@ import torch
 from torch import Tensor
 
 from . import arguments, layout, reference
-from ._triton import constexpr, jit, launch, runs_triton, tl, tl_dtype
+from ._triton import jit, launch, runs_triton, tl, tl_dtype
 from .conversions import block_mask, block_pointers, load_fp32, pointer
-from .table import ALIGNED, BLOCK, CHUNK, FIRST_PARTIAL, GRAD, HEADER, NUMEL, ROW, Table, build_table
-
-LAYER_BLOCK = 4096
-"""Partial sums a program of the second pass holds at a time."""
+from .table import (
+    ALIGNED,
+    BLOCK,
+    CHUNK,
+    FIRST_PARTIAL,
+    GRAD,
+    HEADER,
+    LAYER_BLOCK,
+    NUMEL,
+    ROW,
+    Table,
+    build_table,
+)
 
 
 @jit()
@@ -58,10 +67,7 @@ def chunk_range(row, chunk, CHUNK: tl.constexpr, BLOCK: tl.constexpr):  # type: 
 @jit()
 def load_scale(grad_scale_ptr):  # type: ignore[no-untyped-def]  # Triton types its own arguments
     """The number gradients are divided by, or None."""
-    if grad_scale_ptr is None:
-        return None
-    else:
-        return tl.load(grad_scale_ptr)
+    return None if grad_scale_ptr is None else tl.load(grad_scale_ptr)
 
 
 @jit()
@@ -132,14 +138,18 @@ def launch_sum_layers(table: Table, partials: Tensor, sq_norms: Tensor) -> None:
 
 
 def _layer_sq_norms_triton(
-    grads: Sequence[Tensor], layers: Sequence[int], num_layers: int, grad_scale: Tensor | None, device: torch.device
+    grads: Sequence[Tensor],
+    layers: Sequence[int],
+    num_layers: int,
+    grad_scale: Tensor | None,
+    device: torch.device,
 ) -> Tensor:
     sq_norms = torch.empty(num_layers, dtype=torch.float32, device=device)
     table = build_table(
-        grads=grads, keys=[g.dtype for g in grads], layers=layers, num_layers=num_layers, device=device
+        grads=grads, keys=[(g.dtype,) for g in grads], layers=layers, num_layers=num_layers, device=device
     )
     partials = torch.empty(table.num_partials, dtype=torch.float32, device=device)
-    for dtype, start, count in table.runs:
+    for (dtype,), start, count in table.runs:
         launch(
             _layer_sq_norms_kernel,
             count,

@@ -14,7 +14,7 @@ on its neighbours. Partial sums are numbered layer by layer, so a layer's are on
 the lists.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,8 @@ CHUNK = 16384
 """Elements of a chunk, what one program works through. One size for every dtype."""
 BLOCK = 2048
 """Elements a program holds at a time. `CHUNK` is a multiple, so only a tensor's last block is partial."""
+LAYER_BLOCK = 4096
+"""Partial sums a program that adds up a layer holds at a time."""
 VECTOR_BYTES = 16
 """Alignment of a 128-bit access."""
 
@@ -61,12 +63,15 @@ ALIGNED = constexpr(COLUMNS.index("aligned"))
 _HEADER_WORDS = 16
 
 
+Dtypes = tuple[torch.dtype, ...]
+
+
 class ChunkRun(NamedTuple):
     """The chunks of the tensors that share a kernel: one launch."""
 
-    key: Hashable  # what these tensors have in common, as given by the caller
+    dtypes: Dtypes  # what these tensors have in common
     start: int  # word of the table
-    count: int
+    num_chunks: int
 
 
 class Table(NamedTuple):
@@ -79,15 +84,10 @@ class Table(NamedTuple):
     runs: list[ChunkRun]
 
 
-def chunk_count(numel: int) -> int:
-    """Chunks of a tensor of `numel` elements."""
-    return (numel + CHUNK - 1) // CHUNK
-
-
 def build_table(
     *,
     grads: Sequence[Tensor],
-    keys: Sequence[Hashable],
+    keys: Sequence[Dtypes],
     layers: Sequence[int],
     num_layers: int,
     device: torch.device,
@@ -102,7 +102,7 @@ def build_table(
 
     Args:
         grads: The gradients; all other lists are empty or as long.
-        keys: One a tensor. Tensors of one key go into one launch.
+        keys: The dtypes of each tensor. Those with equal keys go into one launch.
         layers: The layer of each tensor, in ``[0, num_layers)``.
         num_layers: Number of layers.
         device: Where the tensors are and the table goes.
@@ -154,20 +154,20 @@ def build_table(
     return Table(data, count, num_chunks, layers_start, runs)
 
 
-def _write_chunks(out: Tensor, chunks: Tensor, keys: Sequence[Hashable], start: int) -> list[ChunkRun]:
+def _write_chunks(out: Tensor, chunks: Tensor, keys: Sequence[Dtypes], start: int) -> list[ChunkRun]:
     """Fill `out` with the chunk words, key by key, and say which run of it is whose."""
-    tensors_of: dict[Hashable, list[int]] = {}
+    tensors_of: dict[Dtypes, list[int]] = {}
     for index, key in enumerate(keys):
         tensors_of.setdefault(key, []).append(index)
     runs, filled = [], 0
-    for key, tensors in tensors_of.items():
-        index = torch.tensor(tensors)
-        counts = chunks[index]
+    for key, indices in tensors_of.items():
+        tensors = torch.tensor(indices)
+        counts = chunks[tensors]
         total = int(counts.sum())
         if total:
             first = counts.cumsum(0) - counts
             within = torch.arange(total) - first.repeat_interleave(counts)
-            out[filled : filled + total] = (index.repeat_interleave(counts) << 32) | within
+            out[filled : filled + total] = (tensors.repeat_interleave(counts) << 32) | within
             runs.append(ChunkRun(key, start + filled, total))
             filled += total
     return runs
