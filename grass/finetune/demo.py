@@ -35,7 +35,7 @@ DEMO_OPTIONS = FinetuneOptions(
 )
 
 # The base model's own training. It ends before the sums are perfect: fine-tuning repeats them.
-BASE_OPTIONS = FinetuneOptions(method="full", steps=450, batch_size=96, lr=3e-3, warmup=0.1, log_steps=20)
+BASE_OPTIONS = FinetuneOptions(method="full", steps=400, batch_size=96, lr=3e-3, warmup=0.1, log_steps=20)
 
 
 def demo_tokenizer() -> PreTrainedTokenizerFast:
@@ -56,12 +56,12 @@ def demo_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def demo_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama of six layers and 0.7 million parameters with random weights."""
+    """A Llama of six layers and half a million parameters with random weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=256,
+        hidden_size=80,
+        intermediate_size=224,
         num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=4,

@@ -107,14 +107,14 @@ class Encoder:
     def encode_one(self, record: Record) -> Example:
         """Encode a record at full length."""
         if isinstance(record, PlainText):
-            ids = self._start(record.text) + [self._eos]
+            ids = [*self._start(record.text), self._eos]
             return Example(ids, list(ids))
         if isinstance(record, Chat) and self.tokenizer.chat_template:
             return self._templated_chat(record)
         if isinstance(record, Chat):
             return self._plain_chat(record)
         prompt = self.prompt(record)
-        response = self._continue(record.output) + [self._eos]
+        response = [*self._continue(record.output), self._eos]
         return Example(prompt + response, [IGNORED] * len(prompt) + response)
 
     def prompt(self, record: Instruction | Chat) -> list[int]:
@@ -149,7 +149,7 @@ class Encoder:
             ids += head_ids
             labels += [IGNORED] * len(head_ids)
             if role == "assistant":
-                reply = self._continue(f" {content}") + [self._eos]
+                reply = [*self._continue(f" {content}"), self._eos]
                 ids += reply
                 labels += reply
         return Example(ids, labels)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -99,7 +99,8 @@ def answer_records(
             pairs = list(zip(chosen, padding, strict=True))
             ids = torch.tensor([[pad_token_id] * n + prompts[i] for i, n in pairs], device=model.device)
             mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=model.device)
-            generated = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            generate: Any = model.generate  # typed as the attribute of any module
+            generated = generate(input_ids=ids, attention_mask=mask, generation_config=settings)
             texts = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):
                 answers[i] = Answer(expected[i], text.strip(), is_match(text, expected[i], choices))

@@ -4,7 +4,7 @@ import platform
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -211,10 +211,7 @@ def _train_and_evaluate(
     append_row(folder.metrics, {"step": training["steps"], "when": "after", **after})
     rows = read_rows(folder.layers)
     if rows:
-        title = (
-            f"{Path(options.model).name or options.model}: {config.sampler}, {config.active_layers} active"
-        )
-        _draw(rows, training["steps"], title, folder, screen)
+        _draw(rows, training["steps"], config, folder, screen)
     num_params = sum(p.numel() for p in run.model.parameters())
     results = make_results(
         options, config, run.layers, num_params, training, rows, before, after, str(folder.path)
@@ -258,7 +255,10 @@ def _saved_evaluation(folder: RunFolder, when: str) -> dict[str, Any] | None:
     return {k: v for k, v in rows[-1].items() if k not in ("step", "when")} if rows else None
 
 
-def _draw(rows: list[dict[str, Any]], steps: int, title: str, folder: RunFolder, screen: Screen) -> None:
+def _draw(
+    rows: list[dict[str, Any]], steps: int, config: GrassConfig, folder: RunFolder, screen: Screen
+) -> None:
+    title = f"{folder.path.name}: {config.sampler} sampling, {config.active_layers} layers at a time"
     try:
         draw_picture(rows, steps, title, folder.picture)
     except ImportError:

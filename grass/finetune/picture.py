@@ -2,44 +2,50 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 _INK = "#333333"
 _ACTIVE = "#0072b2"  # the blue of Okabe and Ito, told from grey by everyone
-_PROBE = "#e6e6e6"
+_PALE = "#e6e6e6"
+_HEAD: dict[str, Any] = {"loc": "left", "fontsize": 10, "color": _INK}
 
 
-def selection_matrix(rows: Sequence[dict[str, Any]], num_layers: int, steps: int) -> np.ndarray:
-    """Which layers each step trained, from the rows of layers.jsonl.
+class LayersOverTime(NamedTuple):
+    """Values of each layer in spans of steps: column i holds from step ``edges[i]`` to ``edges[i + 1]``."""
 
-    Returns:
-        bool [num_layers, steps]; column t is step t + 1.
-    """
-    selected = np.zeros((num_layers, steps), dtype=bool)
-    ends = [row["step"] for row in rows[1:]] + [steps]
-    for row, end in zip(rows, ends, strict=True):
-        selected[row["active"], row["step"] : end] = True
-    return selected
+    edges: np.ndarray  # [spans + 1]
+    values: np.ndarray  # [num_layers, spans]
 
 
-def importance_matrix(rows: Sequence[dict[str, Any]]) -> tuple[list[int], np.ndarray]:
-    """Importance at each refresh, as a multiple of its mean over the layers.
+def selection_over_time(rows: Sequence[dict[str, Any]], steps: int) -> LayersOverTime:
+    """Which layers were trained (1.0) or frozen (0.0), from the rows of layers.jsonl."""
+    rows = [row for row in rows if row["step"] < steps]
+    values = np.zeros((len(rows[0]["importance"]), len(rows)))
+    for column, row in enumerate(rows):
+        values[row["active"], column] = 1.0
+    return LayersOverTime(np.array([*(row["step"] for row in rows), steps]), values)
 
-    Returns:
-        Steps of the refreshes; float [num_layers, refreshes].
-    """
-    refreshes = [row for row in rows if "refresh" in row["events"]]
-    if not refreshes:
-        return [], np.zeros((0, 0))
-    values = np.array([row["importance"] for row in refreshes], dtype=float).T
+
+def importance_over_time(rows: Sequence[dict[str, Any]], steps: int) -> LayersOverTime | None:
+    """Importance from refresh to refresh, as a multiple of the layers' mean; None without a refresh."""
+    rows = [row for row in rows if row["step"] < steps and "refresh" in row["events"]]
+    if not rows:
+        return None
+    values = np.array([row["importance"] for row in rows]).T
     mean = values.mean(axis=0)
-    return [row["step"] for row in refreshes], values / np.where(mean > 0, mean, 1.0)
+    return LayersOverTime(
+        np.array([*(row["step"] for row in rows), steps]), values / np.where(mean > 0, mean, 1.0)
+    )
 
 
 def draw_picture(rows: Sequence[dict[str, Any]], steps: int, title: str, path: Path) -> None:
-    """Draw importance (refreshes) above selection (steps), layers from bottom to top, as a PNG.
+    """Draw importance above selection as a PNG: layers from bottom to top, steps from left to right.
 
     Args:
         rows: of layers.jsonl.
@@ -51,69 +57,77 @@ def draw_picture(rows: Sequence[dict[str, Any]], steps: int, title: str, path: P
         ImportError: matplotlib is not installed.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
     num_layers = len(rows[0]["importance"])
-    selected = selection_matrix(rows, num_layers, steps)
-    at, importance = importance_matrix(rows)
     probe_end = next((row["step"] for row in rows if row["phase"] != "probe"), steps)
-
     figure = Figure(figsize=(10, 2.4 + 2 * min(4.5, 0.8 + 0.2 * num_layers)), layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True)
     figure.suptitle(title, color=_INK, fontsize=12)
-
-    upper.set_title(
-        "Importance: mean gradient norm, relative to the mean of all layers", loc="left", fontsize=10
-    )
-    if at:
-        positive = importance[importance > 0]
-        least = float(positive.min()) if positive.size else 0.5
-        # Symmetric around 1, the mean, so that runs can be compared by eye.
-        spread = max(float(importance.max()), 1 / least, 1.25)
-        mesh = upper.pcolormesh(
-            np.array([*at, max(steps, at[-1] + 1)]),
-            np.arange(num_layers + 1) - 0.5,
-            np.maximum(importance, 1 / spread),
-            cmap="cividis",
-            norm=LogNorm(1 / spread, spread),
-        )
-        bar = figure.colorbar(mesh, ax=upper, pad=0.01, aspect=12)
-        ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10) if 1 / spread <= t <= spread]
-        bar.set_ticks(ticks, labels=[f"{t:g}x" for t in ticks])
-        bar.minorticks_off()
-        bar.ax.tick_params(labelsize=8, colors=_INK)
-    else:
-        upper.text(0.5, 0.5, "this sampler measures no importance", transform=upper.transAxes, ha="center")
-
-    share = selected[:, probe_end:].mean(axis=1) if steps > probe_end else np.zeros(num_layers)
-    lower.set_title("Selection: steps in which a layer was trained", loc="left", fontsize=10)
-    lower.pcolormesh(
-        np.arange(steps + 1),
-        np.arange(num_layers + 1) - 0.5,
-        np.ma.masked_equal(selected.astype(float), 0),
-        cmap=_one_colour(_ACTIVE),
-        vmin=0,
-        vmax=1,
-    )
-    shares = lower.secondary_yaxis("right")
-    shares.set_yticks(_tick_layers(num_layers), labels=[f"{share[i]:.0%}" for i in _tick_layers(num_layers)])
-    shares.set_ylabel("share of steps", fontsize=9, color=_INK)
-    shares.tick_params(length=0, labelsize=8, colors=_INK)
-    lower.set_xlabel("step", color=_INK)
+    _draw_importance(figure, upper, importance_over_time(rows, steps), num_layers)
+    _draw_selection(lower, selection_over_time(rows, steps), num_layers, probe_end)
     for axes in (upper, lower):
-        axes.set_ylim(-0.5, num_layers - 0.5)
-        axes.set_xlim(0, steps)
-        axes.set_yticks(_tick_layers(num_layers))
+        axes.set(xlim=(0, steps), ylim=(-0.5, num_layers - 0.5), yticks=_labelled(num_layers))
         axes.set_ylabel("layer", color=_INK)
         axes.tick_params(labelsize=8, colors=_INK)
         axes.spines[["top", "right"]].set_visible(False)
+        for boundary in range(1, num_layers):
+            axes.axhline(boundary - 0.5, color="white" if axes is upper else _PALE, lw=0.6)
         if probe_end:
-            axes.axvspan(0, probe_end, color=_PROBE, lw=0, zorder=0)
+            axes.axvspan(0, probe_end, color=_PALE, lw=0, zorder=0)
             axes.axvline(probe_end, color=_INK, lw=0.8, ls=(0, (4, 3)))
+    lower.set_xlabel("step", color=_INK)
+    # Without the writer's name and version the same run gives the same file.
+    figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
+
+
+def _draw_importance(figure: "Figure", axes: "Axes", data: LayersOverTime | None, num_layers: int) -> None:
+    from matplotlib.colors import LogNorm
+
+    axes.set_title("Importance: mean gradient norm, relative to the mean of all layers", **_HEAD)
+    if data is None:
+        text = "this sampler measures no importance"
+        axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=_INK)
+        return
+    positive = data.values[data.values > 0]
+    # The same distance up and down from 1, the mean, so that the middle of the scale means "like the others".
+    spread = max(1.25, float(positive.max()), 1 / float(positive.min())) if positive.size else 1.25
+    mesh = axes.pcolormesh(
+        data.edges,
+        np.arange(num_layers + 1) - 0.5,
+        np.maximum(data.values, 1 / spread),
+        cmap="cividis",  # reads the same with every kind of colour vision
+        norm=LogNorm(1 / spread, spread),
+    )
+    bar = figure.colorbar(mesh, ax=axes, pad=0.01, aspect=12)
+    decades = [10.0**n for n in range(-12, 13)] + [2 * 10.0**n for n in range(-1, 1)] + [0.5, 5]
+    ticks = sorted(t for t in decades if 1 / spread <= t <= spread)
+    bar.set_ticks(ticks, labels=[f"{t:g}x" for t in ticks])
+    bar.minorticks_off()
+    bar.ax.tick_params(labelsize=8, colors=_INK)
+
+
+def _draw_selection(axes: "Axes", data: LayersOverTime, num_layers: int, probe_end: int) -> None:
+    from matplotlib.colors import ListedColormap
+
+    axes.set_title("Selection: steps in which a layer was trained", pad=16 if probe_end else 6, **_HEAD)
+    axes.pcolormesh(
+        data.edges,
+        np.arange(num_layers + 1) - 0.5,
+        np.ma.masked_equal(data.values, 0.0),
+        cmap=ListedColormap([_ACTIVE]),
+        vmin=0,
+        vmax=1,
+    )
+    adapt_steps = max(1, int(data.edges[-1]) - probe_end)
+    share = data.values @ np.diff(data.edges) / adapt_steps
+    right = axes.secondary_yaxis("right")
+    right.set_yticks(_labelled(num_layers), labels=[f"{share[i]:.0%}" for i in _labelled(num_layers)])
+    right.set_ylabel("share of steps", fontsize=9, color=_INK)
+    right.tick_params(length=0, labelsize=8, colors=_INK)
     if probe_end:
-        lower.annotate(
+        axes.annotate(
             f"probe, {probe_end} steps",
             (probe_end, 1),
             xycoords=("data", "axes fraction"),
@@ -122,16 +136,8 @@ def draw_picture(rows: Sequence[dict[str, Any]], steps: int, title: str, path: P
             fontsize=8,
             color=_INK,
         )
-        lower.set_title(lower.get_title(loc="left"), loc="left", fontsize=10, pad=16)
-    figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
 
 
-def _tick_layers(num_layers: int) -> list[int]:
-    """At most about sixteen labels."""
+def _labelled(num_layers: int) -> list[int]:
+    """Layers with a label: at most sixteen."""
     return list(range(0, num_layers, -(-num_layers // 16)))
-
-
-def _one_colour(colour: str) -> Any:
-    from matplotlib.colors import ListedColormap
-
-    return ListedColormap([colour])

@@ -78,11 +78,12 @@ def format_table(results: dict[str, Any]) -> str:
     r = results
     lines = [(_method(r), "before", "after", "")]
     if r["heldout_loss_after"] is not None:
-        losses = (f"{r[f'heldout_loss_{when}']:.3f}" for when in ("before", "after"))
-        lines.append(("held-out loss", *losses, ""))
+        before, after = r["heldout_loss_before"], r["heldout_loss_after"]
+        lines.append(("held-out loss", f"{before:.3f}", f"{after:.3f}", ""))
     if r["accuracy_after"] is not None:
-        shares = (f"{r[f'accuracy_{when}']:.1%}" for when in ("before", "after"))
-        lines.append(("held-out accuracy", *shares, f"exact match, {r['answers']} answers"))
+        before, after = r["accuracy_before"], r["accuracy_after"]
+        note = f"exact match, {r['answers']} answers"
+        lines.append(("held-out accuracy", f"{before:.1%}", f"{after:.1%}", note))
     if len(lines) == 1:
         lines = [(_method(r), "", "", "")]
     state = f"{_bytes(r['optimizer_state_bytes_active'])} active at a time"

@@ -115,7 +115,7 @@ def train(
         model=model,
         args=_arguments(options, config, folder, steps),
         data_collator=collator,
-        train_dataset=list(examples),  # type: ignore[arg-type]  # anything with a length and an index
+        train_dataset=list(examples),
         callbacks=callbacks,
         optimizer_cls_and_kwargs=optimizer_for(options, config),
     )
@@ -131,17 +131,17 @@ def train(
         raise Stopped(f"stopped after step {trainer.state.global_step} of {steps}")
     optimizer = recorder.optimizer
     assert optimizer is not None  # training has begun
-    sampled = isinstance(optimizer, GrassAdamW)
+    sampled = optimizer if isinstance(optimizer, GrassAdamW) else None
     summary = TrainingSummary(
         steps=steps,
         tokens_per_second=recorder.tokens_per_second,
         optimizer_state_bytes=optimizer_state_bytes(optimizer),
         optimizer_state_bytes_active=optimizer_state_bytes(optimizer, active_only=True),
-        draw_counts=optimizer.draw_counts if sampled else None,
-        nonfinite_norms=optimizer.nonfinite_norms if sampled else 0,
+        draw_counts=sampled.draw_counts if sampled else None,
+        nonfinite_norms=sampled.nonfinite_norms if sampled else 0,
     )
     if sampled:
-        optimizer.release()
+        sampled.release()
     _save(model, tokenizer, folder)
     folder.update(state="trained", training=asdict(summary))
     shutil.rmtree(folder.checkpoints, ignore_errors=True)  # the model stands for them now

@@ -1,0 +1,110 @@
+"""`grass finetune`: the main job. Without arguments, the built-in demo."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grass.cli.dataclass_options import add_dataclass_options, given_options
+from grass.config import GrassConfig
+from grass.errors import GrassError
+from grass.finetune.options import FinetuneOptions
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+STOPPED = 130  # what shells report for a command that Ctrl-C ended
+
+_DESCRIPTION = """\
+Fine-tune a causal language model by GRASS: all weights of a few layers at a time, chosen by their gradients.
+
+Without --model and --data it runs a demo that needs no network: a small Llama learns plain sums, is then
+fine-tuned on arithmetic word problems, and is evaluated on held-out ones. All other options apply to it too.
+"""
+
+_EXAMPLES = """\
+examples:
+  grass finetune
+  grass finetune --model ./my-llama --data train.jsonl --eval heldout.jsonl --active-layers 4 --lr 2e-5
+  grass finetune --resume runs/2026-01-31-120000
+"""
+
+
+def add_parser(subparsers: "_SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the command line."""
+    parser = subparsers.add_parser(
+        "finetune",
+        usage="grass finetune [--model MODEL --data FILE] [options]\n       grass finetune --resume RUN_DIR",
+        help="fine-tune a model (without arguments: a demo that needs no network)",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--resume", metavar="RUN_DIR", help="continue a stopped run with its saved settings")
+    parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
+    add_dataclass_options(parser, "the run", FinetuneOptions)
+    seed = "of all that is random: the data's order, the choice of held-out records, the drawing of layers"
+    add_dataclass_options(parser, "the method (GrassConfig)", GrassConfig, {"seed": seed})
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; the exit code."""
+    given = given_options(arguments, FinetuneOptions)
+    given_config = given_options(arguments, GrassConfig)
+    if arguments.resume is not None and (given or given_config):
+        first = next(iter({**given, **given_config})).replace("_", "-")
+        arguments.parser.error(f"--resume continues with the saved settings; leave out --{first}")
+    if bool(given.get("model")) != bool(given.get("data")):
+        arguments.parser.error("--model and --data go together; without both, the demo runs on its own model")
+    for name in ("eval", "eval_fraction"):
+        if given.get(name) and not given.get("data"):
+            arguments.parser.error(f"--{name.replace('_', '-')} needs --model and --data")
+    if given.get("eval") and given.get("eval_fraction"):
+        arguments.parser.error("--eval and --eval-fraction exclude each other")
+    if given.get("steps") and given.get("epochs"):
+        arguments.parser.error("--steps and --epochs exclude each other")
+    try:
+        # Both check themselves: a wrong value need not wait for torch and transformers.
+        config = GrassConfig(**given_config)
+        options = FinetuneOptions(**given)
+        from grass.finetune.screen import Screen, quiet_libraries
+
+        with quiet_libraries():
+            results = _run_job(arguments.resume, given, options, config, Screen())
+    except ImportError as error:
+        print(f"grass: {error}; install with: pip install 'grass-optim[transformers]'", file=sys.stderr)
+        return 1
+    except GrassError as error:
+        print(f"grass: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("grass: stopped", file=sys.stderr)
+        return STOPPED
+    if results is None:
+        return STOPPED
+    from grass.finetune.summary import format_table
+
+    print(json.dumps(results) if arguments.json else f"\n{format_table(results)}\n\nrun: {results['run']}")
+    return 0
+
+
+def _run_job(
+    resume: str | None, given: dict[str, Any], options: FinetuneOptions, config: GrassConfig, screen: Any
+) -> dict[str, Any] | None:
+    from grass.finetune.demo import DEMO_OPTIONS
+    from grass.finetune.job import resume_run, start_run
+    from grass.finetune.stopping import Stopped
+
+    try:
+        if resume is not None:
+            return resume_run(Path(resume), screen)
+        if options.is_demo:
+            options = dataclasses.replace(DEMO_OPTIONS, **given)
+        return start_run(options, config, screen, command=sys.argv)
+    except Stopped as reason:
+        screen.say(str(reason))
+        return None
