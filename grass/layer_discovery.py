@@ -211,11 +211,15 @@ def describe(stacks: Sequence[Stack]) -> str:
 
 def how_to_pass(stacks: Sequence[Stack]) -> str:
     """The remedy, with a pattern of this model where there is one."""
-    largest = max(stacks, key=lambda stack: stack.num_params, default=None)
-    pattern = largest.pattern if largest is not None else "model.layers.*"
+    if not stacks:
+        passing = 'Pass pattern="model.layers.*" with the path of the blocks'
+    elif len(stacks) == 1:
+        passing = f'Pass pattern="{stacks[0].pattern}" if these are the ones'
+    else:
+        largest = max(stacks, key=lambda stack: stack.num_params)
+        passing = f'Pass the pattern of the right one, for example pattern="{largest.pattern}"'
     return (
-        f'Pass pattern="{pattern}" (`*` stands for one part of a module path), a list of such patterns, '
-        "or a list of the block modules themselves."
+        f"{passing} (`*` stands for one part of a path), a list of patterns, or a list of the block modules."
     )
 
 
