@@ -204,8 +204,8 @@ def _config_numbers(config: GrassConfig) -> dict[str, int | float]:
         elif field.name == "always_active":
             text = value if isinstance(value, str) else "\n".join(value)
             numbers[field.name] = zlib.crc32(text.encode())
-        else:
-            numbers[field.name] = value
+        else:  # a NumPy float passes for a float, but not through torch.load(weights_only=True)
+            numbers[field.name] = float(value) if isinstance(value, float) else value
     return numbers
 
 

@@ -104,7 +104,9 @@ class Sampler:
             self.config.temperature,
             self.config.min_probability,
         )
-        scaled[self.eligible] = scale_importance(importance.cpu()[self.eligible], kind) / tau
+        own = scale_importance(importance.cpu()[self.eligible], kind)
+        # The largest becomes 0 first: a tiny temperature must not divide to inf, whose softmax is NaN.
+        scaled[self.eligible] = (own - own.max()) / tau
         count = int(self.eligible.sum())
         return (1 - count * floor) * scaled.softmax(0) + floor * self.eligible.double()
 
