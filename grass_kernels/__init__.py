@@ -5,11 +5,11 @@ kernel must equal. Without a GPU the functions run on torch; with ``TRITON_INTER
 themselves run on CPU tensors.
 """
 
-from . import reference
-from .adamw import masked_adamw_, masked_adamw_bytes
-from .arguments import is_supported
-from .errors import KernelArgumentError
-from .sq_norm import layer_sq_norms, layer_sq_norms_bytes
+from grass_kernels import reference
+from grass_kernels.adamw import masked_adamw_, masked_adamw_bytes
+from grass_kernels.arguments import is_supported
+from grass_kernels.errors import KernelArgumentError
+from grass_kernels.sq_norm import layer_sq_norms, layer_sq_norms_bytes
 
 __all__ = [
     "KernelArgumentError",

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import arguments, layout, reference
-from ._triton import runs_triton
-from .adamw_kernel import Options, TensorLists, launch_masked_adamw
+from grass_kernels import arguments, layout, reference
+from grass_kernels._triton import runs_triton
+from grass_kernels.adamw_kernel import Options, TensorLists, launch_masked_adamw
 
 
 def _masked_adamw_torch(lists: TensorLists, options: Options) -> None:

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
-from ._triton import THREADS, constexpr, jit, launch, tl, tl_dtype
-from .conversions import block_mask, block_pointers, load_fp32, pointer, store_fp32
-from .sq_norm import chunk_range, find_chunk, launch_sum_layers, load_grad, load_scale, tree_sum
-from .table import (
+from grass_kernels import reference
+from grass_kernels._triton import THREADS, constexpr, jit, launch, tl, tl_dtype
+from grass_kernels.conversions import block_mask, block_pointers, load_fp32, pointer, store_fp32
+from grass_kernels.sq_norm import chunk_range, find_chunk, launch_sum_layers, load_grad, load_scale, tree_sum
+from grass_kernels.table import (
     BLOCK,
     CHUNK,
     EXP_AVG,

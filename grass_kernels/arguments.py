@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .errors import KernelArgumentError
+from grass_kernels.errors import KernelArgumentError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LR_DTYPES = (torch.float32, torch.float64)

@@ -8,7 +8,7 @@ needs no such care: the interpreter converts it as IEEE 754 says.
 
 # ruff: noqa: N803, SIM300 - constexpr arguments are in capitals, as everywhere in Triton
 
-from ._triton import constexpr, jit, tl
+from grass_kernels._triton import constexpr, jit, tl
 
 ALIGNMENT = constexpr(16)
 """Bytes of a 128-bit access, which every address it uses must be a multiple of."""

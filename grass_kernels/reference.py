@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import arguments, layout
-from .table import BLOCK, CHUNK, LAYER_BLOCK
+from grass_kernels import arguments, layout
+from grass_kernels.table import BLOCK, CHUNK, LAYER_BLOCK
 
 PIECE = 8 * CHUNK
 """Elements worked on at a time: half a MiB of fp32. No full-size copy of a bf16 gradient is ever made."""

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import arguments, layout, reference
-from ._triton import jit, launch, runs_triton, tl, tl_dtype
-from .conversions import block_mask, block_pointers, load_fp32, pointer
-from .table import (
+from grass_kernels import arguments, layout, reference
+from grass_kernels._triton import jit, launch, runs_triton, tl, tl_dtype
+from grass_kernels.conversions import block_mask, block_pointers, load_fp32, pointer
+from grass_kernels.table import (
     ALIGNED,
     BLOCK,
     CHUNK,

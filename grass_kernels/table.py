@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import constexpr
+from grass_kernels._triton import constexpr
 
 CHUNK = 16384
 """Elements of a chunk, what one program works through. One size for every dtype."""
