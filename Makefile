@@ -30,7 +30,8 @@ unit: $(READY)
 
 # The same kernels, tables and launchers that a GPU runs, in Triton's interpreter.
 interpreter: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels tests/optim/test_torch_contract.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels \
+		tests/optim/test_torch_contract.py tests/optim/test_method_on_kernels.py
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench --benchmark-only
