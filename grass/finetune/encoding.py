@@ -112,7 +112,7 @@ class Encoder:
         if isinstance(record, Chat) and self.tokenizer.chat_template:
             return self._templated_chat(record)
         if isinstance(record, Chat):
-            return self._plain_chat(record)
+            return self._plain_chat(record.messages, answer_next=False)
         prompt = self.prompt(record)
         response = [*self._continue(record.output), self._eos]
         return Example(prompt + response, [IGNORED] * len(prompt) + response)
@@ -124,8 +124,7 @@ class Encoder:
         last = max(i for i, (role, _) in enumerate(record.messages) if role == "assistant")
         if self.tokenizer.chat_template:
             return self._apply_chat_template(record.messages[:last], answer_next=True)
-        pieces = [f"{role}: {content}\n" for role, content in record.messages[:last]]
-        return self._start("".join(pieces) + "assistant:")
+        return self._plain_chat(record.messages[:last], answer_next=True).input_ids
 
     def _templated_chat(self, record: Chat) -> Example:
         """Labels on the assistant's turns, found as the difference between growing conversations."""
@@ -140,15 +139,17 @@ class Encoder:
                 labels[start:end] = ids[start:end]
         return Example(ids, labels)
 
-    def _plain_chat(self, record: Chat) -> Example:
+    def _plain_chat(self, messages: Sequence[tuple[str, str]], *, answer_next: bool) -> Example:
+        """For tokenizers without a chat template: a line for each turn, replies end with the end token."""
         ids: list[int] = []
         labels: list[int] = []
-        for role, content in record.messages:
+        turns = [*messages, ("assistant", None)] if answer_next else messages
+        for role, content in turns:
             head = f"{role}:" if role == "assistant" else f"{role}: {content}\n"
             head_ids = self._continue(head) if ids else self._start(head)
             ids += head_ids
             labels += [IGNORED] * len(head_ids)
-            if role == "assistant":
+            if role == "assistant" and content is not None:
                 reply = [*self._continue(f" {content}"), self._eos]
                 ids += reply
                 labels += reply
