@@ -198,6 +198,10 @@ def masked_adamw_(
     else:
         _masked_adamw_torch(lists, options)
     of.write_back()
+    # Autograd sees no write through an address, and torch's fused kernel reports its first list only.
+    # Without this, backward through a tensor saved before the call would silently use what stands there now.
+    mutated = [*lists.params, *lists.exp_avgs, *lists.exp_avg_sqs, *lists.max_exp_avg_sqs, *lists.steps]
+    torch.autograd.graph.increment_version(mutated if sq_norms is None else [*mutated, sq_norms])
 
 
 def masked_adamw_bytes(

@@ -385,9 +385,3 @@ def launch_masked_adamw(
         )
     if options.sq_norms is not None and partials is not None:
         launch_sum_layers(table, partials, options.sq_norms)
-    # Autograd sees no write through an address. Without this, backward through a tensor saved before the
-    # call would silently use what stands there after it.
-    mutated = [*lists.params, *lists.exp_avgs, *lists.exp_avg_sqs, *lists.max_exp_avg_sqs, *lists.steps]
-    if options.sq_norms is not None:
-        mutated.append(options.sq_norms)
-    torch.autograd.graph.increment_version(mutated)

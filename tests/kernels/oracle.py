@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -74,7 +75,7 @@ def plain_torch(
     p, m, v = s.param.float().clone(), s.exp_avg.float().clone(), s.exp_avg_sq.float().clone()
     v_max = None if s.max_exp_avg_sq is None else s.max_exp_avg_sq.float().clone()
     g, step = grad.float() / grad_scale * clip_coef, s.step.clone()
-    torch.optim.adamw.adamw(
+    adamw(
         [p], [g], [m], [v], [] if v_max is None else [v_max], [step], foreach=False, fused=False,
         amsgrad=v_max is not None, beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=weight_decay,
         eps=eps, maximize=maximize,
