@@ -24,16 +24,28 @@ def keep_graph_through_frozen_embeddings(model: nn.Module) -> list[RemovableHand
         return []
     if not isinstance(embedding, nn.Module):
         return []
-    model_ref = weakref.ref(model)
+    return [embedding.register_forward_hook(_RequireGrad(model))]
 
-    def require_grad(module: nn.Module, _: Any, output: Any) -> None:
-        model = model_ref()
+
+class _RequireGrad:
+    """The hook; it holds its model weakly, but goes with it through copies and pickles."""
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._model_ref = None if model is None else weakref.ref(model)
+
+    def __call__(self, module: nn.Module, _: Any, output: Any) -> None:
+        model = None if self._model_ref is None else self._model_ref()
         if model is None or not (model.training and torch.is_grad_enabled()):
             return
         if isinstance(output, Tensor) and not output.requires_grad and uses_reentrant_checkpointing(model):
             output.requires_grad_(True)
 
-    return [embedding.register_forward_hook(require_grad)]
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": None if self._model_ref is None else self._model_ref()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model = state["model"]
+        self._model_ref = None if model is None else weakref.ref(model)
 
 
 def uses_reentrant_checkpointing(model: nn.Module) -> bool:

@@ -161,10 +161,7 @@ class GrassAdamW(MethodView, AdamW):
 
         A step without any gradient does nothing, and does not count.
         """
-        if self._lease.ended:
-            raise GrassError(
-                "this GrassAdamW has been released, or a newer one has taken over its model: use the newer one"
-            )
+        self._refuse_if_ended()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -178,6 +175,12 @@ class GrassAdamW(MethodView, AdamW):
             else:
                 self._take_adapt_step()
         return loss
+
+    def _refuse_if_ended(self) -> None:
+        if self._lease.ended:
+            raise GrassError(
+                "this GrassAdamW has been released, or a newer one has taken over its model: use the newer one"
+            )
 
     def _take_probe_step(self, probe: Probe) -> None:
         if not probe.fired:
@@ -238,7 +241,7 @@ class GrassAdamW(MethodView, AdamW):
         if self._probe is not None:
             self._probe.remove()
             self._probe = None
-        if self._scheduler.probing:
+        if self._scheduler.probing and not self._lease.ended:
             measured = [p for _, p in self._members() if p.requires_grad]
             slots = [self._slots[p] for p in measured]
             self._probe = Probe(measured, slots, len(self._layers) + 1)
@@ -255,19 +258,28 @@ class GrassAdamW(MethodView, AdamW):
 
         Raises:
             ParameterError: parameters that are not the model's, or the optimizer is a copy.
+            ConfigError: a floor ``min_probability`` too high for the layers they add.
         """
         if "_lease" not in self.__dict__:  # torch's constructor adds the first groups
             super().add_param_group(param_group)
             return
+        self._refuse_if_ended()
         given = param_group["params"]
         given = [given] if isinstance(given, Tensor) else list(given)
         params = [entry[1] if isinstance(entry, tuple) else entry for entry in given]
-        slots = self._slots_of(params)
-        flags = [self._lease.found(p) for _, p in self._members()] + trainable_flags(params)
-        super().add_param_group({**param_group, "params": given})
-        self._slots.update(zip(params, slots, strict=True))
         members = [p for _, p in self._members()]
-        self._scheduler.recount(count_elements(self._by_slot(dict(zip(members, flags, strict=True)))))
+        flags = [self._lease.found(p) for p in members] + trainable_flags(params)
+        known = self._slots
+        self._slots = {**known, **dict(zip(params, self._slots_of(params), strict=True))}
+        try:
+            counts = count_elements(self._by_slot(dict(zip([*members, *params], flags, strict=True))))
+            self._config.check_layers(sum(count > 0 for count in counts))
+            super().add_param_group({**param_group, "params": given})
+        except Exception:
+            self._slots = known
+            raise
+        self._scheduler.recount(counts)
+        members = [p for _, p in self._members()]
         hooks = self._lease.handles
         self._lease.handles = []  # the old lease ends with the new one's beginning, its hooks go on
         self._lease = Lease(members, flags)

@@ -38,7 +38,7 @@ class Probe:
 
     Attributes:
         handles: of the hooks.
-        accumulated: some gradient has been measured more than once in one step.
+        accumulated: some gradient has been measured more than once since the last `take` or `discard`.
     """
 
     def __init__(self, params: list[Tensor], slots: list[int], num_slots: int) -> None:
@@ -125,6 +125,7 @@ class Probe:
         """Drop what has been measured since the last `take`, and the kept gradients."""
         for kept in self._kept.values():
             kept.param.grad = None
+        self.accumulated = False
         self._sums = None
         self._observed = [False] * len(self._observed)
         self._fired.clear()

@@ -1,0 +1,203 @@
+"""Failures these tests catch: a probe that does not measure the mean root-mean-square gradient, or holds,
+leaves or updates with the gradients it measured; pending sums that survive zero_grad; a step that counts
+without a backward; accumulation that averages instead of summing; a loss scale or an overflow in the
+importance; an overflow that the scaler does not see; a NaN that poisons the importance; windows after the
+probe that measure something else.
+"""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import grass
+import tiny
+
+PROBE = 3
+
+
+def measured(model: nn.Module, opt: grass.GrassAdamW, ids: list[Tensor]) -> Tensor:
+    """Root-mean-square gradient of each layer for a list of micro-batches, by plain autograd, in float64."""
+    layers = tiny.layer_names(model, opt)
+    sums, counts = torch.zeros(len(opt.layers), dtype=torch.float64), torch.zeros(len(opt.layers))
+    names, params = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    for part in ids:
+        grads = torch.autograd.grad(tiny.loss_of(model, part) / len(ids), params, allow_unused=True)
+        for name, grad in zip(names, grads, strict=True):
+            if grad is not None and layers[name] >= 0:
+                sums[layers[name]] += grad.double().square().sum()
+    for name, p in model.named_parameters():
+        if p.requires_grad and layers[name] >= 0:
+            counts[layers[name]] += p.numel()
+    return (sums / counts).sqrt().float()
+
+
+def run_probe(model: nn.Module, opt: grass.GrassAdamW, micro_batches: int = 1) -> Tensor:
+    """Take the probe; what it should give."""
+    seen = []
+    for step in range(PROBE):
+        ids = [tiny.batch(step * micro_batches + micro) for micro in range(micro_batches)]
+        seen.append(measured(model, opt, ids))
+        for part in ids:
+            (tiny.loss_of(model, part) / micro_batches).backward()
+        opt.step()
+        opt.zero_grad()
+    return torch.stack(seen).mean(0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied", "t5", "stack"])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_the_importance_is_the_mean_root_mean_square_gradient(kind: str, micro_batches: int) -> None:
+    makers = {"llama": tiny.llama, "tied": lambda: tiny.llama(tied=True), "t5": tiny.t5, "stack": tiny.stack}
+    model = makers[kind]()
+    opt = grass.GrassAdamW(model, config=tiny.config())
+    wanted = run_probe(model, opt, micro_batches)
+    torch.testing.assert_close(opt.importance, wanted, rtol=1e-5, atol=0)
+    assert wanted.std() / wanted.mean() > 0.02, "layers that are all alike would show nothing"
+
+
+def test_windows_after_the_probe_measure_the_gradients_the_step_consumes() -> None:
+    model = tiny.llama()
+    opt = grass.GrassAdamW(model, lr=1e-3, config=tiny.config(ema=0.25))
+    wanted = run_probe(model, opt)
+    layers = tiny.layer_names(model, opt)
+    window: dict[int, list[float]] = {}
+    for step in range(PROBE, PROBE + 20):
+        for micro in range(2):
+            (tiny.loss_of(model, tiny.batch(100 + 2 * step + micro)) / 2).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for layer in opt.active_layers:
+            grads = [p.grad.double().flatten() for n, p in model.named_parameters() if layers[n] == layer]
+            window.setdefault(layer, []).append(torch.cat(grads).square().mean().sqrt().item())
+        before = opt.num_refreshes
+        opt.step()
+        opt.zero_grad()
+        if opt.num_refreshes > before:
+            for layer, values in window.items():
+                wanted[layer] = 0.25 * sum(values) / len(values) + 0.75 * wanted[layer]
+            window = {}
+        torch.testing.assert_close(opt.importance, wanted, rtol=1e-5, atol=0)
+    assert opt.num_refreshes >= 4
+
+
+def test_the_step_norms_can_be_read() -> None:
+    model = tiny.stack()
+    opt = grass.GrassAdamW(model, config=tiny.config())
+    assert opt.grad_norm is None
+    assert opt.layer_grad_norms is None
+    run_probe(model, opt)
+    tiny.loss_of(model, tiny.batch(50)).backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    total = torch.cat([g.flatten() for g in grads.values()]).norm()
+    layers, active = tiny.layer_names(model, opt), opt.active_layers
+    opt.step()
+    torch.testing.assert_close(opt.grad_norm, total)
+    for layer in range(5):
+        parts = [g.flatten() for n, g in grads.items() if layers[n] == layer]
+        own = torch.cat(parts).norm() if layer in active else torch.tensor(0.0)
+        torch.testing.assert_close(opt.layer_grad_norms[layer], own)
+
+
+def test_gradients_are_gone_after_backward_but_for_the_smallest() -> None:
+    model = tiny.llama()
+    opt = grass.GrassAdamW(model, config=tiny.config())
+    tiny.loss_of(model, tiny.batch(0)).backward()
+    left = [p for p in model.parameters() if p.grad is not None]
+    assert len(left) == 1
+    assert left[0].numel() == min(p.numel() for p in model.parameters())
+    opt.step()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_zero_grad_discards_what_was_measured() -> None:
+    model = tiny.stack()
+    opt = grass.GrassAdamW(model, config=tiny.config())
+    for _ in range(2):  # measured twice, thrown away
+        (1000 * tiny.loss_of(model, tiny.batch(77))).backward()
+    opt.zero_grad()
+    opt.step()
+    assert opt.step_count == 0
+    wanted = run_probe(model, opt)
+    torch.testing.assert_close(opt.importance, wanted, rtol=1e-5, atol=0)
+    # and it leaves no belief in micro-batches, which would rescale the unsampled layers
+    assert opt.state_dict()["param_groups"][0]["grass"]["importance"]["accumulated"] == 0
+
+
+def test_a_step_without_a_backward_does_nothing_and_does_not_count() -> None:
+    model = tiny.stack()
+    opt = grass.GrassAdamW(model, config=tiny.config())
+    state = opt.state_dict()
+    for _ in range(5):
+        opt.step()
+    assert opt.phase == "probe"
+    tiny.assert_identical(opt.state_dict(), state)
+    tiny.train(model, opt, 0, 5)
+    before, state = tiny.weights(model), opt.state_dict()
+    frozen_before = tiny.flat(state)
+    opt.step()
+    tiny.assert_identical(tiny.weights(model), before)
+    tiny.assert_identical(tiny.flat(opt.state_dict()), frozen_before)
+
+
+def test_an_accumulating_probe_is_brought_to_the_scale_of_windows() -> None:
+    model = tiny.stack()
+    config = tiny.config(ema=1.0, update_interval=3)
+    opt = grass.GrassAdamW(model, lr=0.0, weight_decay=0.0, config=config)
+    for step in range(PROBE):
+        tiny.train(model, opt, step, step + 1, micro_batches=4)
+    probed, first = opt.importance, list(opt.active_layers)
+    others = [layer for layer in range(5) if layer not in first]
+    assert first
+    while opt.num_refreshes < 2:
+        tiny.train(model, opt, opt.step_count, opt.step_count + 1, micro_batches=4)
+    ratio = opt.importance / probed  # at ema 1 the sampled layers stand at their window
+    assert (ratio[first] != 1).all()
+    torch.testing.assert_close(ratio[others], ratio[first].mean().expand(3))
+    before = opt.importance
+    while opt.num_refreshes < 3:
+        tiny.train(model, opt, opt.step_count, opt.step_count + 1, micro_batches=4)
+    assert torch.equal(before == opt.importance, torch.tensor(opt.draw_counts) == 0), "corrected once"
+
+
+class NanAt(nn.Module):
+    """Multiplies the gradient that passes by a number."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.factor = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        if y.requires_grad:
+            y.register_hook(lambda grad: grad * self.factor)
+        return y
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_never_enters_the_importance(bad: float) -> None:
+    model = tiny.stack()
+    model.blocks[2] = NanAt(model.blocks[2])  # layers 0, 1, 2 and the embedding get what it makes
+    opt = grass.GrassAdamW(model, config=tiny.config(), pattern="blocks.*")
+    clean = []
+    for step in range(PROBE):
+        model.blocks[2].factor = bad if step == 1 else 1.0
+        grads = measured(model, opt, [tiny.batch(step)])
+        clean.append(grads)
+        tiny.loss_of(model, tiny.batch(step)).backward()
+        opt.step()
+        opt.zero_grad()
+    wanted = torch.stack(clean)
+    finite = wanted.isfinite()
+    assert finite.sum(0).tolist() == [2, 2, 2, 3, 3]
+    wanted = wanted.where(finite, 0.0).sum(0) / finite.sum(0)
+    torch.testing.assert_close(opt.importance, wanted, rtol=1e-5, atol=0)
+    assert opt.nonfinite_norms == 3
+    # and in a window: weights suffer as with torch, the importance does not
+    model.blocks[2].factor = bad
+    while opt.num_refreshes < 2:
+        tiny.loss_of(model, tiny.batch(9)).backward()
+        opt.step()
+        opt.zero_grad()
+    assert opt.importance.isfinite().all()
+    assert opt.probabilities.isfinite().all()
+    assert opt.nonfinite_norms > 3
