@@ -79,7 +79,10 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"grass: {error}; install with: pip install 'grass-optim[transformers]'", file=sys.stderr)
         return 1
     except GrassError as error:
-        print(f"grass: {error}", file=sys.stderr)
+        # One line, also where the library's message is a list of candidates.
+        print(
+            "grass:", "; ".join(" ".join(line.split()) for line in str(error).splitlines()), file=sys.stderr
+        )
         return 1
     except KeyboardInterrupt:
         print("grass: stopped", file=sys.stderr)

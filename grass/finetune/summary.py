@@ -1,11 +1,14 @@
 """The numbers of a finished run, and the table that shows them."""
 
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import Any
 
 from grass.config import GrassConfig
 from grass.finetune.options import FinetuneOptions
 from grass.layers import LayerMap
+
+_WIDTH = 100  # of the table, in characters
 
 
 def trained_share(rows: Sequence[dict[str, Any]], steps: int, num_params: int) -> float:
@@ -96,7 +99,8 @@ def format_table(results: dict[str, Any]) -> str:
     head = max(len(line[0]) for line in lines) + 2
     table = [f"{a:<{head}}{b:>9}{c:>11}   {d}".rstrip() for a, b, c, d in lines]
     if r["draw_counts"]:
-        table.append(f"{'draws by layer':<{head}}  " + _counts(r["draw_counts"]))
+        counts = "  ".join(f"{i}:{n}" for i, n in enumerate(r["draw_counts"]))
+        table += wrap(f"{'draws by layer':<{head}}  {counts}", _WIDTH, subsequent_indent=" " * (head + 2))
     if r["nonfinite_norms"]:
         table.append(f"gradient norms that were not finite, and were left out: {r['nonfinite_norms']}")
     return "\n".join(table)
@@ -106,10 +110,6 @@ def _method(r: dict[str, Any]) -> str:
     if r["method"] == "full":
         return f"full fine-tuning, {r['steps']:,} steps"
     return f"GRASS, {r['sampler']}, {r['active_layers']} of {r['layers']} layers, {r['steps']:,} steps"
-
-
-def _counts(counts: Sequence[int]) -> str:
-    return "  ".join(f"{i}: {n}" for i, n in enumerate(counts))
 
 
 def _bytes(count: int) -> str:

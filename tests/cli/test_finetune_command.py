@@ -1,0 +1,202 @@
+"""`grass finetune` from the command line.
+
+Would catch: a wrong exit code; a traceback, or several lines, where one line is due; an option that exists in
+a dataclass but not on the command line, or with another default; results mixed with progress on stdout; Ctrl-C
+that leaves nothing to continue; a `--help` that waits for transformers.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from grass import GrassConfig, __version__
+from grass.cli import main, make_parser
+from grass.cli.dataclass_options import argument_docs, given_options
+from grass.finetune import demo
+from grass.finetune.arithmetic import word_problems
+from grass.finetune.options import FinetuneOptions
+
+SHORT = ["--probe-steps", "2", "--sample-interval", "3", "--update-interval", "3", "--active-layers", "1"]
+QUICK = [*SHORT, "--batch-size", "4", "--eval-answers", "4", "--max-new-tokens", "4"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Arguments that name a tiny model and its data."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tokenizer = demo.demo_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for name, problems in zip(("train", "heldout"), word_problems(40, 6, 0), strict=True):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(p.record) + "\n" for p in problems))
+    return [
+        *("--model", str(folder / "model"), "--data", str(folder / "train.jsonl")),
+        *("--eval", str(folder / "heldout.jsonl"), "--template", "plain"),
+    ]
+
+
+def test_version_help_and_no_command(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"grass {__version__}\n"
+    assert main(["finetune", "--help"]) == 0
+    assert "--active-layers" in capsys.readouterr().out
+    assert main([]) == 2
+
+
+def test_every_setting_is_an_option_with_the_dataclasss_own_default():
+    arguments = make_parser().parse_args(["finetune"])
+    for cls in (FinetuneOptions, GrassConfig):
+        assert given_options(arguments, cls) == {}
+        documented = argument_docs(cls)
+        for field in dataclasses.fields(cls):
+            assert documented[field.name]
+            value = {bool: [], int: ["7"], float: ["0.5"], int | None: ["7"]}.get(field.type, ["text"])
+            parsed = make_parser().parse_args(["finetune", "--" + field.name.replace("_", "-"), *value])
+            expected = {bool: True, int: 7, float: 0.5, int | None: 7}.get(field.type, "text")
+            assert given_options(parsed, cls) == {field.name: expected}
+    listed = make_parser().parse_args(["finetune", "--always-active", "lm_head*, *norm*"])
+    assert GrassConfig(**given_options(listed, GrassConfig)).always_active == ("lm_head*", "*norm*")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--no-such-option"],
+        ["--steps", "many"],
+        ["--model", "m"],
+        ["--data", "d"],
+        ["--eval", "e"],
+        ["--model", "m", "--data", "d", "--eval", "e", "--eval-fraction", "0.1"],
+        ["--steps", "3", "--epochs", "1"],
+        ["--resume", "r", "--lr", "1e-3"],
+        ["--resume", "r", "--seed", "1"],
+        ["--samp", "uniform"],
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    assert main(["finetune", *arguments]) == 2
+    assert "usage: grass" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--ema", "3"], "ema must be in (0, 1]"),
+        (["--sampler", "best"], "sampler must be one of"),
+        (["--update-interval", "30"], "must be a multiple of sample_interval"),
+        (["--lr", "-1"], "lr must be a positive number"),
+        (["--lr", "nan"], "lr must be a positive number"),
+        (["--method", "lora"], "method must be one of grass, full"),
+        (["--batch-size", "0"], "batch_size must be at least 1"),
+        (["--active-layers", "7"], "only 6 layers"),
+        (["--model", "./none", "--data", "none.json"], "none.json: no such file"),
+        (["--resume", "none"], "none: no such folder"),
+        (["--output", "foreign"], "foreign: exists and is not a run of grass finetune"),
+        (["--layers", "model.none.*"], "matches no module; "),
+    ],
+)
+def test_bad_input_is_one_line_and_changes_nothing(arguments, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("foreign").mkdir()
+    assert main(["finetune", *arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("grass: ")
+    assert captured.err.count("\n") == 1
+    assert says in captured.err
+    assert [p.name for p in tmp_path.rglob("*")] == ["foreign"]
+
+
+def test_json_is_one_object_on_stdout_and_the_table_is_short(inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["finetune", *inputs, *QUICK, "--steps", "6", "--json"]) == 0
+    captured = capsys.readouterr()
+    results = json.loads(captured.out)
+    assert results["steps"] == 6
+    assert results["run"].startswith("runs")
+    assert "training 6/6" in captured.err
+    AutoModelForCausalLM.from_pretrained(results["model"])
+    assert main(["finetune", *inputs, *QUICK, "--steps", "2", "--output", "again"]) == 0
+    table = capsys.readouterr().out
+    assert len(table.strip().splitlines()) <= 12
+    for word in (
+        "held-out loss",
+        "held-out accuracy",
+        "trained a step",
+        "optimizer state",
+        "tokens a second",
+    ):
+        assert word in table
+    assert main(["finetune", *inputs, *QUICK, "--steps", "2", "--output", "again"]) == 1
+    assert "again: holds a finished run" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resume_continues(inputs, tmp_path, capsys):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "grass", "finetune", *inputs, *QUICK, "--steps", "100000"]
+    process = subprocess.Popen(
+        [*command, "--log-steps", "5", "--output", str(run)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        deadline = time.monotonic() + 60
+        metrics = run / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert out == ""
+    assert "Traceback" not in err
+    assert f"continue with: grass finetune --resume {run}" in err
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    stopped_at = int(checkpoint.name.split("-")[1])
+
+    # A hundred thousand steps are too many for a test: pretend that fewer had been asked for.
+    for path, key in ((run / "run.json", "options"), (checkpoint / "trainer_state.json", None)):
+        content = json.loads(path.read_text())
+        (content if key is None else content[key])["max_steps" if key is None else "steps"] = stopped_at + 3
+        path.write_text(json.dumps(content))
+    assert main(["finetune", "--resume", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == stopped_at + 3
+    assert main(["finetune", "--resume", str(run)]) == 1
+    assert "the run is finished" in capsys.readouterr().err
+
+
+def test_help_does_not_wait_for_transformers():
+    code = (
+        "import sys; from grass.cli import main; code = main(['finetune', '--help']);"
+        "slow = {'transformers', 'accelerate', 'matplotlib', 'tokenizers'} & set(sys.modules);"
+        "sys.exit(code or str(slow) if slow else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
