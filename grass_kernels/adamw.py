@@ -11,7 +11,7 @@ from grass_kernels.adamw_kernel import Options, TensorLists, launch_masked_adamw
 
 
 def _masked_adamw_torch(lists: TensorLists, options: Options) -> None:
-    """The same without Triton: torch's fused AdamW on the CPU, the reference elsewhere.
+    """The same without Triton: torch's fused AdamW on the CPU, the reference elsewhere and for AMSGrad.
 
     torch's wants one dtype and gradients as they are. What is neither goes through it in pieces, by way of
     fp32 copies that fit a cache.
@@ -29,7 +29,8 @@ def _masked_adamw_torch(lists: TensorLists, options: Options) -> None:
     for i, dtypes in enumerate(lists.keys()):
         columns = [lists.params[i], lists.grads[i], lists.exp_avgs[i], lists.exp_avg_sqs[i]]
         flat = [layout.flat(t) for t in [*columns, *lists.max_exp_avg_sqs[i : i + 1]]]
-        if flat[0].device.type != "cpu":
+        # torch's fused kernel forgets a NaN in the running maximum.
+        if flat[0].device.type != "cpu" or lists.max_exp_avg_sqs:
             _update_pieces_by_reference(flat, lists.steps[i], options)
         elif as_they_are and len(set(dtypes)) == 1:
             whole.setdefault(dtypes[0], []).append([*flat, lists.steps[i]])
@@ -40,21 +41,21 @@ def _masked_adamw_torch(lists: TensorLists, options: Options) -> None:
 
 
 def _fused_adamw(tensors: Sequence[Sequence[Tensor]], options: Options) -> None:
-    """Run torch's fused AdamW on rows of param, grad, exp_avg, exp_avg_sq, perhaps max_exp_avg_sq, and step."""
-    params, grads, exp_avgs, exp_avg_sqs, *max_exp_avg_sqs, steps = map(list, zip(*tensors, strict=True))
+    """Run torch's fused AdamW on rows of param, grad, exp_avg, exp_avg_sq and step."""
+    params, grads, exp_avgs, exp_avg_sqs, steps = map(list, zip(*tensors, strict=True))
     torch._fused_adamw_(
         params,
         grads,
         exp_avgs,
         exp_avg_sqs,
-        max_exp_avg_sqs[0] if max_exp_avg_sqs else [],
+        [],
         steps,
         lr=float(options.lr),
         beta1=options.betas[0],
         beta2=options.betas[1],
         weight_decay=options.weight_decay,
         eps=options.eps,
-        amsgrad=bool(max_exp_avg_sqs),
+        amsgrad=False,
         maximize=options.maximize,
     )
 
