@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, _device_dtype_check_for_fused
 
 import grass_kernels
 
@@ -33,7 +33,7 @@ class AdamW(torch.optim.AdamW):
         foreach, fused: accepted and checked as torch does; float32, bfloat16 and float16 parameters take
             this library's kernels whatever they say.
         capturable: float32 parameters take torch's own capturable path.
-        differentiable: handed to torch's own path.
+        differentiable: handed to torch's own path, with moments of the parameter's dtype.
         state_dtype: dtype of the moments of bfloat16 and float16 parameters; None and ``torch.float32``
             mean float32. Other parameters' moments have the parameter's dtype.
 
@@ -88,7 +88,7 @@ class AdamW(torch.optim.AdamW):
         """Ignored: torch's constructor sets it for fused=True, the answer depends on the parameters."""
 
     # torch's own signature has a closure that returns a float; a tensor is what everybody returns
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
         Args:
@@ -97,6 +97,7 @@ class AdamW(torch.optim.AdamW):
         Returns:
             What the closure returned, or None.
         """
+        _refuse_uncapturable(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -153,7 +154,7 @@ class AdamW(torch.optim.AdamW):
         with torch.no_grad():
             grass_kernels.masked_adamw_(
                 params,
-                [p.grad for p in params],
+                [p.grad for p in params],  # type: ignore[misc]
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [state["step"] for state in states],
@@ -201,9 +202,12 @@ class AdamW(torch.optim.AdamW):
         state = self.state[p]
         if state:
             return
+        if group["fused"]:
+            _device_dtype_check_for_fused(p)
         state["step"] = torch.zeros((), dtype=torch.float32, device=_step_device(group, p))
         for key in moment_keys(group):
-            state[key] = torch.zeros_like(p, dtype=moment_dtype(p), memory_format=torch.preserve_format)
+            dtype = moment_dtype(p, group["differentiable"])
+            state[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what this optimizer's or `torch.optim.AdamW`'s `state_dict` gave.
@@ -211,14 +215,21 @@ class AdamW(torch.optim.AdamW):
         Moments are taken from the dict in their own precision: torch would first round float32 moments of a
         bfloat16 parameter to bfloat16.
         """
-        # Hooks registered by the user may replace the dict: the last hook sees what is really loaded.
+        # The user's hooks may replace the dict, and look at what was loaded: ours runs after all that come
+        # before loading, and before all that come after it.
         seen: list[dict[str, Any]] = []
-        handle = self.register_load_state_dict_pre_hook(lambda _, given: seen.append(given))
+        handles = [
+            self.register_load_state_dict_pre_hook(lambda _, given: seen.append(given)),
+            self.register_load_state_dict_post_hook(lambda _: self._restore(seen[-1]), prepend=True),
+        ]
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        saved = seen[-1]
+            for handle in handles:
+                handle.remove()
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """Put moments and counters of a state dict, as they were saved, in place of what torch made of them."""
         saved_ids = [key for group in saved["param_groups"] for key in group["params"]]
         for key, (group, p) in zip(saved_ids, self._members(), strict=True):
             loaded = saved["state"].get(key)
@@ -227,7 +238,8 @@ class AdamW(torch.optim.AdamW):
             state = self.state[p]
             for name in moment_keys(group):
                 if name in loaded:
-                    state[name] = loaded[name].to(device=p.device, dtype=moment_dtype(p))
+                    dtype = moment_dtype(p, group["differentiable"])
+                    state[name] = loaded[name].to(device=p.device, dtype=dtype)
             if "step" in state:
                 step = torch.as_tensor(loaded["step"], dtype=torch.float32)
                 state["step"] = step.to(_step_device(group, p), copy=True).reshape(())
@@ -253,9 +265,9 @@ def moment_keys(group: dict[str, Any]) -> tuple[str, ...]:
     return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
 
-def moment_dtype(p: Tensor) -> torch.dtype:
-    """float32 for parameters of low precision, else the parameter's own."""
-    return torch.float32 if p.dtype in _LOW_PRECISION else p.dtype
+def moment_dtype(p: Tensor, differentiable: bool = False) -> torch.dtype:
+    """float32 for parameters of low precision, else the parameter's own, as torch's differentiable path needs."""
+    return torch.float32 if p.dtype in _LOW_PRECISION and not differentiable else p.dtype
 
 
 def _step_device(group: dict[str, Any], p: Tensor) -> torch.device:
@@ -270,6 +282,12 @@ def _by_device(params: list[Tensor]) -> list[list[int]]:
     for i, p in enumerate(params):
         places.setdefault(p.device, []).append(i)
     return list(places.values())
+
+
+def _refuse_uncapturable(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a step in a graph capture without ``capturable``, as torch does. Its check has two names."""
+    names = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+    next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))()
 
 
 def refuse_sparse(groups: list[dict[str, Any]]) -> None:
