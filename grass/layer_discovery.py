@@ -129,17 +129,18 @@ def _choose_one(stacks: list[Stack], configs: Sequence[Any], near: str, root: st
     else:
         return None
     counts = _expected_counts(configs)
+    beside = [stack for stack in remaining if parent_of(stack.path) == home]
     fitting = [stack for stack in remaining if stack.length in counts]
-    beside = [stack for stack in fitting or remaining if parent_of(stack.path) == home]
-    if fitting:
-        for choice in (fitting, beside):
-            if len(choice) == 1:
-                return choice[0]
-        return None
-    # Pruned or grown without a word to the configuration: the place alone must tell.
-    if len(beside) == 1:
-        return beside[0]
-    return stacks[0] if len(stacks) == 1 else None
+    both = [stack for stack in beside if stack in fitting]
+    # One witness is enough only if the other is silent: a pruned model's blocks no longer fit, and some
+    # models keep theirs deeper. If place and length point at different stacks, that is doubt.
+    if both:
+        chosen = both
+    elif beside and fitting:
+        chosen = []
+    else:
+        chosen = beside or fitting or (stacks if len(stacks) == 1 else [])
+    return chosen[0] if len(chosen) == 1 else None
 
 
 def _text_configs(config: Any) -> list[Any]:

@@ -375,3 +375,13 @@ def test_pruned_model_needs_no_word_to_its_configuration():
     model = tiny_llama()
     model.model.layers = model.model.layers[:2]
     assert LayerMap.from_model(model).names == ("model.layers.0", "model.layers.1")
+
+
+def test_module_added_to_a_language_model_does_not_pass_for_its_blocks():
+    model = tiny_llama()
+    model.model.memory = Model(3)
+    assert LayerMap.from_model(model).names == tuple(f"model.layers.{i}" for i in range(3))
+    # Pruned, the blocks no longer have the announced length, and the addition has: place against length.
+    model.model.layers = model.model.layers[:2]
+    with pytest.raises(LayerDiscoveryError, match=r"(?s)model\.layers\.\*.*model\.memory\.blocks\.\*"):
+        LayerMap.from_model(model)
