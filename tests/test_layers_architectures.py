@@ -389,6 +389,12 @@ def test_pruned_language_model_beside_a_tower():
     check(model, IN_MODEL)
 
 
+def test_pruned_model_whose_blocks_lie_deeper_than_the_embedding():
+    model = build(Case("bert", {}, {"num_hidden_layers": 5}), transformers.AutoModelForCausalLM, TEXT)
+    model.bert.encoder.layer = model.bert.encoder.layer[:3]
+    check(model, {"bert.encoder.layer": 3})
+
+
 def test_two_towers_without_a_language_model_are_doubt():
     config = transformers.CLIPConfig(text_config=TEXT, vision_config=TOWER)
     with torch.device("meta"):
