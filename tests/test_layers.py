@@ -239,6 +239,15 @@ def test_two_stacks_are_doubt_and_the_message_lists_both():
     assert LayerMap.from_model(model, "blocks.*").names == ("blocks.0", "blocks.1", "blocks.2")
 
 
+def test_lists_of_lists_are_stages_and_no_blocks():
+    model = nn.Module()
+    model.stages = nn.ModuleList(nn.ModuleList(Block() for _ in range(2)) for _ in range(2))
+    with pytest.raises(LayerDiscoveryError, match=r"(?s)stages\.0\.\*.*stages\.1\.\*"):
+        LayerMap.from_model(model)
+    names = ("stages.0.0", "stages.0.1", "stages.1.0", "stages.1.1")
+    assert LayerMap.from_model(model, "stages.*.*").names == names
+
+
 @pytest.mark.parametrize(
     "model",
     [
