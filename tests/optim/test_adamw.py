@@ -26,6 +26,7 @@ from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import grass
+import grass_kernels
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 SHAPES = ((4, 5), (17,), ())
@@ -798,6 +799,16 @@ def test_hyperparameters_are_torchs(dtype, kwargs):
                     shadow.detach(),
                     **{torch.float32: {"rtol": 2e-6, "atol": 1e-6}}.get(dtype, {}),
                 )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensor_betas_of_float32_are_left_to_torch(dtype, monkeypatch):
+    """Our kernels would read them on the host, and wait for the device; low precision has no other way."""
+    calls = []
+    monkeypatch.setattr(grass_kernels, "masked_adamw_", lambda *args, **kwargs: calls.append(kwargs["betas"]))
+    params = parameters(dtype)
+    train(grass.AdamW(params, betas=(torch.tensor(0.5), torch.tensor(0.75))), params, range(1))
+    assert calls == ([] if dtype == torch.float32 else [(0.5, 0.75)])
 
 
 def test_constructor_has_torchs_signature():
