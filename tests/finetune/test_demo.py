@@ -60,7 +60,9 @@ def test_the_demo_and_one_stopped_twice_end_alike(tmp_path, monkeypatch):
         with pytest.raises(Stopped, match="stopped after step 5 of 8"):
             resume_run(again.path, Screen())
     assert RunFolder.open(again.path / "base").state == "trained"
-    resume_run(again.path, Screen())
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "train", pytest.fail)
+        resume_run(again.path, Screen())
 
     for model in ("base/model", "model"):
         a, b = (
