@@ -1,6 +1,8 @@
 """The built-in demo: a small Llama learns plain sums in full, then word problems by GRASS. No download."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,6 +75,22 @@ def demo_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
         use_cache=True,
     )
     return LlamaForCausalLM(config)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run a block on one core.
+
+    Matrices as small as the demo's gain little from a second thread, and on a busy machine threads that wait
+    for each other at every operation take many times as long. One thread also sums in one order, so the
+    demo's numbers do not depend on the number of cores.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def make_demo(

@@ -16,7 +16,7 @@ import grass
 from grass.config import GrassConfig
 from grass.errors import RunFolderError
 from grass.finetune.data import Chat, Instruction, Record, file_digest, read_records, split_heldout
-from grass.finetune.demo import demo_model, demo_tokenizer, make_demo
+from grass.finetune.demo import demo_model, demo_tokenizer, make_demo, one_thread
 from grass.finetune.encoding import Encoded, Encoder, Example
 from grass.finetune.evaluation import Answer, answer_records, heldout_loss
 from grass.finetune.model import check_method, context_of, load_model, pad_token_id
@@ -178,8 +178,10 @@ def _carry_out(
 ) -> dict[str, Any]:
     try:
         if prepared is None:
-            options = make_demo(folder, options, config, screen)
-            prepared = prepare(options, config, screen)
+            with one_thread():
+                options = make_demo(folder, options, config, screen)
+                prepared = prepare(options, config, screen)
+                return _train_and_evaluate(folder, options, config, prepared, screen)
         return _train_and_evaluate(folder, options, config, prepared, screen)
     except (Stopped, KeyboardInterrupt) as reason:
         screen.stop()

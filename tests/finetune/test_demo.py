@@ -1,7 +1,7 @@
 """The built-in demo, at a fraction of its length.
 
 Would catch: a demo that needs the network or a file; a base model trained again, or other than before, after a
-stop; options that the demo ignores; a demo shorter than what it is meant to show.
+stop; a demo that a busy machine stalls; a demo shorter than what it is meant to show.
 """
 
 import json
@@ -71,6 +71,21 @@ def test_the_demo_and_one_stopped_twice_end_alike(tmp_path, monkeypatch):
         )
         assert all(torch.equal(a[name], b[name]) for name in a)
     assert read_rows(again.layers) == read_rows(tmp_path / "whole" / "layers.jsonl")
+
+
+def test_the_demo_runs_on_one_thread_and_gives_the_others_back(tmp_path, monkeypatch):
+    threads = []
+    original = Recorder.on_train_begin
+
+    def on_train_begin(self, *args, **context):
+        threads.append(torch.get_num_threads())
+        return original(self, *args, **context)
+
+    monkeypatch.setattr(Recorder, "on_train_begin", on_train_begin)
+    torch.set_num_threads(2)
+    start_run(replace(demo.DEMO_OPTIONS, steps=1, output=str(tmp_path / "run")), CONFIG, Screen())
+    assert threads == [1, 1]
+    assert torch.get_num_threads() == 2
 
 
 def test_the_seed_decides_problems_and_model(tmp_path, tokenizer):
