@@ -127,7 +127,7 @@ def resume_run(path: Path, screen: Screen) -> dict[str, Any]:
 
 
 def prepare(options: FinetuneOptions, config: GrassConfig, screen: Screen) -> Prepared:
-    """Read and check all inputs; writes nothing.
+    """Read and check all inputs, then say what is worth knowing; writes nothing.
 
     Args:
         options: with model and data.
@@ -138,13 +138,10 @@ def prepare(options: FinetuneOptions, config: GrassConfig, screen: Screen) -> Pr
     heldout_records: list[Record] = []
     if options.eval:
         heldout_records = read_records(options.eval)
-        shared = len(set(heldout_records) & set(records))
-        if shared:
-            screen.say(f"warning: {shared} held-out records are also among the training records")
     elif options.eval_fraction:
         records, heldout_records = split_heldout(records, options.eval_fraction, config.seed)
-    else:
-        screen.say("no held-out records: pass --eval FILE or --eval-fraction to see loss and accuracy")
+    if not Path(options.model).exists():
+        screen.say(f"looking for {options.model} on the hub")
     model, tokenizer = load_model(options.model, options.dtype)
     layers = check_method(model, options, config)
     encoder = Encoder(tokenizer, options.template, context_of(model, options.context))
@@ -154,6 +151,11 @@ def prepare(options: FinetuneOptions, config: GrassConfig, screen: Screen) -> Pr
     if heldout_records:
         heldout = encoder.encode(heldout_records, options.eval or options.data)
         _tell_cuts(heldout, "held-out", encoder.context, screen)
+    shared = len(set(heldout_records) & set(records))
+    if shared:
+        screen.say(f"warning: {shared:,} held-out records are also among the training records")
+    if not heldout_records:
+        screen.say("no held-out records: pass --eval FILE or --eval-fraction to see loss and accuracy")
     questions = [r for r in heldout_records if isinstance(r, (Instruction, Chat)) and r.answer is not None]
     if len(questions) > options.eval_answers:
         questions = random.Random(config.seed).sample(questions, options.eval_answers)

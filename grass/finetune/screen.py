@@ -27,7 +27,7 @@ class Screen:
     def start(self, title: str, total: int, done: int = 0, unit: str = "step") -> None:
         """Begin a bar; where stderr is no terminal, a line at every tenth of the way stands in for it."""
         self.stop()
-        layout = "{desc} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}"
+        layout = "{desc} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         # disable=None: on only on a terminal
         self._bar = tqdm(
             desc=title, total=total, initial=done, unit=unit, file=sys.stderr, disable=None, bar_format=layout
@@ -65,18 +65,20 @@ def quiet_libraries() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    accelerate_logger = logging.getLogger("accelerate")
-    accelerate_level = accelerate_logger.level
+    loggers = [logging.getLogger(name) for name in ("accelerate", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    accelerate_logger.setLevel(logging.ERROR)
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             for module in _NOISY:
                 warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
             yield
     finally:
-        accelerate_logger.setLevel(accelerate_level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()

@@ -1,13 +1,14 @@
 """Picture and table.
 
 Would catch: a period drawn one step off, or drawn for frozen layers; probe steps counted as training; a
-picture that fails with a sampler that measures nothing; a share of trained parameters not weighted by time.
+picture that fails with a sampler that measures nothing; a share of trained parameters not weighted by time; a
+table too wide for many layers.
 """
 
 import numpy as np
 import pytest
 
-from grass import GrassConfig
+from grass import GrassConfig, LayerMap
 from grass.finetune.options import FinetuneOptions
 from grass.finetune.picture import draw_picture, importance_over_time, selection_over_time
 from grass.finetune.summary import format_table, make_results, trained_share
@@ -78,3 +79,24 @@ def test_table_without_heldout_records_has_no_empty_columns():
     assert "before" not in table
     for part in ("full fine-tuning, 1,200 steps", "100.0%", "5.5 MB", "5,000", "left out: 2"):
         assert part in table
+
+
+def test_draws_of_many_layers_are_wrapped():
+    training = {
+        "steps": 1200,
+        "tokens_per_second": 5000.4,
+        "optimizer_state_bytes": 5_500_000_000,
+        "optimizer_state_bytes_active": 999,
+        "draw_counts": list(range(100, 180)),
+        "nonfinite_norms": 0,
+    }
+    evaluation = {"heldout_loss": 1.5, "accuracy": 0.125, "answers": 8}
+    layers = LayerMap(tuple(map(str, range(80))), (1,) * 80, ((),) * 80, (), 0)
+    results = make_results(
+        FinetuneOptions(), GrassConfig(), layers, 80, training, ROWS, evaluation, evaluation, "runs/x"
+    )
+    lines = format_table(results).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert "79:179" in lines[-1]
+    assert "12.5%" in lines[2]
+    assert any("5.5 GB" in line and "999 B active" in line for line in lines)
