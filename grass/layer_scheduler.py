@@ -141,19 +141,24 @@ class LayerScheduler:
 
     def state_dict(self) -> dict[str, Any]:
         """The whole method, as tensors, numbers and dicts of them."""
-        pending = () if self.next_active is None else self.next_active
         return {
             "format": _FORMAT,
             "config": _config_numbers(self.config),
             "names_checksum": self._names_checksum,
             "num_params": torch.tensor(self.num_params),
             "step_count": self.schedule.step_count,
-            "active": torch.tensor(self.active, dtype=torch.int64),
-            "next_active": torch.tensor(pending, dtype=torch.int64),
+            # of one shape at all times: checkpoint libraries load into the tensors of a fresh optimizer
+            "active": self._as_tensor(self.active),
+            "next_active": self._as_tensor(self.next_active or ()),
             "draw_counts": torch.tensor(self.draw_counts),
             "sampler": self.sampler.state_dict(),
             "importance": self.importance.state_dict(),
         }
+
+    def _as_tensor(self, layers: tuple[int, ...]) -> Tensor:
+        """int64 [active_layers], -1 where there is no layer."""
+        padding = [-1] * (self.config.active_layers - len(layers))
+        return torch.tensor([*layers, *padding], dtype=torch.int64)
 
     def check(self, state: dict[str, Any]) -> None:
         """Refuse the state of another method, before anything is changed.
@@ -187,8 +192,8 @@ class LayerScheduler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""
         self.schedule.step_count = int(state["step_count"])
-        self.active = tuple(state["active"].tolist())
-        self.next_active = tuple(state["next_active"].tolist()) or None
+        self.active = tuple(layer for layer in state["active"].tolist() if layer >= 0)
+        self.next_active = tuple(layer for layer in state["next_active"].tolist() if layer >= 0) or None
         self.draw_counts = state["draw_counts"].tolist()
         self.sampler.load_state_dict(state["sampler"])
         self.importance.load_state_dict(state["importance"])

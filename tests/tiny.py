@@ -113,6 +113,16 @@ def config(**options: Any) -> grass.GrassConfig:
     return grass.GrassConfig(**{**defaults, **options})
 
 
+def checkpoint_activations(model: nn.Module, reentrant: bool) -> None:
+    """Activation checkpointing of a transformers model, under the name its version gives it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    # Transformers, too, makes the embedding's output require grad, in both modes and for good: it would hide
+    # what the method does, and send backward through all frozen layers.
+    model.disable_input_require_grads()
+    model.train()
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 

@@ -33,6 +33,32 @@ def split_method(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     return {**state_dict, "state": stepped, "param_groups": groups}, method
 
 
+def check_complete(state_dict: dict[str, Any], groups: list[dict[str, Any]], expected: set[Tensor]) -> None:
+    """Refuse a state dict from which somebody has dropped parameters.
+
+    `torch.distributed.checkpoint` keeps from what it loads only what requires grad at that moment: all
+    for an optimizer that has not trained yet, but no frozen layer for one that has.
+
+    Args:
+        state_dict: as given to `load_state_dict`.
+        groups: the optimizer's.
+        expected: parameters that a complete state dict has.
+
+    Raises:
+        StateMismatchError: with how many are missing.
+    """
+    missing = 0
+    for group, saved in zip(groups, state_dict["param_groups"], strict=True):
+        for p, key in zip(group["params"], saved["params"], strict=True):
+            missing += p in expected and key not in state_dict["state"]
+    if missing:
+        raise StateMismatchError(
+            f"the state dict lacks the state of {missing} parameters, which would lose their moments: "
+            "torch.distributed.checkpoint drops frozen layers when it loads into an optimizer that has trained; "
+            "construct the optimizer anew and load into that"
+        )
+
+
 def check_shapes(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> None:
     """Refuse a state dict whose groups or moments do not fit the parameters.
 

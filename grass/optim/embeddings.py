@@ -14,17 +14,19 @@ from torch.utils.hooks import RemovableHandle
 
 
 def keep_graph_through_frozen_embeddings(model: nn.Module) -> list[RemovableHandle]:
-    """Hook the model's input embedding, if it has one that can be asked for."""
-    get_input_embeddings = getattr(model, "get_input_embeddings", None)
-    if get_input_embeddings is None:
-        return []
-    try:
-        embedding = get_input_embeddings()
-    except (NotImplementedError, AttributeError):
-        return []
-    if not isinstance(embedding, nn.Module):
-        return []
-    return [embedding.register_forward_hook(_RequireGrad(model))]
+    """Hook the input embeddings that the model, or a part of it such as a decoder, can be asked for."""
+    embeddings: dict[nn.Module, None] = {}  # a set that keeps its order
+    for part in model.modules():
+        get_input_embeddings = getattr(part, "get_input_embeddings", None)
+        if get_input_embeddings is None:
+            continue
+        try:
+            embedding = get_input_embeddings()
+        except (NotImplementedError, AttributeError):
+            continue
+        if isinstance(embedding, nn.Module):
+            embeddings[embedding] = None
+    return [embedding.register_forward_hook(_RequireGrad(model)) for embedding in embeddings]
 
 
 class _RequireGrad:

@@ -18,7 +18,7 @@ from grass.errors import ConfigError, GrassError, ParameterError
 from grass.layer_scheduler import Change, LayerScheduler
 from grass.layers import LayerMap, Pattern
 from grass.optim.adamw import AdamW, refuse_sparse
-from grass.optim.checkpoint import check_shapes, placeholder_state, split_method
+from grass.optim.checkpoint import check_complete, check_shapes, placeholder_state, split_method
 from grass.optim.embeddings import keep_graph_through_frozen_embeddings
 from grass.optim.freezing import Lease, trainable_flags
 from grass.optim.probe import Probe
@@ -183,6 +183,7 @@ class GrassAdamW(MethodView, AdamW):
             )
 
     def _take_probe_step(self, probe: Probe) -> None:
+        probe.notice_cleared()
         if not probe.fired:
             return
         accumulated = probe.accumulated
@@ -234,6 +235,10 @@ class GrassAdamW(MethodView, AdamW):
         if slot >= len(self._layers):
             return slot == len(self._layers)
         return self._scheduler.probing or slot in self._scheduler.active
+
+    def _can_train(self, p: Tensor) -> bool:
+        """Whether a parameter trains in some step."""
+        return self._slots[p] <= len(self._layers) and self._lease.found(p)
 
     def _switch_parameters(self) -> None:
         """Set ``requires_grad`` and the probe's hooks as the scheduler says."""
@@ -303,7 +308,7 @@ class GrassAdamW(MethodView, AdamW):
         state_dict = super().state_dict()
         state_dict["param_groups"][0]["grass"] = self._scheduler.state_dict()
         for index, (group, p) in enumerate(self._members()):
-            if self._slots[p] <= len(self._layers) and self._lease.found(p) and not self.state.get(p):
+            if self._can_train(p) and not self.state.get(p):
                 state_dict["state"][index] = placeholder_state(group, p)
         return state_dict
 
@@ -317,10 +322,12 @@ class GrassAdamW(MethodView, AdamW):
             StateMismatchError: of another model, another layer map or another `GrassConfig`; nothing has
                 been changed then.
         """
-        state_dict, method = split_method(state_dict)
+        given = state_dict
+        state_dict, method = split_method(given)
         check_shapes(state_dict, self.param_groups)
         if method is not None:
             self._scheduler.check(method)
+            check_complete(given, self.param_groups, {p for _, p in self._members() if self._can_train(p)})
         super().load_state_dict(state_dict)
         if method is None:
             warnings.warn(
@@ -373,6 +380,6 @@ class GrassAdamW(MethodView, AdamW):
     def _show_state(self) -> None:
         """Make the state of all that can ever train, and let it require grad until the next switch."""
         for group, p in self._members():
-            if self._slots[p] <= len(self._layers) and self._lease.found(p):
+            if self._can_train(p):
                 self._allocate(group, p)
         self._lease.switch(lambda p: self._slots[p] <= len(self._layers))

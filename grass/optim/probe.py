@@ -3,14 +3,13 @@
 A hook on each parameter takes the gradient's squared norm on the device and sets ``grad = None``, so
 that all gradients are never alive together (of a 7B model in bfloat16 they are 12.5 GiB).
 
-One small gradient a device is kept. A GradScaler refuses to update when it has seen no gradient; and
-what it, or `unscale_`, did to that gradient tells by how much all the others must be scaled. An overflow
-in any gradient is written into the kept one, so that the scaler sees it.
+One small gradient a device is kept, emptied but for a mark. A GradScaler refuses to update when it has seen
+no gradient; and what it, or `unscale_`, did to the mark tells by how much all that was measured must be
+scaled. An overflow in any gradient is written into the mark, so that the scaler sees it.
 """
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,14 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from grass.optim.adamw import sq_norm
 
-
-@dataclass
-class _Kept:
-    """The gradient kept on one device: whose it is, and what it was when its hook last saw it."""
-
-    param: Tensor
-    grad_before: Tensor  # accumulated gradient, a copy
-    sq_norm_before: Tensor  # its squared norm
+# So small that neither a logged norm nor clipping feels it; a power of two, which a loss scale divides exactly.
+_MARK = 2.0**-20
 
 
 class Probe:
@@ -47,7 +40,7 @@ class Probe:
         self._sums: Tensor | None = None  # float32 [slots], on the first gradient's device
         self._fired: dict[Tensor, int] = {}  # how often, since the last take
         self._observed = [False] * num_slots
-        self._kept: dict[torch.device, _Kept] = {}
+        self._kept: dict[torch.device, Tensor] = {}  # whose gradient is kept
         self._overflow: dict[torch.device, Tensor] = {}
         for p, slot in zip(params, slots, strict=True):
             self.handles.append(p.register_post_accumulate_grad_hook(self._hook(slot)))
@@ -68,15 +61,22 @@ class Probe:
         """Whether any gradient has been measured since the last `take` or `discard`."""
         return bool(self._fired)
 
+    def notice_cleared(self) -> None:
+        """Drop what has been measured if somebody else, such as ``model.zero_grad()``, cleared gradients."""
+        if any(param.grad is None for param in self._kept.values()):
+            self.discard()
+
     @torch.no_grad()
     def _measure(self, param: Tensor, slot: int) -> None:
+        self.notice_cleared()
         grad = param.grad
-        if grad is None or grad.numel() == 0:
+        if grad is None or grad.numel() == 0 or grad.is_sparse:  # `step` refuses sparse gradients
             return
+        first = (0,) * grad.dim()
         kept = self._kept.get(grad.device)
-        own = kept is not None and kept.param is param
-        # The kept gradient goes on accumulating: what this backward added is the difference.
-        norm = sq_norm(grad - kept.grad_before) if own and kept is not None else sq_norm(grad)
+        if kept is param:
+            grad[first] -= _MARK  # this backward has added to it
+        norm = sq_norm(grad)
         if self._sums is None:
             self._sums = torch.zeros(len(self._observed), device=grad.device)
         self._sums[slot] += norm.to(self._sums.device, non_blocking=True)
@@ -87,14 +87,16 @@ class Probe:
         overflow = self._overflow.get(grad.device)
         overflow = norm * 0 if overflow is None else overflow + norm * 0
         self._overflow[grad.device] = overflow
-        if kept is None or own or grad.numel() < kept.param.numel():
-            if kept is not None and not own:
-                kept.param.grad = None
-            kept = self._kept[grad.device] = _Kept(param, grad.clone(), sq_norm(grad))
+        if kept is None or kept is param or grad.numel() < kept.numel():
+            if kept is not None and kept is not param:
+                kept.grad = None
+            kept = self._kept[grad.device] = param
+            grad.zero_()
+            grad[first] = _MARK
         else:
             param.grad = None
-        assert kept.param.grad is not None
-        kept.param.grad[(0,) * kept.param.grad.dim()] += overflow.to(kept.param.grad.dtype)
+        assert kept.grad is not None
+        kept.grad[(0,) * kept.dim()] += overflow.to(kept.grad.dtype)
 
     @torch.no_grad()
     def take(self, grad_scale: Tensor | None) -> tuple[Tensor, list[bool]]:
@@ -108,11 +110,10 @@ class Probe:
         """
         assert self._sums is not None, "nothing has been measured"
         sums, ratios = self._sums, []
-        for kept in self._kept.values():
-            if kept.param.grad is not None:
-                now, before = sq_norm(kept.param.grad), kept.sq_norm_before
-                usable = torch.isfinite(now) & torch.isfinite(before) & (before > 0) & (now > 0)
-                ratios.append(torch.where(usable, now / before, 1.0))
+        for param in self._kept.values():
+            if param.grad is not None:
+                ratio = (param.grad[(0,) * param.dim()].float() / _MARK).square()
+                ratios.append(torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1.0))
         if ratios:
             sums = sums * ratios[0].to(sums.device, non_blocking=True)
         if grad_scale is not None:
@@ -123,8 +124,8 @@ class Probe:
 
     def discard(self) -> None:
         """Drop what has been measured since the last `take`, and the kept gradients."""
-        for kept in self._kept.values():
-            kept.param.grad = None
+        for param in self._kept.values():
+            param.grad = None
         self.accumulated = False
         self._sums = None
         self._observed = [False] * len(self._observed)

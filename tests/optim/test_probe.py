@@ -6,11 +6,11 @@ probe that measure something else.
 """
 
 import pytest
+import tiny
 import torch
 from torch import Tensor, nn
 
 import grass
-import tiny
 
 PROBE = 3
 
@@ -201,3 +201,50 @@ def test_a_gradient_that_is_not_finite_never_enters_the_importance(bad: float) -
     assert opt.importance.isfinite().all()
     assert opt.probabilities.isfinite().all()
     assert opt.nonfinite_norms > 3
+
+
+@pytest.mark.parametrize("where", ["between", "before the step"])
+def test_gradients_cleared_by_the_model_are_discarded_too(where: str) -> None:
+    model = tiny.stack()
+    opt = grass.GrassAdamW(model, config=tiny.config())
+    (1000 * tiny.loss_of(model, tiny.batch(77))).backward()
+    model.zero_grad()  # a batch that the loop decided to drop
+    if where == "before the step":
+        opt.step()
+        assert opt.step_count == 0
+    wanted = run_probe(model, opt)
+    torch.testing.assert_close(opt.importance, wanted, rtol=1e-5, atol=0)
+
+
+def test_a_parameter_alone_on_its_device_is_measured_over_micro_batches() -> None:
+    """The gradient that is kept is measured like the others, though it stays."""
+    model = tiny.stack()
+    model.requires_grad_(False)
+    model.blocks[1].down.bias.requires_grad_(True)
+    opt = grass.GrassAdamW(model, config=tiny.config(active_layers=1))
+    wanted = run_probe(model, opt, micro_batches=3)
+    assert wanted[1] > 0
+    torch.testing.assert_close(opt.importance[1], wanted[1], rtol=1e-4, atol=0)
+
+
+def test_a_sparse_gradient_is_refused_by_its_step_as_torch_does() -> None:
+    model = tiny.stack()
+    model.embed = nn.Embedding(tiny.VOCAB, 8, sparse=True)
+    opt = grass.GrassAdamW(model, config=tiny.config(), pattern="blocks.*")
+    tiny.loss_of(model, tiny.batch(0)).backward()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        opt.step()
+
+
+def test_a_logged_norm_is_near_zero_and_clipping_touches_nothing() -> None:
+    model, twin = tiny.stack(), tiny.stack()
+    opt, plain = (grass.GrassAdamW(m, config=tiny.config()) for m in (model, twin))
+    norms = []
+
+    def clip(_: int) -> None:
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1e-3).item())
+
+    tiny.train(model, opt, 0, PROBE, before_step=clip)
+    tiny.train(twin, plain, 0, PROBE)
+    assert max(norms) < 1e-5
+    assert torch.equal(opt.importance, plain.importance)
