@@ -143,8 +143,8 @@ def _sqrt(x: Tensor) -> Tensor:
 
 
 def _fp32(x: float) -> Tensor:
-    """`x` as a tensor, so that torch does not compute with the double."""
-    return torch.tensor(x, dtype=torch.float32)
+    """`x` as a scalar tensor, which goes with any device, so that torch does not compute with the double."""
+    return torch.tensor(x, dtype=torch.float32, device="cpu")
 
 
 @torch.no_grad()

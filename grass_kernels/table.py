@@ -61,7 +61,7 @@ FIRST_PARTIAL = constexpr(COLUMNS.index("first_partial"))
 ALIGNED = constexpr(COLUMNS.index("aligned"))
 
 _HEADER_WORDS = 16
-
+_CPU = torch.device("cpu")  # named everywhere: the user may have set another default device
 
 Dtypes = tuple[torch.dtype, ...]
 
@@ -119,7 +119,9 @@ def build_table(
     count = len(grads)
     lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
     addresses = [[t.data_ptr() for t in tensors] if tensors else [0] * count for tensors in lists]
-    columns = torch.tensor([*addresses, [g.numel() for g in grads], list(layers)], dtype=torch.int64)
+    columns = torch.tensor(
+        [*addresses, [g.numel() for g in grads], list(layers)], dtype=torch.int64, device=_CPU
+    )
     numel, layer = columns[COLUMNS.index("numel")], columns[COLUMNS.index("layer")]
     chunks = (numel + (CHUNK - 1)) // CHUNK
     num_chunks = int(chunks.sum())
@@ -128,10 +130,11 @@ def build_table(
     chunks_start = layers_start + num_layers + 1
     # Pinned, so that the upload does not block; torch's pinned allocator keeps the memory from reuse
     # until the copy, which it sees on its stream, has finished.
-    words = torch.empty(chunks_start + num_chunks, dtype=torch.int64, pin_memory=device.type == "cuda")
+    pinned = device.type == "cuda"
+    words = torch.empty(chunks_start + num_chunks, dtype=torch.int64, device=_CPU, pin_memory=pinned)
 
-    values = torch.zeros(_HEADER_WORDS, dtype=torch.float64)
-    values[: len(header)] = torch.tensor(header, dtype=torch.float64)
+    values = torch.zeros(_HEADER_WORDS, dtype=torch.float64, device=_CPU)
+    values[: len(header)] = torch.tensor(header, dtype=torch.float64, device=_CPU)
     words[:_HEADER_WORDS] = values.view(torch.int64)
 
     first_of_layer = words[layers_start:chunks_start]
@@ -161,12 +164,12 @@ def _write_chunks(out: Tensor, chunks: Tensor, keys: Sequence[Dtypes], start: in
         tensors_of.setdefault(key, []).append(index)
     runs, filled = [], 0
     for key, indices in tensors_of.items():
-        tensors = torch.tensor(indices)
+        tensors = torch.tensor(indices, device=_CPU)
         counts = chunks[tensors]
         total = int(counts.sum())
         if total:
             first = counts.cumsum(0) - counts
-            within = torch.arange(total) - first.repeat_interleave(counts)
+            within = torch.arange(total, device=_CPU) - first.repeat_interleave(counts)
             out[filled : filled + total] = (tensors.repeat_interleave(counts) << 32) | within
             runs.append(ChunkRun(key, start + filled, total))
             filled += total

@@ -3,7 +3,8 @@
 Would catch: a frozen layer's weight, moment or counter that changes; a counter advanced once a chunk, or by
 a call that found an infinity; norms of frozen layers that are not zero, or left over; norms that differ from
 `layer_sq_norms`; writes outside a tensor at any alignment; a result that differs from run to run; a write
-that autograd does not see; strides ignored; moments that move to another storage.
+that autograd does not see; strides ignored; moments that move to another storage; host tables built on a
+default device.
 """
 
 import pytest
@@ -88,6 +89,18 @@ def test_alignment_does_not_show(buffers: Buffers, dtypes):
     shifted.update(sq_norms=norms[1], **HYPER)
     assert_same(aligned, shifted)
     assert same_bits(*norms)
+
+
+@interpreter_only
+@pytest.mark.parametrize("column", ["params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"])
+def test_only_full_blocks_of_aligned_tensors_take_wide_accesses(buffers: Buffers, hinted_addresses, column):
+    problem = Problem(buffers, sizes=[3 * BLOCK + 5, 2 * BLOCK, BLOCK - 1], amsgrad=True)
+    tensors = getattr(problem, column)
+    tensors[1] = buffers.place(tensors[1].clone(), F32, shift=1)
+    problem.update(sq_norms=torch.zeros(1), **HYPER)
+    lists = (problem.params, problem.grads, problem.exp_avgs, problem.exp_avg_sqs, problem.max_exp_avg_sqs)
+    wide = {t[0].data_ptr() + block * BLOCK * 4 for t in lists for block in range(3)}
+    assert set(hinted_addresses) == wide
 
 
 def test_same_bits_on_every_run(buffers: Buffers):
@@ -202,3 +215,14 @@ def test_all_frozen_still_writes_norms(buffers: Buffers):
     problem.update(layer_index=[1], active=[True, False], sq_norms=norms, **HYPER)
     assert norms.tolist() == [0.0, 0.0]
     assert len(SIZES) == len(LAYERS)
+
+
+def test_another_default_device_is_none_of_our_business(buffers: Buffers):
+    with_default, without = Problem(buffers, (BF16, BF16, F32)), Problem(buffers, (BF16, BF16, F32))
+    norms = [torch.full((3,), torch.nan) for _ in range(2)]
+    clip = torch.tensor(0.5)
+    with torch.device("meta"):
+        with_default.update(layer_index=LAYERS, sq_norms=norms[0], clip_coef=clip, **HYPER)
+    without.update(layer_index=LAYERS, sq_norms=norms[1], clip_coef=clip, **HYPER)
+    assert_same(with_default, without)
+    assert same_bits(*norms)
