@@ -1,0 +1,230 @@
+"""Failures these tests catch: a Trainer run in which the method does not get its gradients (accumulation,
+checkpointing, clipping), its groups (decay for weights only) or its learning rates; a run that is resumed
+otherwise than it would have gone on; a factory that cannot be used twice, or takes a stopped optimizer's
+frozen layers for the user's.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import grass
+from grass.integrations.transformers import trainer_optimizer
+
+STEPS = 14
+LR, DECAY = 1e-2, 0.1
+
+# Trainer pins memory whether there is an accelerator or not
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+
+
+class Ids(Dataset):
+    """Enough rows for every step, the same at every look."""
+
+    def __len__(self) -> int:
+        return 256
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = tiny.batch(index, size=1)[0]
+        return {"input_ids": ids, "labels": ids}
+
+
+class Watch(TrainerCallback):
+    """What the method did, step by step."""
+
+    def __init__(self) -> None:
+        self.active: list[tuple[int, ...]] = []
+        self.rates: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        opt = kwargs["optimizer"]
+        self.active.append(getattr(opt, "optimizer", opt).active_layers)
+        self.rates.append(opt.param_groups[0]["lr"])
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    defaults = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": LR,
+        "weight_decay": DECAY,
+        "warmup_steps": 3,
+        "save_steps": 7,
+        "save_strategy": "steps",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "logging_steps": 5,
+        "dataloader_pin_memory": False,
+        "seed": 1,
+    }
+    return TrainingArguments(output_dir=str(folder), **{**defaults, **options})
+
+
+def trainer(folder: Path, model: nn.Module | None = None, how: str = "factory", **options: Any) -> Trainer:
+    model = tiny.llama(layers=4) if model is None else model
+    config = tiny.config()
+    extra: dict[str, Any]
+    if how == "factory":
+        given = trainer_optimizer(lr=LR, weight_decay=DECAY, config=config)
+        extra = {"optimizer_cls_and_kwargs": given}
+    elif how == "class":
+        given = (grass.GrassAdamW, {"model": model, "lr": LR, "weight_decay": DECAY, "config": config})
+        extra = {"optimizer_cls_and_kwargs": given}
+    else:
+        opt = grass.GrassAdamW(model, lr=LR, weight_decay=DECAY, config=config)
+        extra = {"optimizers": (opt, None)}
+    return Trainer(model, arguments(folder, **options), train_dataset=Ids(), callbacks=[Watch()], **extra)
+
+
+def method_of(run: Trainer) -> grass.GrassAdamW:
+    return getattr(run.optimizer, "optimizer", run.optimizer)
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "nonreentrant", "reentrant"])
+@pytest.mark.parametrize("how", ["factory", "given"])
+def test_seven_steps_a_stop_and_seven_steps_are_fourteen(
+    tmp_path: Path, checkpointing: bool | None, how: str
+) -> None:
+    options: dict[str, Any] = {}
+    if checkpointing is not None:
+        options = {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": checkpointing},
+        }
+    whole = trainer(tmp_path / "whole", how=how, **options)
+    whole.train()
+    again = trainer(tmp_path / "again", how=how, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-7"))
+    assert whole.state.global_step == again.state.global_step == STEPS
+    assert method_of(whole).step_count == method_of(again).step_count == STEPS
+    tiny.assert_same_run(whole.model, method_of(whole), again.model, method_of(again))
+    watched = [w for w in whole.callback_handler.callbacks if isinstance(w, Watch)][0]
+    resumed = [w for w in again.callback_handler.callbacks if isinstance(w, Watch)][0]
+    assert watched.active[7:] == resumed.active
+    assert watched.active[:3] == [(), (), ()]
+    assert all(len(layers) == 2 for layers in watched.active[3:])
+    assert watched.rates[7:] == resumed.rates
+    assert watched.rates[0] == 0, "warm-up begins at 0, also for a method that counts its own steps"
+
+
+def test_the_factory_keeps_trainers_decay_groups(tmp_path: Path) -> None:
+    model = tiny.llama(layers=4)
+    run = trainer(tmp_path, model)
+    run.create_optimizer()
+    own = Trainer(tiny.llama(layers=4), arguments(tmp_path)).create_optimizer()
+    opt = run.optimizer
+    assert isinstance(opt, grass.GrassAdamW)
+    assert [len(g["params"]) for g in opt.param_groups] == [len(g["params"]) for g in own.param_groups]
+    assert [g["weight_decay"] for g in opt.param_groups] == [g["weight_decay"] for g in own.param_groups]
+    names = {id(p): name for name, p in model.named_parameters()}
+    bare = {names[id(p)] for p in opt.param_groups[1]["params"]}
+    assert bare == {name for name in names.values() if "norm" in name}
+
+
+def test_a_run_of_trainer_is_the_plain_loop(tmp_path: Path) -> None:
+    """The same batches, rates and clipping by hand, without Trainer."""
+    steps = 9
+    run = trainer(
+        tmp_path, max_steps=steps, max_grad_norm=0.5, gradient_accumulation_steps=1, save_strategy="no"
+    )
+    seen: list[torch.Tensor] = []
+    inner = run.compute_loss
+
+    def compute_loss(model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
+        seen.append(inputs["input_ids"].clone())
+        return inner(model, inputs, *args, **kwargs)
+
+    run.compute_loss = compute_loss
+    run.train()
+    model = tiny.llama(layers=4)
+    model.train()
+    (factory, options) = trainer_optimizer(lr=LR, weight_decay=DECAY, config=tiny.config())
+    opt = factory()(model, **options)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        opt, lambda step: step / 3 if step < 3 else max(0.0, (steps - step) / (steps - 3))
+    )
+    for ids in seen:
+        model(input_ids=ids, labels=ids).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        opt.step()
+        schedule.step()
+        opt.zero_grad()
+    assert opt.draw_counts == method_of(run).draw_counts
+    torch.testing.assert_close(opt.importance, method_of(run).importance, rtol=1e-5, atol=0)
+    for p, q in zip(model.parameters(), run.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_the_class_itself_can_be_given_once(tmp_path: Path) -> None:
+    run = trainer(tmp_path, how="class", max_steps=5, save_strategy="no")
+    run.train()
+    opt = method_of(run)
+    assert isinstance(opt, grass.GrassAdamW)
+    assert opt.step_count == 5
+    assert len(opt.param_groups) == 1
+
+
+def test_the_factory_leaves_what_the_user_froze(tmp_path: Path) -> None:
+    model = tiny.llama(layers=4)
+    model.lm_head.requires_grad_(False)
+    before = model.lm_head.weight.clone()
+    run = trainer(tmp_path, model, max_steps=6, save_strategy="no")
+    run.train()
+    assert not model.lm_head.weight.requires_grad
+    assert torch.equal(model.lm_head.weight, before)
+
+
+def test_a_second_trainer_on_a_trained_model_gets_all_its_layers(tmp_path: Path) -> None:
+    model = tiny.llama(layers=4)
+    first = trainer(tmp_path, model, max_steps=5, save_strategy="no")
+    first.train()
+    assert sum(p.requires_grad for p in model.parameters()) < len(list(model.parameters()))
+    second = trainer(tmp_path, model, max_steps=5, save_strategy="no")
+    second.train()
+    opt = method_of(second)
+    assert sum(len(group["params"]) for group in opt.param_groups) == len(list(model.parameters()))
+    assert opt.importance.min() > 0
+
+
+def test_mixed_precision(tmp_path: Path) -> None:
+    run = trainer(tmp_path, bf16=True, max_steps=6, save_strategy="no")
+    run.train()
+    opt = method_of(run)
+    assert opt.step_count == 6
+    assert opt.importance.isfinite().all()
+    assert opt.importance.min() > 0
+
+
+def test_a_frozen_embedding_under_trainers_checkpointing(tmp_path: Path) -> None:
+    model = tiny.llama(layers=4)
+    config = tiny.config(always_active="none")
+    given = trainer_optimizer(lr=LR, config=config)
+    args = arguments(
+        tmp_path,
+        max_steps=6,
+        save_strategy="no",
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+    )
+    before = tiny.weights(model)
+    run = Trainer(model, args, train_dataset=Ids(), optimizer_cls_and_kwargs=given)
+    run.train()
+    opt = method_of(run)
+    assert opt.importance.min() > 0, "reentrant checkpointing has lost the gradients"
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    owner = tiny.layer_names(model, opt)
+    assert {owner[name] for name in moved} == {i for i, count in enumerate(opt.draw_counts) if count} - {
+        layer for layer in opt.next_active_layers or () if opt.draw_counts[layer] == 1
+    } - (
+        {layer for layer in opt.active_layers if opt.draw_counts[layer] == 1}
+        if opt.step_count == 6
+        else set()
+    )
