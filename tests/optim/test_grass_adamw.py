@@ -138,7 +138,7 @@ def test_importance_counts_only_what_can_have_a_gradient() -> None:
         ("head*", {"head.weight"}),
         (["embed", "*.norm.*"], {"embed.weight", *NORMS}),
     ],
-    ids=str,
+    ids=["none", "one pattern", "several patterns"],  # a set has no order to name a test by
 )  # fmt: skip
 def test_always_active_says_what_trains_besides_the_drawn_layers(always: object, extra: set[str]) -> None:
     model = tiny.stack()
