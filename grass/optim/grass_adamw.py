@@ -7,7 +7,7 @@ device) -> at a refresh L floats to the host -> probabilities -> active set -> `
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,13 +77,17 @@ class GrassAdamW(MethodView, AdamW):
         if isinstance(params, nn.Module):
             if model is not None and model is not params:
                 raise ParameterError("two models were passed: give one, as the first argument or as model=")
-            model, params = params, list(params.parameters())
-            if not params:
-                raise ParameterError("the model has no parameters")
+            model, params = params, params.parameters()
         if model is None:
             raise ParameterError(
                 "GrassAdamW needs the model to find its layers: pass the model itself, or model=model"
             )
+        if not isinstance(params, Tensor):  # which torch refuses by type
+            params = cast(ParamsT, list(params))
+            if not params:
+                raise ParameterError(
+                    "no parameters to train: pass a model that has some, or a list that is not empty"
+                )
         if differentiable or capturable:
             raise ConfigError(
                 "GrassAdamW is neither differentiable nor capturable: its schedule is the host's"

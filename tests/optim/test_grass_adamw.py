@@ -36,7 +36,7 @@ def all_frozen() -> nn.Module:
 BAD: list[tuple[str, Callable[[], nn.Module], Callable[[nn.Module], object], type, str]] = [
     ("no parameters", nn.Module, grass.GrassAdamW, grass.ParameterError, "no parameters"),
     ("no model", tiny.stack, lambda m: grass.GrassAdamW(m.parameters()), grass.ParameterError, "model=model"),
-    ("empty list", tiny.stack, lambda m: grass.GrassAdamW([], model=m), ValueError, "empty parameter list"),
+    ("empty list", tiny.stack, lambda m: grass.GrassAdamW([], model=m), grass.ParameterError, "no parameters"),
     ("nothing trainable", all_frozen, grass.GrassAdamW, grass.ParameterError, "nothing to train"),
     ("two models", tiny.stack, lambda m: grass.GrassAdamW(m, model=tiny.stack()), grass.ParameterError, "give one"),
     (
