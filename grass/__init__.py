@@ -1,5 +1,6 @@
 """GRASS: full-rank fine-tuning that trains a few layers at a time, chosen by their gradients."""
 
+import grass.integrations.transformers
 from grass.config import GrassConfig
 from grass.errors import (
     ConfigError,

@@ -66,6 +66,10 @@ class GrassConfig:
             _check_int(name, getattr(self, name), least=1)
         for name in ("probe_steps", "draw_ahead", "seed"):
             _check_int(name, getattr(self, name), least=0)
+        if self.seed >= 2**32:
+            raise ConfigError(
+                f"seed must be below 2**32, not {self.seed}: other generators of a run share it"
+            )
         _check_choice("importance_scale", self.importance_scale, IMPORTANCE_SCALES)
         _check_choice("sampler", self.sampler, SAMPLERS)
         _check_choice("moments", self.moments, MOMENTS)
@@ -84,6 +88,10 @@ class GrassConfig:
             raise ConfigError(
                 f"draw_ahead ({self.draw_ahead}) must be at most sample_interval - 1 "
                 f"({self.sample_interval - 1}): a set is drawn within the period before its own"
+            )
+        if not isinstance(self.always_active, (str, Sequence)):
+            raise ConfigError(
+                f'always_active must be "outside", "none" or name patterns, not {self.always_active!r}'
             )
         if not isinstance(self.always_active, str):
             object.__setattr__(self, "always_active", tuple(self.always_active))

@@ -170,6 +170,11 @@ class LayerScheduler:
             raise StateMismatchError(
                 f"the checkpoint's method state has format {state.get('format')}, this version reads {_FORMAT}"
             )
+        damaged = _missing(state, self.beginning)
+        if damaged:
+            raise StateMismatchError(
+                f"the checkpoint's method state lacks {', '.join(damaged)}: it is damaged; load one that is whole"
+            )
         saved = state["num_params"].tolist()
         if saved != self.num_params or int(state["names_checksum"]) != self._names_checksum:
             raise StateMismatchError(
@@ -197,6 +202,15 @@ class LayerScheduler:
         self.draw_counts = state["draw_counts"].tolist()
         self.sampler.load_state_dict(state["sampler"])
         self.importance.load_state_dict(state["importance"])
+
+
+def _missing(state: dict[str, Any], complete: dict[str, Any]) -> list[str]:
+    """Keys that a state lacks, also in the parts it is made of."""
+    missing = [key for key in complete if key not in state]
+    for part in ("sampler", "importance"):
+        if part in state:
+            missing += [f"{part}.{key}" for key in complete[part] if key not in state[part]]
+    return missing
 
 
 def _config_numbers(config: GrassConfig) -> dict[str, int | float]:

@@ -16,7 +16,8 @@ FLOORS = [
     {"grass_kernels"},
     {"grass.errors"},
     {"grass.config"},
-    {"grass.schedule", "grass.sampling", "grass.importance", "grass.layer_stacks", "grass.layer_discovery"},
+    {"grass.schedule", "grass.sampling", "grass.importance", "grass.layer_stacks"},
+    {"grass.layer_discovery"},
     {"grass.layer_scheduler", "grass.layers"},
     {"grass.optim"},
     {"grass.integrations"},
@@ -106,6 +107,13 @@ def test_core_does_not_need_transformers(name):
 @pytest.mark.parametrize("blocked", ["transformers", "triton", "matplotlib"])
 def test_library_imports_without_optional_packages(blocked):
     script = f"import sys; sys.modules['{blocked}'] = None; import grass, grass_kernels, grass.cli"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+def test_the_trainer_factory_is_there_after_importing_grass():
+    script = (
+        "import grass; grass.integrations.transformers.trainer_optimizer(lr=1e-5, config=grass.GrassConfig())"
+    )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 

@@ -111,3 +111,11 @@ def test_copies_are_equal() -> None:
     config = GrassConfig(temperature=0.5, always_active=["a*"], sampler="static")
     assert copy.deepcopy(config) == config
     assert pickle.loads(pickle.dumps(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("setting", "remedy"), [({"seed": 2**32}, "below 2"), ({"always_active": 5}, "name patterns")]
+)
+def test_settings_other_libraries_would_choke_on_are_refused_here(setting, remedy):
+    with pytest.raises(ConfigError, match=remedy):
+        GrassConfig(**setting)

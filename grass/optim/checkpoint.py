@@ -26,7 +26,12 @@ def split_method(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
 
     Returns:
         A shallow copy that torch's layout describes whole, and the method's state or None.
+
+    Raises:
+        StateMismatchError: not a state dict of an optimizer.
     """
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise StateMismatchError('not an optimizer\'s state dict: it lacks "state" or "param_groups"')
     groups = [dict(group) for group in state_dict["param_groups"]]
     method = groups[0].pop("grass", None) if groups else None
     stepped = {key: state for key, state in state_dict["state"].items() if float(state.get("step", 1)) != 0}

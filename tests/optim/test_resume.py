@@ -249,3 +249,18 @@ def test_a_state_loaded_is_not_shared() -> None:
     tiny.train(twin, other, 5, 12)
     tiny.assert_identical(tiny.flat(state["param_groups"][0]["grass"]), before)
     assert opt.step_count == 5
+
+
+@pytest.mark.parametrize("part", ["importance", "sampler", "draw_counts"])
+def test_a_damaged_state_is_refused_whole(part: str) -> None:
+    model = tiny.stack()
+    saved = grass.GrassAdamW(model, config=tiny.config()).state_dict()
+    del saved["param_groups"][0]["grass"][part]
+    opt = grass.GrassAdamW(model, config=tiny.config())
+    before = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(grass.StateMismatchError, match=part):
+        opt.load_state_dict(saved)
+    with pytest.raises(grass.StateMismatchError, match="param_groups"):
+        opt.load_state_dict({})
+    assert opt.step_count == 0
+    assert [p.requires_grad for p in model.parameters()] == before
