@@ -82,13 +82,20 @@ def read_records(path: str | Path) -> list[Record]:
 
 def _array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     try:
-        items = json.loads(text)
+        count = len(json.loads(text))  # the whole must be valid before its parts are looked at
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
     except RecursionError:
         raise DataError(f"{path}: not valid JSON: nested too deeply") from None
-    for index, item in enumerate(items, start=1):
-        yield f"{path}: record {index}", item
+    decoder, line, counted = json.JSONDecoder(), 1, 0
+    end = text.index("[") + 1
+    for index in range(1, count + 1):
+        start = end
+        while text[start] in ", \t\r\n":
+            start += 1
+        line, counted = line + text.count("\n", counted, start), start
+        item, end = decoder.raw_decode(text, start)
+        yield f"{path}:{line}: record {index}", item
 
 
 def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
