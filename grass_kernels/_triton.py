@@ -74,23 +74,42 @@ def _interpreter_as_silent_as_a_gpu() -> Iterator[None]:
         yield
 
 
-def launch(
-    kernel: Any, programs: int, device: torch.device, threads: int = THREADS, **arguments: Any
-) -> None:
-    """Run `programs` programs of `kernel` on `device`, on its current stream.
+def compile_options(backend: str, warp_size: int, threads: int, max_registers: int | None) -> dict[str, Any]:
+    """What every kernel is compiled with, at a launch and ahead of time.
 
-    No multiplication and addition are fused (`enable_fp_fusion=False`): whether they would be differs
-    between Triton versions, and the interpreter does not. Without it a kernel, its reference and the
-    norms of two kernels would differ in the last bit.
+    No multiplication and addition are fused (`enable_fp_fusion`): whether they would be differs between
+    Triton versions, and the interpreter does not. With it a kernel, its reference and the norms of two
+    kernels would differ in the last bit.
+
+    Args:
+        backend: "cuda" or "hip".
+        warp_size: Threads of a warp.
+        threads: Threads of a program.
+        max_registers: Registers of a thread, on CUDA. Near a step of occupancy ptxas would rather spill
+            than take one more, and which kernels it hits changes with every version; a stated limit ends that.
     """
+    options = {"num_warps": max(1, threads // warp_size), "enable_fp_fusion": False}
+    return {**options, "maxnreg": max_registers} if backend == "cuda" and max_registers else options
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    device: torch.device,
+    threads: int = THREADS,
+    max_registers: int | None = None,
+    **arguments: Any,
+) -> None:
+    """Run `programs` programs of `kernel` on `device`, on its current stream (see `compile_options`)."""
     if programs == 0:
         return
     if device.type == "cpu":
         with _interpreter_as_silent_as_a_gpu():
             kernel[(programs,)](**arguments)
         return
+    options = compile_options(
+        "hip" if torch.version.hip else "cuda", _warp_size(device), threads, max_registers
+    )
     # Triton launches on torch's current device, which need not be the tensors' own.
     with torch.cuda.device(device):
-        kernel[(programs,)](
-            **arguments, num_warps=max(1, threads // _warp_size(device)), enable_fp_fusion=False
-        )
+        kernel[(programs,)](**arguments, **options)

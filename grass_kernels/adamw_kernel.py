@@ -17,7 +17,7 @@ from torch import Tensor
 from grass_kernels import reference
 from grass_kernels._triton import THREADS, constexpr, jit, launch, tl, tl_dtype
 from grass_kernels.conversions import block_mask, block_pointers, load_fp32, pointer, store_fp32
-from grass_kernels.sq_norm import chunk_range, find_chunk, launch_sum_layers, load_grad, load_scale, tree_sum
+from grass_kernels.sq_norm import chunk_range, find_chunk, launch_sum_layers, load_grad, tree_sum
 from grass_kernels.table import (
     BLOCK,
     CHUNK,
@@ -28,7 +28,6 @@ from grass_kernels.table import (
     HEADER,
     LAYER,
     MAX_EXP_AVG_SQ,
-    NUMEL,
     PARAM,
     ROW,
     STEP,
@@ -37,6 +36,8 @@ from grass_kernels.table import (
 
 NARROW_BLOCK = 2 * THREADS
 """Elements a program holds at a time where it must mask."""
+MAX_REGISTERS = 80
+"""Of a thread: three programs of 256 threads fit a multiprocessor's 65,536."""
 
 # Words of the table's header, doubles. A kernel's float arguments would arrive as fp32.
 HYPERPARAMETERS = (
@@ -139,10 +140,10 @@ def _adamw_block(  # type: ignore[no-untyped-def]  # Triton types its own argume
     exp_avg_ptr,
     exp_avg_sq_ptr,
     max_exp_avg_sq_ptr,
-    start,  # first element
-    numel,
-    sums,  # fp32 [BLOCK], squares of gradients so far; None if not asked for
-    grad_scale,  # None is no scale
+    start,  # first element, counted from where the pointers stand
+    length,  # of what may be touched from there
+    sums,  # fp32, as wide as a full block: squares of gradients so far
+    grad_scale_ptr,  # float32 [1] or None
     grad_factor,
     decay,
     exp_avg_weight,
@@ -155,18 +156,18 @@ def _adamw_block(  # type: ignore[no-untyped-def]  # Triton types its own argume
     BLOCK: tl.constexpr,
     FULL: tl.constexpr,  # a full block at 16-byte aligned addresses
 ):
-    """Update one block. Returns `sums` with the squares of its gradients, as unscaled and not yet clipped."""
-    mask = block_mask(start, numel, BLOCK, FULL)
+    """Update one block. Returns `sums`, with its gradients' squares (unscaled, not yet clipped) if it is full."""
+    mask = None if FULL else block_mask(start, length, BLOCK)
     param_block = block_pointers(param_ptr, start, BLOCK, FULL)
     exp_avg_block = block_pointers(exp_avg_ptr, start, BLOCK, FULL)
     exp_avg_sq_block = block_pointers(exp_avg_sq_ptr, start, BLOCK, FULL)
 
-    grad = load_grad(grad_ptr, start, mask, grad_scale, BLOCK, FULL)
+    grad = load_grad(grad_ptr, start, mask, grad_scale_ptr, BLOCK, FULL)
     param = load_fp32(param_block, mask)
     exp_avg = load_fp32(exp_avg_block, mask)
     exp_avg_sq = load_fp32(exp_avg_sq_block, mask)
 
-    if sums is not None:
+    if FULL:
         sums += grad * grad
     grad = grad * grad_factor
     param = param * decay
@@ -205,13 +206,13 @@ def _masked_adamw_kernel(  # type: ignore[no-untyped-def]  # Triton types its ow
 ):
     """One program a chunk: its full aligned blocks first, then what is left of it under masks."""
     tensor, chunk, row = find_chunk(table_ptr + chunks_start + tl.program_id(0), table_ptr)
-    start, stop, full = chunk_range(row, chunk, CHUNK, BLOCK)
-    numel = tl.load(row + NUMEL)
-    param_ptr = pointer(tl.load(row + PARAM), PARAM_DTYPE)
-    grad_ptr = pointer(tl.load(row + GRAD), GRAD_DTYPE)
-    exp_avg_ptr = pointer(tl.load(row + EXP_AVG), STATE_DTYPE)
-    exp_avg_sq_ptr = pointer(tl.load(row + EXP_AVG_SQ), STATE_DTYPE)
-    max_exp_avg_sq_ptr = pointer(tl.load(row + MAX_EXP_AVG_SQ), STATE_DTYPE)
+    start, length, full = chunk_range(row, chunk, CHUNK, BLOCK)
+    partial = tl.load(row + FIRST_PARTIAL) + chunk
+    param_ptr = pointer(tl.load(row + PARAM), PARAM_DTYPE) + start
+    grad_ptr = pointer(tl.load(row + GRAD), GRAD_DTYPE) + start
+    exp_avg_ptr = pointer(tl.load(row + EXP_AVG), STATE_DTYPE) + start
+    exp_avg_sq_ptr = pointer(tl.load(row + EXP_AVG_SQ), STATE_DTYPE) + start
+    max_exp_avg_sq_ptr = pointer(tl.load(row + MAX_EXP_AVG_SQ), STATE_DTYPE) + start
 
     c_ptr = coefficients_ptr + tensor * COEFFICIENTS
     mode = tl.load(c_ptr + C_MODE)
@@ -223,12 +224,11 @@ def _masked_adamw_kernel(  # type: ignore[no-untyped-def]  # Triton types its ow
     step_size = tl.load(c_ptr + C_STEP_SIZE)
     bias_correction2_sqrt = tl.load(c_ptr + C_BIAS_CORRECTION2_SQRT)
     eps = tl.load(c_ptr + C_EPS)
-    grad_scale = load_scale(grad_scale_ptr)
 
     sums = tl.zeros((BLOCK,), dtype=tl.float32)
-    squared = tl.where(mode == SKIP, stop, start)  # gradients before this one are in `sums`, or not asked for
+    squared = tl.where(mode == SKIP, length, 0)  # gradients before it are in `sums`, or not asked for
     if mode == UPDATE:
-        for block in range(start, full, BLOCK):
+        for block in range(0, full, BLOCK):
             sums = _adamw_block(
                 param_ptr,
                 grad_ptr,
@@ -236,9 +236,9 @@ def _masked_adamw_kernel(  # type: ignore[no-untyped-def]  # Triton types its ow
                 exp_avg_sq_ptr,
                 max_exp_avg_sq_ptr,
                 block,
-                numel,
+                length,
                 sums,
-                grad_scale,
+                grad_scale_ptr,
                 grad_factor,
                 decay,
                 exp_avg_weight,
@@ -252,17 +252,17 @@ def _masked_adamw_kernel(  # type: ignore[no-untyped-def]  # Triton types its ow
                 True,
             )
         # Narrow blocks: masks and single elements on full ones would triple the kernel's registers.
-        for block in range(full, stop, NARROW_BLOCK):
-            _adamw_block(
+        for block in range(full, length, NARROW_BLOCK):
+            sums = _adamw_block(
                 param_ptr,
                 grad_ptr,
                 exp_avg_ptr,
                 exp_avg_sq_ptr,
                 max_exp_avg_sq_ptr,
                 block,
-                numel,
-                None,
-                grad_scale,
+                length,
+                sums,
+                grad_scale_ptr,
                 grad_factor,
                 decay,
                 exp_avg_weight,
@@ -279,12 +279,11 @@ def _masked_adamw_kernel(  # type: ignore[no-untyped-def]  # Triton types its ow
     if partials_ptr is not None:
         # Their squares in full blocks again, since sums have the same bits whatever the alignment. Read
         # a second time, these gradients come from the cache.
-        for block in range(squared, stop, BLOCK):
-            grad = load_grad(
-                grad_ptr, block, block_mask(block, numel, BLOCK, False), grad_scale, BLOCK, False
-            )
+        for block in range(squared, length, BLOCK):
+            mask = block_mask(block, length, BLOCK)
+            grad = load_grad(grad_ptr, block, mask, grad_scale_ptr, BLOCK, False)
             sums += grad * grad
-        tl.store(partials_ptr + tl.load(row + FIRST_PARTIAL) + chunk, tree_sum(sums, BLOCK))
+        tl.store(partials_ptr + partial, tree_sum(sums, BLOCK))
 
 
 class TensorLists(NamedTuple):
@@ -370,6 +369,7 @@ def launch_masked_adamw(
             _masked_adamw_kernel,
             count,
             device,
+            max_registers=MAX_REGISTERS,
             table_ptr=table.data,
             coefficients_ptr=coefficients,
             partials_ptr=partials,

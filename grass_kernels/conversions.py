@@ -55,11 +55,9 @@ def block_pointers(ptr, start, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # t
 
 
 @jit()
-def block_mask(start, numel, BLOCK: tl.constexpr, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Which of `BLOCK` elements from `start` on exist; None if all do."""
-    # What is left, as int32: a mask computed in int64 would double its registers.
-    left = tl.minimum(numel - start, BLOCK).to(tl.int32)
-    return None if FULL else tl.arange(0, BLOCK) < left
+def block_mask(start, length, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which of `BLOCK` elements from `start` on come before `length`."""
+    return tl.arange(0, BLOCK) < length - start
 
 
 @jit()

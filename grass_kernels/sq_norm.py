@@ -54,28 +54,22 @@ def find_chunk(chunk_ptr, table_ptr):  # type: ignore[no-untyped-def]  # Triton 
 
 @jit()
 def chunk_range(row, chunk, CHUNK: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A chunk's first element, its end, and the end of its blocks that may use 128-bit accesses.
+    """A chunk's first element, its length, and the length of its part that may use 128-bit accesses.
 
-    Only full blocks of tensors whose every address is a multiple of 16 bytes may.
+    Only full blocks of tensors whose every address is a multiple of 16 bytes may. The first element is an
+    int64; what is counted from there fits in an int32, half the registers.
     """
     start = chunk * CHUNK
-    stop = tl.minimum(start + CHUNK, tl.load(row + NUMEL))
-    aligned = tl.load(row + ALIGNED) != 0
-    return start, stop, tl.where(aligned, stop - (stop - start) % BLOCK, start)
+    length = tl.minimum(tl.load(row + NUMEL) - start, CHUNK).to(tl.int32)
+    return start, length, tl.where(tl.load(row + ALIGNED) != 0, length - length % BLOCK, 0)
 
 
 @jit()
-def load_scale(grad_scale_ptr):  # type: ignore[no-untyped-def]  # Triton types its own arguments
-    """The number gradients are divided by, or None."""
-    return None if grad_scale_ptr is None else tl.load(grad_scale_ptr)
-
-
-@jit()
-def load_grad(grad_ptr, start, mask, grad_scale, BLOCK: tl.constexpr, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A block of gradients, divided by `grad_scale` unless it is None."""
+def load_grad(grad_ptr, start, mask, grad_scale_ptr, BLOCK: tl.constexpr, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A block of gradients, divided by what `grad_scale_ptr` points to unless it is None."""
     grad = load_fp32(block_pointers(grad_ptr, start, BLOCK, FULL), mask)
-    if grad_scale is not None:
-        grad = tl.div_rn(grad, grad_scale)
+    if grad_scale_ptr is not None:
+        grad = tl.div_rn(grad, tl.load(grad_scale_ptr))
     return grad
 
 
@@ -91,16 +85,15 @@ def _layer_sq_norms_kernel(  # type: ignore[no-untyped-def]  # Triton types its 
 ):
     """One program a chunk."""
     _, chunk, row = find_chunk(table_ptr + chunks_start + tl.program_id(0), table_ptr)
-    start, stop, full = chunk_range(row, chunk, CHUNK, BLOCK)
-    numel = tl.load(row + NUMEL)
-    grad_ptr = pointer(tl.load(row + GRAD), GRAD_DTYPE)
-    grad_scale = load_scale(grad_scale_ptr)
+    start, length, full = chunk_range(row, chunk, CHUNK, BLOCK)
+    grad_ptr = pointer(tl.load(row + GRAD), GRAD_DTYPE) + start
     sums = tl.zeros((BLOCK,), dtype=tl.float32)
-    for block in range(start, full, BLOCK):
-        grad = load_grad(grad_ptr, block, None, grad_scale, BLOCK, True)
+    for block in range(0, full, BLOCK):
+        grad = load_grad(grad_ptr, block, None, grad_scale_ptr, BLOCK, True)
         sums += grad * grad
-    for block in range(full, stop, BLOCK):
-        grad = load_grad(grad_ptr, block, block_mask(block, numel, BLOCK, False), grad_scale, BLOCK, False)
+    for block in range(full, length, BLOCK):
+        mask = block_mask(block, length, BLOCK)
+        grad = load_grad(grad_ptr, block, mask, grad_scale_ptr, BLOCK, False)
         sums += grad * grad
     tl.store(partials_ptr + tl.load(row + FIRST_PARTIAL) + chunk, tree_sum(sums, BLOCK))
 
