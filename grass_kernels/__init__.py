@@ -6,17 +6,24 @@ themselves run on CPU tensors.
 """
 
 from grass_kernels import reference
+from grass_kernels._triton import runs_triton
 from grass_kernels.adamw import masked_adamw_, masked_adamw_bytes
 from grass_kernels.arguments import is_supported
 from grass_kernels.errors import KernelArgumentError
+from grass_kernels.inputs import Hyperparameters
+from grass_kernels.plan import AdamWPlan, TensorLists
 from grass_kernels.sq_norm import layer_sq_norms, layer_sq_norms_bytes
 
 __all__ = [
+    "AdamWPlan",
+    "Hyperparameters",
     "KernelArgumentError",
+    "TensorLists",
     "is_supported",
     "layer_sq_norms",
     "layer_sq_norms_bytes",
     "masked_adamw_",
     "masked_adamw_bytes",
     "reference",
+    "runs_triton",
 ]

@@ -55,6 +55,7 @@ def runs_triton(device: torch.device) -> bool:
     return INSTALLED and (device.type == "cuda" or (INTERPRETING and device.type == "cpu"))
 
 
+@functools.cache
 def tl_dtype(dtype: torch.dtype) -> Any:
     """Triton's name of a torch dtype."""
     return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]

@@ -8,16 +8,18 @@ from torch import Tensor
 from grass_kernels.errors import KernelArgumentError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STATE_DTYPES = (torch.float32, torch.bfloat16)
 _LR_DTYPES = (torch.float32, torch.float64)
 
 
 def is_supported(param_dtype: torch.dtype, grad_dtype: torch.dtype, state_dtype: torch.dtype) -> bool:
     """Whether :func:`masked_adamw_` takes parameters, gradients and moments of these dtypes together.
 
-    Parameters are fp32, bf16 or fp16; gradients of the parameter's dtype or fp32; moments, likewise.
+    Parameters are fp32, bf16 or fp16; gradients of the parameter's dtype or fp32; moments fp32 or bf16 (in
+    fp16 the squares of small gradients would vanish).
     """
-    allowed = (param_dtype, torch.float32)
-    return param_dtype in DTYPES and grad_dtype in allowed and state_dtype in allowed
+    grads = (param_dtype, torch.float32)
+    return param_dtype in DTYPES and grad_dtype in grads and state_dtype in STATE_DTYPES
 
 
 def common_device(lists: Mapping[str, Sequence[Tensor]]) -> torch.device:
@@ -100,18 +102,23 @@ def check_adamw_lists(
     exp_avg_sqs: Sequence[Tensor],
     max_exp_avg_sqs: Sequence[Tensor] | None,
     steps: Sequence[Tensor],
+    remainders: Sequence[Tensor | None] | None = None,
+    rounding_seeds: Sequence[int] | None = None,
 ) -> torch.device:
     """Lengths, layouts, dtypes, shapes and the device of the lists of one AdamW call."""
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if max_exp_avg_sqs is not None:
         lists["max_exp_avg_sqs"] = max_exp_avg_sqs
-    for name, tensors in {**lists, "steps": steps}.items():
+    optional = {"remainders": remainders, "rounding_seeds": rounding_seeds}
+    given = {name: column for name, column in optional.items() if column is not None}
+    for name, tensors in {**lists, "steps": steps, **given}.items():
         if len(tensors) != len(params):
             raise KernelArgumentError(
                 f"{name} has {len(tensors)} tensors for {len(params)} parameters: give one a parameter"
             )
     check_grads(grads)
-    device = common_device({"params": params, **lists, "steps": steps})
+    low_halves = [r for r in remainders or () if r is not None]
+    device = common_device({"params": params, **lists, "steps": steps, "remainders": low_halves})
     # Whole columns are compared first: there may be thousands of tensors, and hardly ever an error.
     shapes = [p.shape for p in params]
     for name, tensors in lists.items():
@@ -128,8 +135,8 @@ def check_adamw_lists(
         columns = zip(("params", *lists), dtypes[position], strict=True)
         raise KernelArgumentError(
             f"dtypes at position {position} are {', '.join(f'{name} {_bare(t)}' for name, t in columns)}: "
-            f"parameters may be float32, bfloat16 or float16, gradients and moments of the same dtype or "
-            f"float32, and all moments alike (see is_supported); convert them"
+            f"parameters may be float32, bfloat16 or float16, gradients of the same dtype or float32, moments "
+            f"float32 or bfloat16, all moments alike (see is_supported); convert them"
         )
     for position, param in enumerate(params):
         if 0 in param.stride() and any(
@@ -138,6 +145,7 @@ def check_adamw_lists(
             raise KernelArgumentError(
                 f"params[{position}] is expanded: its elements share memory; update the tensor it views"
             )
+    _check_rounding(params, remainders, rounding_seeds)
     for position, step in enumerate(steps):
         if step.dtype != torch.float32 or step.dim() != 0:
             raise KernelArgumentError(
@@ -145,6 +153,33 @@ def check_adamw_lists(
                 f"give a float32 tensor of shape ()"
             )
     return device
+
+
+def _check_rounding(
+    params: Sequence[Tensor], remainders: Sequence[Tensor | None] | None, seeds: Sequence[int] | None
+) -> None:
+    """Remainders are int16 beside bf16 parameters; a parameter has one or is rounded by chance, not both."""
+    if remainders is not None and seeds is not None:
+        raise KernelArgumentError(
+            "remainders and rounding_seeds are both given: with remainders nothing is lost that chance would "
+            "have to make up for; give one of them"
+        )
+    for position, (param, remainder) in enumerate(zip(params, remainders or (), strict=False)):
+        if remainder is None:
+            continue
+        if remainder.dtype != torch.int16 or param.dtype != torch.bfloat16:
+            raise KernelArgumentError(
+                f"remainders[{position}] is {_bare(remainder.dtype)} beside a {_bare(param.dtype)} parameter: "
+                f"give int16 beside bfloat16, and None beside others"
+            )
+        if remainder.shape != param.shape:
+            raise KernelArgumentError(
+                f"remainders[{position}] has shape {tuple(remainder.shape)}, its parameter "
+                f"{tuple(param.shape)}: they must be equal"
+            )
+    for position, seed in enumerate(seeds or ()):
+        if not 0 <= seed < 1 << 63:
+            raise KernelArgumentError(f"rounding_seeds[{position}] is {seed}: give an integer in [0, 2^63)")
 
 
 def layer_count(

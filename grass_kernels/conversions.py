@@ -12,6 +12,8 @@ from grass_kernels._triton import constexpr, jit, tl
 
 ALIGNMENT = constexpr(16)
 """Bytes of a 128-bit access, which every address it uses must be a multiple of."""
+DRAWS = constexpr(8)
+"""Elements that share one call of the random generator: it gives 128 bits, each element takes 16."""
 
 
 @jit()
@@ -28,18 +30,62 @@ def to_fp32(x):  # type: ignore[no-untyped-def]  # Triton types its own argument
 
 
 @jit()
+def upper_half(bits, is_nan):  # type: ignore[no-untyped-def]  # Triton types its own arguments
+    """The upper 16 of 32 bits, a bf16; where it is a NaN, the quiet one (a sum could leave its exponent)."""
+    return tl.where(is_nan, 0x7FC0, bits >> 16).to(tl.uint16)
+
+
+@jit()
 def from_fp32(x, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton types its own arguments
     """An fp32 block in the type a pointer stores, rounded to the nearest, ties to even; NaN stays NaN."""
     if DTYPE == tl.uint16:
         bits = x.to(tl.uint32, bitcast=True)
         # Adding just under half a unit of the kept bits, plus their last bit, carries exactly when the
-        # nearest value is the upper one. A NaN could carry out of its exponent: it is set apart.
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
-        narrow = tl.where(is_nan, 0x7FC0, rounded).to(tl.uint16)
+        # nearest value is the upper one.
+        narrow = upper_half(bits + 0x7FFF + ((bits >> 16) & 1), x != x)
     else:
         narrow = x.to(DTYPE)
     return narrow
+
+
+@jit()
+def join_fp32(upper, remainder):  # type: ignore[no-untyped-def]  # Triton types its own arguments
+    """The fp32 that a bf16 (its bits) and a signed 16-bit remainder stand for: their sum, modulo 2^32."""
+    # Widened with its sign: int16 to int32, whose bits then add as any others.
+    low = remainder.to(tl.int32).to(tl.uint32, bitcast=True)
+    return ((upper.to(tl.uint32) << 16) + low).to(tl.float32, bitcast=True)
+
+
+@jit()
+def split_fp32(x):  # type: ignore[no-untyped-def]  # Triton types its own arguments
+    """The nearest bf16 (its bits; ties away from zero), and what it lacks, as a signed 16-bit remainder.
+
+    With ties to even 32,640 values could not come back: theirs would be a remainder of +32,768.
+    """
+    bits = x.to(tl.uint32, bitcast=True)
+    is_nan = x != x
+    low = tl.where(is_nan, 0, bits & 0xFFFF).to(tl.uint16).to(tl.int16, bitcast=True)
+    return upper_half(bits + 0x8000, is_nan), low
+
+
+@jit()
+def random_16_bits(seed, step, start, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """16 random bits for each of `BLOCK` elements of a tensor, from element `start` (a multiple of 8) on.
+
+    A function of seed, step and the element's place alone: Philox 4x32 with 10 rounds, whose counter is
+    (place / 8, step, 0, 0) and whose key is the seed.
+    """
+    place = (start // DRAWS).to(tl.uint32) + tl.arange(0, BLOCK // DRAWS).to(tl.uint32)
+    zero = place * 0
+    word0, word1, word2, word3 = tl.philox(seed, place, zero + step.to(tl.uint32), zero, zero)
+    words = tl.reshape(tl.join(tl.join(word0, word2), tl.join(word1, word3)), [BLOCK // 2])
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [BLOCK])
+
+
+@jit()
+def round_stochastically(x, random):  # type: ignore[no-untyped-def]  # Triton types its own arguments
+    """One of the two neighbouring bf16 (its bits): the farther from zero as often as `x` is near it."""
+    return upper_half(x.to(tl.uint32, bitcast=True) + random, x != x)
 
 
 @jit()
@@ -61,9 +107,15 @@ def block_mask(start, length, BLOCK: tl.constexpr):  # type: ignore[no-untyped-d
 
 
 @jit()
+def load(pointers, mask):  # type: ignore[no-untyped-def]  # Triton types its own arguments
+    """Load a block as it is stored. `mask` None is a full block; masked-off elements are zero."""
+    return tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0)
+
+
+@jit()
 def load_fp32(pointers, mask):  # type: ignore[no-untyped-def]  # Triton types its own arguments
     """Load a block, in fp32. `mask` None is a full block; masked-off elements are zero."""
-    return to_fp32(tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0))
+    return to_fp32(load(pointers, mask))
 
 
 @jit()

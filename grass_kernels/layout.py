@@ -52,22 +52,24 @@ class Layout:
         self._copies.append((original, copy))
         return copy
 
-    def _match(self, tensors: Sequence[Tensor], on_copy: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
-        matched = []
+    def _match(
+        self, tensors: Sequence[Tensor | None], on_copy: Callable[[Tensor, Tensor], Tensor]
+    ) -> list[Tensor | None]:
+        matched: list[Tensor | None] = []
         for param, t in zip(self.params, tensors, strict=True):
-            if is_dense(t) and same_order(t, param):
+            if t is None or (is_dense(t) and same_order(t, param)):
                 matched.append(t)
             else:
                 like = torch.empty_like(param, dtype=t.dtype, memory_format=torch.preserve_format)
                 matched.append(on_copy(t, like.copy_(t)))
         return matched
 
-    def read(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def read(self, tensors: Sequence[Tensor]) -> list:
         """`tensors`, one a parameter, to be read only."""
         return self._match(tensors, lambda original, copy: copy)
 
-    def update(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """`tensors`, one a parameter, to be changed in place."""
+    def update(self, tensors: Sequence[Tensor | None]) -> list:
+        """`tensors`, one a parameter (or None where there is none), to be changed in place."""
         return self._match(tensors, self._copy)
 
     def write_back(self) -> None:

@@ -6,15 +6,18 @@ in fp32. In Triton's interpreter the kernels give the same bits. Nothing here is
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from grass_kernels import arguments, layout
+from grass_kernels import arguments, layout, rounding
 from grass_kernels.table import BLOCK, CHUNK, LAYER_BLOCK
 
+NORM_BLOCK = 1024
+"""Squared norms of layers added up at a time for the norm of all."""
 PIECE = 8 * CHUNK
 """Elements worked on at a time: half a MiB of fp32. No full-size copy of a bf16 gradient is ever made."""
 
@@ -35,14 +38,12 @@ def _add_rows(x: Tensor, width: int) -> Tensor:
     return total
 
 
-def chunk_sq_norms(grad: Tensor, grad_scale: Tensor | None = None) -> Tensor:
+def chunk_sq_norms(grad: Tensor) -> Tensor:
     """Sums of squares of the chunks of one gradient in storage order: float32 ``[chunks]``."""
     grad = layout.flat(grad if layout.is_dense(grad) else grad.contiguous())
     sums = [torch.empty(0, dtype=torch.float32, device=grad.device)]
     for piece in grad.split(PIECE):
         x = piece.float()
-        if grad_scale is not None:
-            x = x / grad_scale
         x = x * x
         if x.numel() % CHUNK:
             x = torch.nn.functional.pad(x, (0, -x.numel() % CHUNK))
@@ -61,13 +62,16 @@ def layer_sq_norms(
     layers = arguments.layer_list(layer_index, len(grads), num_layers)
     partials: dict[int, list[Tensor]] = {}
     for grad, layer in zip(grads, layers, strict=True):
-        partials.setdefault(layer, []).append(chunk_sq_norms(grad, grad_scale))
+        partials.setdefault(layer, []).append(chunk_sq_norms(grad))
     device = grads[0].device if grads else torch.device("cpu")
     sq_norms = torch.zeros(num_layers, dtype=torch.float32, device=device)
     for layer, sums in partials.items():
         of_layer = torch.cat(sums)
         if of_layer.numel():
             sq_norms[layer] = tree_sum(_add_rows(of_layer, LAYER_BLOCK))
+    if grad_scale is not None:
+        inverse = 1 / grad_scale
+        sq_norms = sq_norms * inverse * inverse
     return sq_norms
 
 
@@ -108,33 +112,89 @@ def coefficients(
     )
 
 
-def adamw_(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    max_exp_avg_sq: Tensor | None,
-    c: Coefficients,
-    grad_scale: Tensor | None = None,
-    grad_factor: Tensor | float = 1.0,
-) -> None:
-    """One AdamW update in place, element by element, in fp32, each result rounded once when it is stored."""
-    g = grad.float()
+class Tensors(NamedTuple):
+    """One parameter and what belongs to it, or equal pieces of all, as flat arrays."""
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    max_exp_avg_sq: Tensor | None = None
+    remainder: Tensor | None = None  # int16: the parameter is stored as exact fp32 in two parts
+
+    def pieces(self) -> Iterator["Tensors"]:
+        """Equal runs of all, small enough for a cache."""
+        columns = [repeat(None) if t is None else t.split(PIECE) for t in self]
+        return (Tensors(*row) for row in zip(*columns, strict=False))  # a None goes on for ever
+
+
+def grad_factor(maximize: bool, grad_scale: Tensor | None, clip_coef: Tensor | None) -> Tensor:
+    """What gradients are multiplied with, fp32: sign, loss scale and clipping, rounded once."""
+    factor = torch.tensor(-1.0 if maximize else 1.0, dtype=torch.float64, device="cpu")
     if grad_scale is not None:
-        g = g / grad_scale
-    g = g * grad_factor
-    p = param.float() * _fp32(c.decay)
-    m, v = exp_avg.float(), exp_avg_sq.float()
+        factor = factor.to(grad_scale.device) / grad_scale.double()
+    if clip_coef is not None:
+        factor = factor.to(clip_coef.device) * clip_coef.double()
+    return factor.float().squeeze()
+
+
+def clip_coefficient(sq_norms: Tensor, max_grad_norm: float) -> tuple[Tensor, Tensor]:
+    """By what to multiply gradients so that their norm is at most `max_grad_norm`.
+
+    ``min(1, max_grad_norm / (sqrt(sum(sq_norms)) + 1e-6))``, as `torch.nn.utils.clip_grad_norm_`.
+
+    Args:
+        sq_norms: float32 ``[num_layers]``, squared norms of all gradients.
+        max_grad_norm: The greatest norm that is left alone.
+
+    Returns:
+        The coefficient, float64, and whether the step must be skipped because the norm is not finite, bool; both
+        of shape ``()`` on the device of `sq_norms`.
+    """
+    norm = (
+        tree_sum(_add_rows(sq_norms, NORM_BLOCK)).double().sqrt()
+        if sq_norms.numel()
+        else sq_norms.sum().double()
+    )
+    return (max_grad_norm / (norm + 1e-6)).clamp(max=1.0), ~torch.isfinite(norm)
+
+
+def adamw_(t: Tensors, c: Coefficients, grad_factor: Tensor, random: Tensor | None = None) -> None:
+    """One AdamW update in place, element by element, in fp32, each result rounded once when it is stored.
+
+    Args:
+        t: Tensors of one length.
+        c: Coefficients of the step.
+        grad_factor: fp32 scalar.
+        random: 16 bits an element, to round a bf16 parameter stochastically.
+    """
+    g = t.grad.float() * grad_factor.to(t.grad.device)
+    p = (t.param.float() if t.remainder is None else rounding.join_fp32(t.param, t.remainder)) * _fp32(
+        c.decay
+    )
+    m, v = t.exp_avg.float(), t.exp_avg_sq.float()
     start = g if c.exp_avg_weight <= 0 else m
     m = start + (g - m) * _fp32(c.exp_avg_weight)
     v = v * _fp32(c.beta2) + _fp32(c.one_minus_beta2) * g * g
-    exp_avg.copy_(m)
-    exp_avg_sq.copy_(v)
-    if max_exp_avg_sq is not None:
-        v = torch.maximum(max_exp_avg_sq.float(), v)
-        max_exp_avg_sq.copy_(v)
+    t.exp_avg.copy_(m)
+    t.exp_avg_sq.copy_(v)
+    if t.max_exp_avg_sq is not None:
+        v = torch.maximum(t.max_exp_avg_sq.float(), v)
+        t.max_exp_avg_sq.copy_(v)
     denominator = _sqrt(v) / _fp32(c.bias_correction2_sqrt) + _fp32(c.eps)
-    param.copy_(p - _fp32(c.step_size) * m / denominator)
+    store_param(t, p - _fp32(c.step_size) * m / denominator, random)
+
+
+def store_param(t: Tensors, value: Tensor, random: Tensor | None = None) -> None:
+    """Store a parameter's fp32 value the way its tensors say."""
+    if t.remainder is not None:
+        param, remainder = rounding.split_fp32(value)
+        t.param.copy_(param)
+        t.remainder.copy_(remainder)
+    elif random is not None:
+        t.param.copy_(rounding.round_stochastically(value, random))
+    else:
+        t.param.copy_(value)
 
 
 def _sqrt(x: Tensor) -> Tensor:
@@ -164,6 +224,8 @@ def masked_adamw_(
     weight_decay: float,
     maximize: bool = False,
     max_exp_avg_sqs: Sequence[Tensor] | None = None,
+    remainders: Sequence[Tensor | None] | None = None,
+    rounding_seeds: Sequence[int] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     clip_coef: Tensor | None = None,
@@ -179,9 +241,22 @@ def masked_adamw_(
         )
     if found_inf is not None and bool(found_inf != 0):
         return
-    grad_factor = (1.0 if clip_coef is None else clip_coef) * (-1.0 if maximize else 1.0)
+    factor = grad_factor(maximize, grad_scale, clip_coef)
     for i in indices:
         steps[i].add_(1)
-        c = coefficients(steps[i].item(), lr=float(lr), betas=betas, eps=eps, weight_decay=weight_decay)
-        max_exp_avg_sq = None if max_exp_avg_sqs is None else max_exp_avg_sqs[i]
-        adamw_(params[i], grads[i], exp_avgs[i], exp_avg_sqs[i], max_exp_avg_sq, c, grad_scale, grad_factor)
+        step = steps[i].item()
+        c = coefficients(step, lr=float(lr), betas=betas, eps=eps, weight_decay=weight_decay)
+        t = Tensors(
+            params[i],
+            grads[i],
+            exp_avgs[i],
+            exp_avg_sqs[i],
+            None if max_exp_avg_sqs is None else max_exp_avg_sqs[i],
+            None if remainders is None else remainders[i],
+        )
+        random = None
+        if rounding_seeds is not None and params[i].dtype == torch.bfloat16:
+            flat = params[i].view(-1)
+            random = rounding.random_16_bits(rounding_seeds[i], int(step), 0, flat.numel(), flat.device)
+            random = random.view(params[i].shape)
+        adamw_(t, c, factor, random)

@@ -13,16 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grass_kernels import arguments, layout, reference
-from grass_kernels._triton import jit, launch, runs_triton, tl, tl_dtype
-from grass_kernels.conversions import block_mask, block_pointers, load_fp32, pointer
+from grass_kernels import _triton, arguments, layout, reference
+from grass_kernels._triton import jit, runs_triton, tl, tl_dtype
+from grass_kernels.conversions import ALIGNMENT, block_mask, block_pointers, load_fp32, pointer
+from grass_kernels.inputs import Inputs
 from grass_kernels.table import (
-    ALIGNED,
     BLOCK,
     CHUNK,
     FIRST_PARTIAL,
-    GRAD,
-    HEADER,
     LAYER_BLOCK,
     NUMEL,
     ROW,
@@ -49,51 +47,43 @@ def find_chunk(chunk_ptr, table_ptr):  # type: ignore[no-untyped-def]  # Triton 
     """The chunk of a program: its tensor, its number in the tensor, and the tensor's row."""
     word = tl.load(chunk_ptr)
     tensor = word >> 32
-    return tensor, word & 0xFFFFFFFF, table_ptr + HEADER + tensor * ROW
+    return tensor, word & 0xFFFFFFFF, table_ptr + tensor * ROW
 
 
 @jit()
-def chunk_range(row, chunk, CHUNK: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def chunk_range(row, chunk, addresses, CHUNK: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """A chunk's first element, its length, and the length of its part that may use 128-bit accesses.
 
-    Only full blocks of tensors whose every address is a multiple of 16 bytes may. The first element is an
-    int64; what is counted from there fits in an int32, half the registers.
+    Only full blocks of tensors whose every address (`addresses`: all bits of any) is a multiple of 16 bytes
+    may. The first element is an int64; what is counted from there fits in an int32, half the registers.
     """
     start = chunk * CHUNK
     length = tl.minimum(tl.load(row + NUMEL) - start, CHUNK).to(tl.int32)
-    return start, length, tl.where(tl.load(row + ALIGNED) != 0, length - length % BLOCK, 0)
-
-
-@jit()
-def load_grad(grad_ptr, start, mask, grad_scale_ptr, BLOCK: tl.constexpr, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A block of gradients, divided by what `grad_scale_ptr` points to unless it is None."""
-    grad = load_fp32(block_pointers(grad_ptr, start, BLOCK, FULL), mask)
-    if grad_scale_ptr is not None:
-        grad = tl.div_rn(grad, tl.load(grad_scale_ptr))
-    return grad
+    return start, length, tl.where(addresses % ALIGNMENT == 0, length - length % BLOCK, 0)
 
 
 @jit(do_not_specialize=("chunks_start",))
 def _layer_sq_norms_kernel(  # type: ignore[no-untyped-def]  # Triton types its own arguments
     table_ptr,  # int64, see table.py
+    inputs_ptr,  # int64, see inputs.py
     partials_ptr,  # out: float32 [chunks]
-    grad_scale_ptr,  # float32 [1] or None
     chunks_start,  # first word of this launch's chunks
     GRAD_DTYPE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program a chunk."""
-    _, chunk, row = find_chunk(table_ptr + chunks_start + tl.program_id(0), table_ptr)
-    start, length, full = chunk_range(row, chunk, CHUNK, BLOCK)
-    grad_ptr = pointer(tl.load(row + GRAD), GRAD_DTYPE) + start
+    tensor, chunk, row = find_chunk(table_ptr + chunks_start + tl.program_id(0), table_ptr)
+    grad_address = tl.load(inputs_ptr + tensor)
+    start, length, full = chunk_range(row, chunk, grad_address, CHUNK, BLOCK)
+    grad_ptr = pointer(grad_address, GRAD_DTYPE) + start
     sums = tl.zeros((BLOCK,), dtype=tl.float32)
     for block in range(0, full, BLOCK):
-        grad = load_grad(grad_ptr, block, None, grad_scale_ptr, BLOCK, True)
+        grad = load_fp32(block_pointers(grad_ptr, block, BLOCK, True), None)
         sums += grad * grad
     for block in range(full, length, BLOCK):
         mask = block_mask(block, length, BLOCK)
-        grad = load_grad(grad_ptr, block, mask, grad_scale_ptr, BLOCK, False)
+        grad = load_fp32(block_pointers(grad_ptr, block, BLOCK, False), mask)
         sums += grad * grad
     tl.store(partials_ptr + tl.load(row + FIRST_PARTIAL) + chunk, tree_sum(sums, BLOCK))
 
@@ -102,10 +92,12 @@ def _layer_sq_norms_kernel(  # type: ignore[no-untyped-def]  # Triton types its 
 def _sum_layers_kernel(  # type: ignore[no-untyped-def]  # Triton types its own arguments
     table_ptr,  # int64, see table.py
     partials_ptr,  # float32 [chunks]
+    grad_scale_ptr,  # float32 [1] or None
     sq_norms_ptr,  # out: float32 [num_layers]
     layers_start,  # word of the table
     BLOCK: tl.constexpr,
 ):
+    """One program a layer."""
     layer = tl.program_id(0)
     begin = tl.load(table_ptr + layers_start + layer)
     end = tl.load(table_ptr + layers_start + layer + 1)
@@ -113,17 +105,39 @@ def _sum_layers_kernel(  # type: ignore[no-untyped-def]  # Triton types its own 
     for start in range(begin, end, BLOCK):
         index = start + tl.arange(0, BLOCK)
         sums += tl.load(partials_ptr + index, mask=index < end, other=0.0)
-    tl.store(sq_norms_ptr + layer, tree_sum(sums, BLOCK))
+    sq_norm = tree_sum(sums, BLOCK)
+    if grad_scale_ptr is not None:
+        inverse = tl.div_rn(1.0, tl.load(grad_scale_ptr))
+        sq_norm = sq_norm * inverse * inverse
+    tl.store(sq_norms_ptr + layer, sq_norm)
 
 
-def launch_sum_layers(table: Table, partials: Tensor, sq_norms: Tensor) -> None:
+def launch_norms(table: Table, inputs: Tensor, partials: Tensor) -> None:
+    """First pass over the gradients of a table whose keys begin with the gradient's dtype."""
+    for key, start, count in table.runs:
+        _triton.launch(
+            _layer_sq_norms_kernel,
+            count,
+            table.data.device,
+            table_ptr=table.data,
+            inputs_ptr=inputs,
+            partials_ptr=partials,
+            chunks_start=start,
+            GRAD_DTYPE=tl_dtype(key[0]),  # type: ignore[index]
+            CHUNK=CHUNK,
+            BLOCK=BLOCK,
+        )
+
+
+def launch_sum_layers(table: Table, partials: Tensor, grad_scale: Tensor | None, sq_norms: Tensor) -> None:
     """Second pass: add every layer's partial sums into `sq_norms`, 0 for a layer that has none."""
-    launch(
+    _triton.launch(
         _sum_layers_kernel,
-        sq_norms.numel(),
-        sq_norms.device,
+        table.num_layers,
+        table.data.device,
         table_ptr=table.data,
         partials_ptr=partials,
+        grad_scale_ptr=grad_scale,
         sq_norms_ptr=sq_norms,
         layers_start=table.layers_start,
         BLOCK=LAYER_BLOCK,
@@ -137,25 +151,19 @@ def _layer_sq_norms_triton(
     grad_scale: Tensor | None,
     device: torch.device,
 ) -> Tensor:
-    sq_norms = torch.empty(num_layers, dtype=torch.float32, device=device)
     table = build_table(
-        grads=grads, keys=[(g.dtype,) for g in grads], layers=layers, num_layers=num_layers, device=device
+        numels=[g.numel() for g in grads],
+        keys=[(g.dtype,) for g in grads],
+        layers=layers,
+        num_layers=num_layers,
+        device=device,
     )
+    inputs = Inputs(len(grads), 0, device)
+    inputs.upload([g.data_ptr() for g in grads])
     partials = torch.empty(table.num_partials, dtype=torch.float32, device=device)
-    for (dtype,), start, count in table.runs:
-        launch(
-            _layer_sq_norms_kernel,
-            count,
-            device,
-            table_ptr=table.data,
-            partials_ptr=partials,
-            grad_scale_ptr=grad_scale,
-            chunks_start=start,
-            GRAD_DTYPE=tl_dtype(dtype),
-            CHUNK=CHUNK,
-            BLOCK=BLOCK,
-        )
-    launch_sum_layers(table, partials, sq_norms)
+    sq_norms = torch.empty(num_layers, dtype=torch.float32, device=device)
+    launch_norms(table, inputs.data, partials)
+    launch_sum_layers(table, partials, grad_scale, sq_norms)
     return sq_norms
 
 
@@ -169,7 +177,7 @@ def layer_sq_norms(
 ) -> Tensor:
     """Squared Euclidean norm of the gradients of each layer.
 
-    ``out[l] = sum over i with layer_index[i] = l of ||grads[i] / grad_scale||^2``
+    ``out[l] = sum over i with layer_index[i] = l of ||grads[i]||^2 / grad_scale^2``
 
     Reads each gradient once and writes nothing but the result; does not synchronise with the host.
     Deterministic: the same gradients give the same bits, on any run and beside :func:`masked_adamw_`,
@@ -180,7 +188,7 @@ def layer_sq_norms(
             strides are read in storage order; others through a contiguous copy.
         layer_index: The layer of each gradient, integers in ``[0, num_layers)``.
         num_layers: Number of layers. A layer without gradients has norm 0.
-        grad_scale: Gradients are divided by this first: one float32 on their device, as kept by
+        grad_scale: What gradients are still to be divided by: one float32 on their device, as kept by
             `torch.amp.GradScaler`. None is 1.
 
     Returns:

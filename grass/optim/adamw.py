@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw as torch_adamw
-from torch.optim.optimizer import ParamsT, _device_dtype_check_for_fused
+from torch.optim.optimizer import ParamsT
 
 import grass_kernels
-
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
+from grass.optim.states import Options, StateMaker, takes_kernel
+from grass.optim.update import Scaler, update
+from grass.optim.work import Row, Work
 
 
 class AdamW(torch.optim.AdamW):
@@ -32,16 +32,26 @@ class AdamW(torch.optim.AdamW):
         lr, betas, eps, weight_decay, amsgrad, maximize: as for `torch.optim.AdamW`.
         foreach, fused: accepted and checked as torch does; float32, bfloat16 and float16 parameters take
             this library's kernels whatever they say.
-        capturable: float32 parameters take torch's own capturable path.
+        capturable: the step can be captured in a CUDA graph, after one that was not. What a graph replays: gradients
+            and parameters where they were, ``lr`` as it was, or as it is if it is a tensor on the device.
         differentiable: handed to torch's own path, with moments of the parameter's dtype.
-        state_dtype: dtype of the moments of bfloat16 and float16 parameters; None and ``torch.float32``
-            mean float32. Other parameters' moments have the parameter's dtype.
+        state_dtype: dtype of the moments of float32, bfloat16 and float16 parameters: ``torch.float32`` (None) or
+            ``torch.bfloat16``. Other parameters' moments have the parameter's dtype.
+        master_weights: keep the 16 bits that a bfloat16 parameter lacks of its float32 value, as int16
+            ``remainder`` in its state: updates are float32's to the bit. The parameter itself is the nearest
+            bfloat16. Whoever writes to it in place starts anew from what was written; a write through
+            ``.data`` of the parameter is not noticed, a new ``.data`` is.
+        stochastic_rounding: round bfloat16 parameters up or down by chance, right on average; what is drawn
+            depends on the parameter's place among all, its step and the element, so runs can be repeated.
+        max_grad_norm: scale gradients down to this norm of them all, inside the step: gradients are only read,
+            and a norm that is not finite skips the step, counters included.
 
     Complex and float64 parameters, and tensor betas, take torch's own functional AdamW. Gradients are
     read-only: with a GradScaler they are unscaled inside the step, not rewritten.
 
     Raises:
-        ValueError, RuntimeError, TypeError: as `torch.optim.AdamW` does for the same mistake.
+        ValueError, RuntimeError, TypeError: as `torch.optim.AdamW` does for the same mistake; ValueError for
+            options that exclude each other, or float16 parameters with options for bfloat16.
     """
 
     def __init__(
@@ -59,11 +69,12 @@ class AdamW(torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
-        if state_dtype not in (None, torch.float32):
-            raise ValueError(
-                f"state_dtype must be None or torch.float32, not {state_dtype}: the kernels keep float32 moments"
-            )
+        self._options = Options(state_dtype, master_weights, stochastic_rounding, max_grad_norm)
+        self._options.check()
         super().__init__(
             params,
             lr=lr,
@@ -77,11 +88,53 @@ class AdamW(torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
+        self._graphs: list[object] = []  # what captured steps read
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin without what steps find out and keep for the next."""
+        self._states = StateMaker(self._options)
+        self._work: Work | None = None
+        self._sq_norms: Tensor | None = None
+        self._written: dict[int, tuple[int, int]] = {}  # parameters with remainders: version and address
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_graphs", [])
+        self._forget()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as every torch optimizer does."""
+        super().add_param_group(param_group)
+        try:
+            for p in self.param_groups[-1]["params"]:
+                self._options.check_param(p)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """float32 scalar on the device: norm of all gradients of the last step, before clipping. None before one."""
+        return None if self._sq_norms is None else self._sq_norms.sum().sqrt()
+
+    @property
+    def layer_grad_norms(self) -> Tensor | None:
+        """float32 [parameters] on the device: gradient norms in the last step, 0 where there was none.
+
+        An optimizer that knows no layers takes each parameter tensor for one, in the order of ``param_groups``.
+        """
+        return None if self._sq_norms is None else self._sq_norms.sqrt()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """GradScaler's question whether `step` reads ``grad_scale`` and ``found_inf`` itself."""
-        return all(_takes_kernel(group, p) for group in self.param_groups for p in group["params"])
+        return all(
+            takes_kernel(group, p, self._options) for group in self.param_groups for p in group["params"]
+        )
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
@@ -97,117 +150,80 @@ class AdamW(torch.optim.AdamW):
         Returns:
             What the closure returned, or None.
         """
-        _refuse_uncapturable(self)
+        if torch.compiler.is_compiling():
+            return self._step_beside_the_graph(closure)
+        self._refuse_uncapturable()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        refuse_sparse(self.param_groups)
-        for group in self.param_groups:
-            self._update(group, [p for p in group["params"] if p.grad is not None])
+        self._sq_norms = self._update()
         return loss
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        layer_index: list[int] | None = None,
-        sq_norms: Tensor | None = None,
-    ) -> None:
-        """Update parameters of one group that have gradients, each by the path its dtype takes.
+    @torch.compiler.disable
+    def _step_beside_the_graph(self, closure: Callable[[], Any] | None) -> Any:
+        """`step` in a compiled function: addresses are no matter of graphs."""
+        return self.step(closure)
 
-        Args:
-            group: hyperparameters.
-            params: parameters of the group, each with a gradient.
-            layer_index: the layer of each parameter, for ``sq_norms``.
-            sq_norms: float32 [layers], to which the gradients' squared norms by layer are added.
+    def _refuse_uncapturable(self) -> None:
+        """Refuse a step in a graph capture without ``capturable``, as torch does. Its check has two names."""
+        check = getattr(self, "_accelerator_graph_capture_health_check", None)
+        (check or self._cuda_graph_capture_health_check)()
+
+    # -- one update ---------------------------------------------------------------------------------------
+
+    def _update(self) -> Tensor | None:
+        """Update all parameters that have gradients.
+
+        Returns:
+            float32 [layers], the squared norms of their gradients by layer; None if there were none.
         """
-        for p in params:
-            self._allocate(group, p)
-        layers = layer_index or [0] * len(params)
-        for takes_kernel in (True, False):
-            rows = [i for i, p in enumerate(params) if _takes_kernel(group, p) == takes_kernel]
-            if not rows:
-                continue
-            bucket, bucket_layers = [params[i] for i in rows], [layers[i] for i in rows]
-            if not takes_kernel:
-                self._update_by_torch(group, bucket)
-                if sq_norms is not None:
-                    _add_sq_norms(sq_norms, bucket, bucket_layers)
-                continue
-            for members in _by_device(bucket):
-                self._update_by_kernel(
-                    group,
-                    [bucket[i] for i in members],
-                    [bucket_layers[i] for i in members],
-                    sq_norms,
-                )
+        work = self._work
+        if work is None or not work.holds(self.param_groups, self.state):
+            work = self._work = self._arrange()
+        if not work.rows:
+            return None
+        if self._options.master_weights:
+            self._drop_stale_remainders(work)
+        scaler = Scaler(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        sq_norms, kept = update(work, self.param_groups, self.state, scaler)
+        self._graphs += kept
+        torch.autograd.graph.increment_version(work.written)
+        if self._options.master_weights:
+            self._note_written(work)
+        return sq_norms
 
-    def _update_by_kernel(
-        self, group: dict[str, Any], params: list[Tensor], layers: list[int], sq_norms: Tensor | None
-    ) -> None:
-        device = params[0].device
-        states = [self.state[p] for p in params]
-        beta1, beta2 = group["betas"]
-        measured = None if sq_norms is None else torch.empty(sq_norms.shape, device=device)
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        with torch.no_grad():
-            grass_kernels.masked_adamw_(
-                params,
-                [p.grad for p in params],  # type: ignore[misc]
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [state["step"] for state in states],
-                layer_index=layers,
-                sq_norms=measured,
-                lr=group["lr"],
-                betas=(float(beta1), float(beta2)),
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                maximize=group["maximize"],
-                max_exp_avg_sqs=[s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else None,
-                grad_scale=None if grad_scale is None else grad_scale.to(device, non_blocking=True),
-                found_inf=None if found_inf is None else found_inf.to(device, non_blocking=True),
-            )
-            if sq_norms is not None and measured is not None:
-                sq_norms += measured.to(sq_norms.device, non_blocking=True)
+    def _arrange(self) -> Work:
+        """Find the parameters with gradients, complete their states, and divide them."""
+        _refuse_in_capture()
+        refuse_sparse(self.param_groups)
+        rows, num_layers = self._rows()
+        _check_gradients(rows)
+        for row in rows:
+            group, state = self.param_groups[row.group], self.state[row.param]
+            self._states.allocate(state, group, row.param)
+            self._states.follow(state, group, row.param)
+        return Work(self.param_groups, self.state, rows, num_layers, self._states)
 
-    def _update_by_torch(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        states = [self.state[p] for p in params]
-        beta1, beta2 = group["betas"]
-        with torch.set_grad_enabled(group["differentiable"]):
-            torch_adamw(
-                params,
-                [p.grad for p in params],  # type: ignore[misc]
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
-                [state["step"] for state in states],
-                foreach=group["foreach"],
-                capturable=group["capturable"],
-                differentiable=group["differentiable"],
-                fused=group["fused"],
-                has_complex=any(torch.is_complex(p) for p in params),
-                amsgrad=group["amsgrad"],
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=group["maximize"],
-            )
+    def _rows(self) -> tuple[list[Row], int]:
+        """The parameters with gradients, and how many layers there are: each parameter is one."""
+        members = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
+        rows = [Row(index, p, seed, seed) for seed, (index, p) in enumerate(members) if p.grad is not None]
+        return rows, len(members)
 
-    def _allocate(self, group: dict[str, Any], p: Tensor) -> None:
-        """Give a parameter its state, in torch's layout, if it has none."""
-        state = self.state[p]
-        if state:
-            return
-        if group["fused"]:
-            _device_dtype_check_for_fused(p)
-        state["step"] = torch.zeros((), dtype=torch.float32, device=_step_device(group, p))
-        for key in moment_keys(group):
-            dtype = moment_dtype(p, group["differentiable"])
-            state[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+    # -- exact weights --------------------------------------------------------------------------------------
+
+    def _drop_stale_remainders(self, work: Work) -> None:
+        """Start parameters anew that somebody else has written since: their remainders belong to what was there."""
+        for p in work.with_remainder:
+            written = self._written.get(id(p))
+            if written is not None and written != (p._version, p.data_ptr()):
+                self.state[p]["remainder"].zero_()
+
+    def _note_written(self, work: Work) -> None:
+        self._written.update({id(p): (p._version, p.data_ptr()) for p in work.with_remainder})
+
+    # -- checkpoints ------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what this optimizer's or `torch.optim.AdamW`'s `state_dict` gave.
@@ -233,16 +249,8 @@ class AdamW(torch.optim.AdamW):
         saved_ids = [key for group in saved["param_groups"] for key in group["params"]]
         for key, (group, p) in zip(saved_ids, self._members(), strict=True):
             loaded = saved["state"].get(key)
-            if not loaded:
-                continue
-            state = self.state[p]
-            for name in moment_keys(group):
-                if name in loaded:
-                    dtype = moment_dtype(p, group["differentiable"])
-                    state[name] = loaded[name].to(device=p.device, dtype=dtype)
-            if "step" in state:
-                step = torch.as_tensor(loaded["step"], dtype=torch.float32)
-                state["step"] = step.to(_step_device(group, p), copy=True).reshape(())
+            if loaded:
+                self._states.restore(self.state[p], group, p, loaded)
 
     def _members(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         """Each parameter with its group, in the order of `state_dict`'s indices."""
@@ -251,43 +259,13 @@ class AdamW(torch.optim.AdamW):
                 yield group, p
 
 
-def _takes_kernel(group: dict[str, Any], p: Tensor) -> bool:
-    """Whether a parameter is updated by our kernels or by torch's own functional AdamW."""
-    if group["differentiable"] or not grass_kernels.is_supported(p.dtype, p.dtype, moment_dtype(p)):
-        return False
-    # Both are torch's to do where torch can; it has no path for float32 moments of low precision.
-    torchs_own = group["capturable"] or isinstance(group["betas"][0], Tensor)
-    return p.dtype in _LOW_PRECISION or not torchs_own
-
-
-def moment_keys(group: dict[str, Any]) -> tuple[str, ...]:
-    """Names of a parameter's moments in its state."""
-    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
-
-
-def moment_dtype(p: Tensor, differentiable: bool = False) -> torch.dtype:
-    """float32 for parameters of low precision, else the parameter's own, as torch's differentiable path needs."""
-    return torch.float32 if p.dtype in _LOW_PRECISION and not differentiable else p.dtype
-
-
-def _step_device(group: dict[str, Any], p: Tensor) -> torch.device:
-    """Where the step counter lives: beside the parameter for kernels, else where torch wants it."""
-    on_device = _takes_kernel(group, p) or group["capturable"] or group["fused"]
-    return p.device if on_device else torch.device("cpu")
-
-
-def _by_device(params: list[Tensor]) -> list[list[int]]:
-    """Positions of the parameters, one list a device."""
-    places: dict[torch.device, list[int]] = {}
-    for i, p in enumerate(params):
-        places.setdefault(p.device, []).append(i)
-    return list(places.values())
-
-
-def _refuse_uncapturable(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse a step in a graph capture without ``capturable``, as torch does. Its check has two names."""
-    names = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
-    next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))()
+def _refuse_in_capture() -> None:
+    """Refuse to arrange a step while a graph is captured: states and tables would belong to the graph's memory."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "this step cannot be captured: something other than gradients' addresses has changed since the last one; "
+            "take one step like it before the capture begins"
+        )
 
 
 def refuse_sparse(groups: list[dict[str, Any]]) -> None:
@@ -300,16 +278,23 @@ def refuse_sparse(groups: list[dict[str, Any]]) -> None:
                 )
 
 
-def _add_sq_norms(sq_norms: Tensor, params: list[Tensor], layers: list[int]) -> None:
-    """Squared gradient norms of parameters that torch updates, added to their layers."""
-    for p, layer in zip(params, layers, strict=True):
-        assert p.grad is not None
-        sq_norms[layer] += sq_norm(p.grad).to(sq_norms.device, non_blocking=True)
+def _check_gradients(rows: list[Row]) -> None:
+    """Refuse gradients that do not fit their parameters, before states are made.
 
-
-@torch.no_grad()
-def sq_norm(grad: Tensor) -> Tensor:
-    """Squared norm of one gradient: float32, shape (), on its device; the kernels' own where they can."""
-    if grass_kernels.is_supported(grad.dtype, grad.dtype, torch.float32):
-        return grass_kernels.layer_sq_norms([grad], [0], 1)[0]
-    return torch.linalg.vector_norm(grad).square().float()
+    Raises:
+        KernelArgumentError: with the parameter's place.
+    """
+    for row in rows:
+        p, g = row.param, row.param.grad
+        assert g is not None
+        known = grass_kernels.is_supported(p.dtype, p.dtype, torch.float32)
+        if known and not grass_kernels.is_supported(p.dtype, g.dtype, torch.float32):
+            raise grass_kernels.KernelArgumentError(
+                f"the gradient of parameter {row.seed}, of shape {tuple(p.shape)}, is {g.dtype} and the parameter "
+                f"{p.dtype}: a gradient has its parameter's dtype or float32; convert it"
+            )
+        if g.shape != p.shape or g.device != p.device:
+            raise grass_kernels.KernelArgumentError(
+                f"the gradient of parameter {row.seed} has shape {tuple(g.shape)} on {g.device}, the parameter "
+                f"{tuple(p.shape)} on {p.device}: they must be equal; clear gradients after parameters are replaced"
+            )

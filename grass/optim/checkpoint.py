@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from grass.errors import StateMismatchError
-from grass.optim.adamw import moment_dtype, moment_keys
+from grass.optim.states import Options, has_remainder, moment_dtype, moment_keys
 
 
-def placeholder_state(group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+def placeholder_state(group: dict[str, Any], p: Tensor, options: Options) -> dict[str, Tensor]:
     """The state of a parameter that was never stepped, in torch's layout, without its memory."""
-    state = {"step": torch.zeros((), device=p.device)}
+    state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
     for key in moment_keys(group):
-        state[key] = torch.zeros((), dtype=moment_dtype(p), device=p.device).expand(p.shape)
+        state[key] = torch.zeros((), dtype=moment_dtype(p, options), device=p.device).expand(p.shape)
+    if has_remainder(p, options):
+        state["remainder"] = torch.zeros((), dtype=torch.int16, device=p.device).expand(p.shape)
     return state
 
 

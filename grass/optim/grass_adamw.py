@@ -24,6 +24,7 @@ from grass.optim.freezing import Lease, trainable_flags
 from grass.optim.probe import Probe
 from grass.optim.slots import assign_slots, count_elements, refuse_distributed, weight_norms
 from grass.optim.view import MethodView
+from grass.optim.work import Row
 
 
 class GrassAdamW(MethodView, AdamW):
@@ -36,8 +37,9 @@ class GrassAdamW(MethodView, AdamW):
 
     Args:
         params: a model, or parameters or groups of them with ``model=``.
-        lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused,
-            state_dtype: as for `AdamW`; ``differentiable`` is refused.
+        lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused, state_dtype,
+            master_weights, stochastic_rounding, max_grad_norm: as for `AdamW`; ``differentiable`` and
+            ``capturable`` are refused.
         model: the model the parameters belong to, if ``params`` is not a model.
         config: settings of the method.
         pattern: which modules are the layers, if they cannot be found: as for `LayerMap.from_model`, or a
@@ -73,6 +75,9 @@ class GrassAdamW(MethodView, AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
         if isinstance(params, nn.Module):
             if model is not None and model is not params:
@@ -104,6 +109,9 @@ class GrassAdamW(MethodView, AdamW):
             foreach=foreach,
             fused=fused,
             state_dtype=state_dtype,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            max_grad_norm=max_grad_norm,
         )
         self._config = config if config is not None else GrassConfig()
         self._layers = pattern if isinstance(pattern, LayerMap) else LayerMap.from_model(model, pattern)
@@ -195,24 +203,24 @@ class GrassAdamW(MethodView, AdamW):
         self._finish_step(sq_norms, observed, accumulated)
 
     def _take_adapt_step(self) -> None:
-        sq_norms: Tensor | None = None
-        observed = [False] * (len(self._layers) + 1)
-        for group in self.param_groups:
-            params = []
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if self._trains(p):
-                    params.append(p)
-                    observed[self._slots[p]] = True
-                else:
-                    p.grad = None  # set by hand, or before a checkpoint was loaded
-            if params:
-                if sq_norms is None:
-                    sq_norms = torch.zeros(len(observed), device=params[0].device)
-                self._update(group, params, [self._slots[p] for p in params], sq_norms)
-        if sq_norms is not None:
+        sq_norms = self._update()
+        if sq_norms is not None and self._work is not None:
+            layers = self._work.layers
+            observed = [layer in layers for layer in range(len(self._layers) + 1)]
             self._finish_step(sq_norms, observed, accumulated=False)
+
+    def _rows(self) -> tuple[list[Row], int]:
+        """The active parameters with gradients, and how many slots they are in."""
+        rows = []
+        members = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
+        for seed, (index, p) in enumerate(members):
+            if p.grad is None:
+                continue
+            if self._trains(p):
+                rows.append(Row(index, p, self._slots[p], seed))
+            else:
+                p.grad = None  # set by hand, or before a checkpoint was loaded
+        return rows, len(self._layers) + 1
 
     def _finish_step(self, sq_norms: Tensor, observed: list[bool], accumulated: bool) -> None:
         self._sq_norms = sq_norms
@@ -225,7 +233,7 @@ class GrassAdamW(MethodView, AdamW):
         if change.drawn is not None:
             for group, p in self._members():
                 if self._slots[p] in (*change.drawn, len(self._layers)) and self._lease.found(p):
-                    self._allocate(group, p)
+                    self._states.allocate(self.state[p], group, p)
         if change.left is not None:
             if self._config.moments == "reset":
                 for _, p in self._members():
@@ -246,6 +254,7 @@ class GrassAdamW(MethodView, AdamW):
 
     def _switch_parameters(self) -> None:
         """Set ``requires_grad`` and the probe's hooks as the scheduler says."""
+        self._work = None
         self._lease.switch(self._trains)
         if self._probe is not None:
             self._probe.remove()
@@ -313,7 +322,7 @@ class GrassAdamW(MethodView, AdamW):
         state_dict["param_groups"][0]["grass"] = self._scheduler.state_dict()
         for index, (group, p) in enumerate(self._members()):
             if self._can_train(p) and not self.state.get(p):
-                state_dict["state"][index] = placeholder_state(group, p)
+                state_dict["state"][index] = placeholder_state(group, p, self._options)
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -385,5 +394,5 @@ class GrassAdamW(MethodView, AdamW):
         """Make the state of all that can ever train, and let it require grad until the next switch."""
         for group, p in self._members():
             if self._can_train(p):
-                self._allocate(group, p)
+                self._states.allocate(self.state[p], group, p)
         self._lease.switch(lambda p: self._slots[p] <= len(self._layers))

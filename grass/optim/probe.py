@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from grass.optim.adamw import sq_norm
+from grass.optim.update import sq_norm
 
 # So small that neither a logged norm nor clipping feels it; a power of two, which a loss scale divides exactly.
 _MARK = 2.0**-20
@@ -78,7 +78,7 @@ class Probe:
             grad[first] -= _MARK  # this backward has added to it
         norm = sq_norm(grad)
         if self._sums is None:
-            self._sums = torch.zeros(len(self._observed), device=grad.device)
+            self._sums = torch.zeros(len(self._observed), dtype=torch.float32, device=grad.device)
         self._sums[slot] += norm.to(self._sums.device, non_blocking=True)
         self._observed[slot] = True
         self._fired[param] = self._fired.get(param, 0) + 1

@@ -11,14 +11,15 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Parameter, gradient, moments: every combination the kernels take.
 COMBINATIONS = [
     (F32, F32, F32),
+    (F32, F32, BF16),
     (BF16, BF16, F32),
-    (F16, F16, F32),
-    (BF16, F32, F32),
-    (F16, F32, F32),
     (BF16, BF16, BF16),
-    (F16, F16, F16),
+    (BF16, F32, F32),
     (BF16, F32, BF16),
-    (F16, F32, F16),
+    (F16, F16, F32),
+    (F16, F16, BF16),
+    (F16, F32, F32),
+    (F16, F32, BF16),
 ]
 
 

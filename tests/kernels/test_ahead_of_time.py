@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from grass_kernels import _triton, adamw_kernel, sq_norm, table
+from grass_kernels import _triton, adamw_kernel, prologue, reference, sq_norm, table
 
 from .oracle import BF16, F16, F32, name
 
@@ -47,11 +47,12 @@ def compiled(kernel, target: str, arguments: dict, threads: int = _triton.THREAD
 def adamw_arguments(dtypes, **changes):
     return {
         "table_ptr": "*i64",
+        "inputs_ptr": "*i64",
         "coefficients_ptr": "*fp32",
         "partials_ptr": "*fp32",
-        "grad_scale_ptr": None,
         "chunks_start": "i32",
         **dict(zip(("PARAM_DTYPE", "GRAD_DTYPE", "STATE_DTYPE"), map(_triton.tl_dtype, dtypes), strict=True)),
+        "ROUNDING": 0,
         "AMSGRAD": False,
         "CHUNK": table.CHUNK,
         "BLOCK": table.BLOCK,
@@ -60,11 +61,11 @@ def adamw_arguments(dtypes, **changes):
     }
 
 
-def norm_arguments(dtype, grad_scale):
+def norm_arguments(dtype):
     return {
         "table_ptr": "*i64",
+        "inputs_ptr": "*i64",
         "partials_ptr": "*fp32",
-        "grad_scale_ptr": grad_scale,
         "chunks_start": "i32",
         "GRAD_DTYPE": _triton.tl_dtype(dtype),
         "CHUNK": table.CHUNK,
@@ -150,8 +151,8 @@ def test_adamw(target, dtypes, tmp_path):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     "changes",
-    [{"partials_ptr": None}, {"AMSGRAD": True}, {"grad_scale_ptr": "*fp32"}],
-    ids=["no norms", "amsgrad", "grad_scale"],
+    [{"partials_ptr": None}, {"AMSGRAD": True}, {"ROUNDING": 1}, {"ROUNDING": 2}],
+    ids=["no norms", "amsgrad", "master", "stochastic"],
 )
 def test_adamw_variants(target, changes, tmp_path):
     check_adamw(target, (BF16, BF16, F32), tmp_path, **changes)
@@ -160,7 +161,7 @@ def test_adamw_variants(target, changes, tmp_path):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=lambda d: name((d,)))
 def test_layer_sq_norms(target, dtype, tmp_path):
-    binary = compiled(sq_norm._layer_sq_norms_kernel, target, norm_arguments(dtype, "*fp32"))
+    binary = compiled(sq_norm._layer_sq_norms_kernel, target, norm_arguments(dtype))
     loads, _ = wide(assert_no_local_memory(binary, target, tmp_path), target)
     assert loads >= wide_accesses([dtype])
     assert_rounds_as_written(binary, target)
@@ -168,7 +169,13 @@ def test_layer_sq_norms(target, dtype, tmp_path):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_sum_layers(target, tmp_path):
-    arguments = {"table_ptr": "*i64", "partials_ptr": "*fp32", "sq_norms_ptr": "*fp32", "layers_start": "i32"}
+    arguments = {
+        "table_ptr": "*i64",
+        "partials_ptr": "*fp32",
+        "grad_scale_ptr": "*fp32",
+        "sq_norms_ptr": "*fp32",
+        "layers_start": "i32",
+    }
     binary = compiled(sq_norm._sum_layers_kernel, target, {**arguments, "BLOCK": table.LAYER_BLOCK})
     assert_no_local_memory(binary, target, tmp_path)
     assert_rounds_as_written(binary, target)
@@ -177,16 +184,19 @@ def test_sum_layers(target, tmp_path):
 @pytest.mark.parametrize("on_device", [True, False], ids=["all on the device", "all on the host"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_prologue(target, on_device, tmp_path):
-    pointers = {"active_ptr": "*i1", "found_inf_ptr": "*fp32", "clip_coef_ptr": "*fp32", "lr_ptr": "*fp32"}
-    arguments = {"table_ptr": "*i64", "coefficients_ptr": "*fp32"}
+    pointers = dict.fromkeys(("found_inf_ptr", "grad_scale_ptr", "clip_coef_ptr", "sq_norms_ptr"), "*fp32")
+    pointers["active_ptr"] = "*i1"
+    arguments = {"table_ptr": "*i64", "inputs_ptr": "*i64", "coefficients_ptr": "*fp32"}
+    arguments |= {"headers_start": "i32", "num_layers": "i32", "NORM_BLOCK": reference.NORM_BLOCK}
     arguments |= pointers if on_device else dict.fromkeys(pointers)
-    binary = compiled(adamw_kernel._prologue_kernel, target, arguments, threads=1)
+    binary = compiled(prologue._prologue_kernel, target, arguments, threads=1)
     assert_no_local_memory(binary, target, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("kernel", "changing"),
     [
+        (prologue._prologue_kernel, "headers_start num_layers"),
         (adamw_kernel._masked_adamw_kernel, "chunks_start"),
         (sq_norm._layer_sq_norms_kernel, "chunks_start"),
         (sq_norm._sum_layers_kernel, "layers_start"),
@@ -195,5 +205,5 @@ def test_prologue(target, on_device, tmp_path):
 def test_changing_numbers_are_not_specialised(kernel, changing):
     """A kernel specialised on them would be compiled again in the middle of training."""
     numbers = [p for p in kernel.params if not p.is_constexpr and not p.name.endswith("_ptr")]
-    assert [p.name for p in numbers] == [changing]
+    assert [p.name for p in numbers] == changing.split()
     assert all(p.do_not_specialize for p in numbers)

@@ -1,82 +1,58 @@
-"""Pointer and chunk tables.
+"""Chunk tables and inputs.
 
-Would catch: a misaligned tensor marked aligned (a GPU would fault, the interpreter would not notice); a
-chunk missing or listed twice; a tensor's chunks moved to another launch; partial sums of one layer that
-overlap another's, or change places with the company they are in; addresses or positions cut to 32 bits.
+Would catch: a chunk missing or listed twice; a tensor's chunks moved to another launch; partial sums of one
+layer that overlap another's, or change places with the company they are in; addresses or positions cut to 32
+bits; inputs that are uploaded although nothing changed, or not although something did; a staging slot
+written before the copy that reads it has finished; a captured copy whose slot a later step writes.
 """
+
+import struct
 
 import pytest
 import torch
 
-from grass_kernels.table import CHUNK, COLUMNS, HEADER, build_table
-
-from .conftest import Buffers
-from .oracle import BF16, F32
+from grass_kernels import inputs
+from grass_kernels.inputs import SLOTS, WORDS, Hyperparameters, Inputs, split_lr
+from grass_kernels.table import CHUNK, COLUMNS, build_table
 
 WORD = {name: position for position, name in enumerate(COLUMNS)}
 CPU = torch.device("cpu")
 
 
 def rows_of(table):
-    start = getattr(HEADER, "value", HEADER)
-    return table.data[start : start + table.num_tensors * len(COLUMNS)].view(-1, len(COLUMNS))
+    return table.data[: table.num_tensors * len(COLUMNS)].view(-1, len(COLUMNS))
 
 
-def grads_of(*sizes, dtype=F32):
-    return [torch.zeros(n, dtype=dtype) for n in sizes]
-
-
-def table_of(grads, layers=None, num_layers=None, **lists):
-    layers = layers or [0] * len(grads)
+def table_of(numels, layers=None, num_layers=None, keys=None, **columns):
+    layers = layers or [0] * len(numels)
     return build_table(
-        grads=grads, keys=[(g.dtype,) for g in grads], layers=layers,
-        num_layers=num_layers or max(layers, default=0) + 1, device=CPU, **lists,
+        numels=numels, keys=keys or ["one"] * len(numels), layers=layers,
+        num_layers=num_layers or max(layers, default=0) + 1, device=CPU, columns=columns,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("column", ["params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"])
-@pytest.mark.parametrize("shift", [0, 1, 2, 4, 7, 8])
-def test_one_misaligned_address_makes_the_tensor_misaligned(buffers: Buffers, column, shift):
-    lists = {
-        name: [buffers.place(torch.zeros(64), F32, shift=shift if name == column else 0), torch.zeros(64)]
-        for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
-    }
-    table = table_of(**lists)
-    assert rows_of(table)[:, WORD["aligned"]].tolist() == [int(shift % 4 == 0), 1]
-
-
-def test_bf16_alignment_counts_bytes(buffers: Buffers):
-    grads = [buffers.place(torch.zeros(64), BF16, shift=shift) for shift in (0, 1, 4, 8)]
-    assert rows_of(table_of(grads))[:, WORD["aligned"]].tolist() == [1, 0, 0, 1]
-
-
-def test_a_counter_may_lie_anywhere(buffers: Buffers):
-    steps = list(torch.zeros(3))
-    assert rows_of(table_of(grads_of(1, 1, 1), steps=steps))[:, WORD["aligned"]].tolist() == [1, 1, 1]
-
-
-def test_every_chunk_once_and_by_dtype():
+def test_every_chunk_once_and_by_key():
     sizes = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
-    grads = grads_of(*sizes) + grads_of(*sizes, dtype=BF16)
-    mixed = [g for pair in zip(grads[: len(sizes)], grads[len(sizes) :], strict=True) for g in pair]
-    table = table_of(mixed)
+    numels = [n for n in sizes for _ in range(2)]
+    keys = ["even", "odd"] * len(sizes)
+    table = table_of(numels, keys=keys)
     seen = []
-    for (dtype,), start, count in table.runs:
+    for key, start, count in table.runs:
         for word in table.data[start : start + count].tolist():
             tensor, chunk = word >> 32, word & 0xFFFFFFFF
-            assert mixed[tensor].dtype == dtype
+            assert keys[tensor] == key
             seen.append((tensor, chunk))
-    expected = [(i, c) for i, g in enumerate(mixed) for c in range(-(-g.numel() // CHUNK))]
+    expected = [(i, c) for i, n in enumerate(numels) for c in range(-(-n // CHUNK))]
     assert sorted(seen) == expected
     assert table.num_partials == len(expected)
     assert len(table.runs) == 2
 
 
-def test_rows_hold_addresses_and_sizes():
-    grads, params = grads_of(3, 5), grads_of(3, 5)
-    rows = rows_of(table_of(grads, [1, 0], params=params))
-    assert rows[:, WORD["grad"]].tolist() == [g.data_ptr() for g in grads]
-    assert rows[:, WORD["param"]].tolist() == [p.data_ptr() for p in params]
+def test_rows_hold_what_they_are_given():
+    rows = rows_of(table_of([3, 5], [1, 0], param=[1 << 40, 7], seed=[8, (1 << 62) + 1], group=[0, 2]))
+    assert rows[:, WORD["param"]].tolist() == [1 << 40, 7]
+    assert rows[:, WORD["seed"]].tolist() == [8, (1 << 62) + 1]
+    assert rows[:, WORD["group"]].tolist() == [0, 2]
     assert rows[:, WORD["exp_avg"]].tolist() == [0, 0]
     assert rows[:, WORD["numel"]].tolist() == [3, 5]
     assert rows[:, WORD["layer"]].tolist() == [1, 0]
@@ -84,17 +60,16 @@ def test_rows_hold_addresses_and_sizes():
 
 def test_partial_sums_of_a_layer_are_one_run_in_list_order():
     sizes = [CHUNK + 1, 1, 2 * CHUNK, 0, 5]
-    layers = [2, 0, 2, 1, 0]
-    table = table_of(grads_of(*sizes), layers, 4)
+    table = table_of(sizes, [2, 0, 2, 1, 0], 4)
     bounds = table.data[table.layers_start : table.layers_start + 5].tolist()
     assert bounds == [0, 2, 2, 6, 6]
     assert rows_of(table)[:, WORD["first_partial"]].tolist() == [2, 0, 4, 2, 1]
 
 
 def test_sizes_beyond_32_bits():
-    huge = torch.empty(1).expand((1 << 32) + 1)  # only its size is read
-    table = table_of([huge, torch.zeros(1)])
-    assert rows_of(table)[0, WORD["numel"]] == (1 << 32) + 1
+    huge = (1 << 32) + 1
+    table = table_of([huge, 1])
+    assert rows_of(table)[0, WORD["numel"]] == huge
     assert table.num_partials == (1 << 32) // CHUNK + 2
     (run,) = table.runs
     assert table.data[run.start + run.num_chunks - 2].item() == (1 << 32) // CHUNK
@@ -105,3 +80,114 @@ def test_no_tensors():
     table = table_of([], num_layers=2)
     assert table.runs == []
     assert table.data[table.layers_start : table.layers_start + 3].tolist() == [0, 0, 0]
+
+
+# -- inputs ---------------------------------------------------------------------------------------------
+
+
+def group(lr=0.1, **changes):
+    return Hyperparameters(*split_lr(lr), (0.9, 0.999), 1e-8, 0.01)._replace(**changes)
+
+
+def header(data, start):
+    words = data[start : start + len(WORDS)].tolist()
+    values = struct.unpack(f"{len(WORDS)}d", struct.pack(f"{len(WORDS)}q", *words))
+    return dict(zip(WORDS, values, strict=True)), dict(zip(WORDS, words, strict=True))
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    made = []
+
+    def copy(target, source):
+        made.append((target, source))
+        target.copy_(source)
+
+    monkeypatch.setattr(inputs, "copy_to_device", copy)
+    return made
+
+
+def test_uploads_only_what_changed(copies):
+    buffer = Inputs(3, 2, CPU)
+    groups = [group(), group(weight_decay=0.5)]
+    buffer.upload([11, 12, 13], groups)
+    buffer.upload([11, 12, 13], list(groups))
+    assert len(copies) == 1
+    buffer.upload([11, 12, 13], [group(lr=0.2), groups[1]])
+    assert len(copies) == 2
+    assert copies[1][0].numel() == 2 * len(WORDS)  # headers alone
+    buffer.upload([11, 12, 99], [group(lr=0.2), groups[1]])
+    assert len(copies) == 3
+    assert buffer.data[:3].tolist() == [11, 12, 99]
+    first, second = (header(buffer.data, 3 + i * len(WORDS))[0] for i in range(2))
+    assert first["lr"] == 0.2
+    assert second["lr"] == 0.1
+    assert (first["weight_decay"], second["weight_decay"]) == (0.01, 0.5)
+
+
+def test_words_are_doubles():
+    values, _ = header_of(group(lr=1e-5, betas=(0.9, 0.99999), maximize=True, max_grad_norm=0.7))
+    assert values["lr"] == 1e-5
+    assert values["one_minus_beta2"] == 1 - 0.99999
+    assert values["sign"] == -1.0
+    assert values["max_grad_norm"] == 0.7
+
+
+def header_of(hyperparameters):
+    buffer = Inputs(0, 1, CPU)
+    buffer.upload([], [hyperparameters])
+    return header(buffer.data, 0)
+
+
+def test_a_learning_rate_on_the_device_is_an_address():
+    """Meta memory stands for a device's: only its address is taken."""
+    assert split_lr(torch.tensor(0.5, dtype=torch.float64)) == (0.5, 0, False)
+    value, address, is_double = split_lr(torch.tensor(0.5, device="meta", dtype=torch.float64))
+    assert (value, address, is_double) == (0.0, 0, True)
+    words = header_of(group()._replace(lr_address=1 << 40, lr_is_double=True))[1]
+    assert words["lr_address"] == 1 << 40
+    assert words["lr_is_double"] == 1
+
+
+def test_a_slot_is_written_after_the_copy_that_read_it(monkeypatch):
+    """With copies that happen late, as on a device, every copy must still find what it was to copy."""
+    pending, events = [], []
+
+    def finish(event):
+        while pending and pending[0][0] <= event:
+            _, target, source, expected = pending.pop(0)
+            assert torch.equal(source, expected), "a slot was written before its copy"
+            target.copy_(source)
+
+    monkeypatch.setattr(
+        inputs,
+        "copy_to_device",
+        lambda target, source: pending.append((len(events), target, source, source.clone())),
+    )
+
+    def record(device, event):
+        events.append(len(events))
+        return events[-1]
+
+    monkeypatch.setattr(inputs, "record_event", record)
+    monkeypatch.setattr(inputs, "wait_for_event", finish)
+    buffer = Inputs(1, 1, CPU)
+    for step in range(5 * SLOTS):
+        buffer.upload([step], [group(lr=step / 10)])
+    assert 0 < len(pending) <= SLOTS
+    finish(len(events))
+    assert buffer.data[0] == 5 * SLOTS - 1
+
+
+def test_a_graph_reads_a_slot_of_its_own(copies):
+    buffer = Inputs(1, 1, CPU, capturable=True)
+    buffer.upload([1], [group()])
+    data, kept = buffer.for_graph([2], [group()])
+    slot = kept[0]
+    for step in range(3 * SLOTS):
+        buffer.upload([100 + step], [group(lr=step / 10)])
+    assert slot.words[0] == 2  # what a replay would copy
+    assert data[0] == 2
+    other, _ = buffer.for_graph([3], [group()])
+    assert slot.words[0] == 2
+    assert other.data_ptr() != data.data_ptr()

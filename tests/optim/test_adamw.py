@@ -821,9 +821,9 @@ def test_constructor_has_torchs_signature():
     assert isinstance(grass.AdamW(params), torch.optim.AdamW)
 
 
-@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float16, torch.float64, "float32"])
+@pytest.mark.parametrize("state_dtype", [torch.float16, torch.float64, "float32"])
 def test_a_bad_state_dtype_is_refused(state_dtype):
-    with pytest.raises(ValueError, match=r"state_dtype must be None or torch\.float32"):
+    with pytest.raises(ValueError, match=r"state_dtype must be None, torch\.float32 or torch\.bfloat16"):
         grass.AdamW(parameters(), state_dtype=state_dtype)
 
 

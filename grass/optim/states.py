@@ -1,0 +1,153 @@
+"""The state of a parameter: which tensors it has, of what dtype and where; making, moving and restoring it."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _device_dtype_check_for_fused
+
+import grass_kernels
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, *LOW_PRECISION)
+
+
+class Options(NamedTuple):
+    """What `AdamW` takes beyond torch's arguments."""
+
+    state_dtype: torch.dtype | None = None
+    master_weights: bool = False
+    stochastic_rounding: bool = False
+    max_grad_norm: float | None = None
+
+    def check(self) -> None:
+        """Refuse what cannot be had.
+
+        Raises:
+            ValueError: with the remedy.
+        """
+        if self.state_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"state_dtype must be None, torch.float32 or torch.bfloat16, not {self.state_dtype}: the kernels "
+                "keep moments in these"
+            )
+        if self.master_weights and self.stochastic_rounding:
+            raise ValueError(
+                "master_weights and stochastic_rounding exclude each other: exact weights lose nothing that chance "
+                "would have to make up for; pass one of them"
+            )
+        limit = self.max_grad_norm
+        if limit is not None and not (isinstance(limit, int | float) and limit > 0):
+            raise ValueError(
+                f"max_grad_norm must be a positive number, or None for no clipping, not {limit!r}"
+            )
+
+    def check_param(self, p: Tensor) -> None:
+        """Refuse a parameter that the options cannot serve.
+
+        Raises:
+            ValueError: a float16 parameter, whose lost bits neither option keeps.
+        """
+        if p.dtype == torch.float16 and (self.master_weights or self.stochastic_rounding):
+            option = "master_weights" if self.master_weights else "stochastic_rounding"
+            raise ValueError(
+                f"{option} is for bfloat16 parameters (float32 ones need it not), and there is a float16 parameter "
+                f"of shape {tuple(p.shape)}: convert the model to bfloat16, or leave {option} out"
+            )
+
+
+def takes_kernel(group: dict[str, Any], p: Tensor, options: Options) -> bool:
+    """Whether a parameter is updated by our kernels or by torch's own functional AdamW."""
+    if group["differentiable"] or p.dtype not in KERNEL_DTYPES:
+        return False
+    if p.dtype in LOW_PRECISION or options.state_dtype == torch.bfloat16:
+        return True  # torch has no path for moments of another dtype
+    if group["capturable"] and not (p.device.type == "cuda" and grass_kernels.runs_triton(p.device)):
+        return False
+    return not isinstance(group["betas"][0], Tensor)
+
+
+def moment_keys(group: dict[str, Any]) -> tuple[str, ...]:
+    """Names of a parameter's moments in its state."""
+    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
+
+
+def moment_dtype(p: Tensor, options: Options, differentiable: bool = False) -> torch.dtype:
+    """float32 or what the user asked for; the parameter's own where torch's path needs it."""
+    if differentiable or p.dtype not in KERNEL_DTYPES:
+        return p.dtype
+    return options.state_dtype or torch.float32
+
+
+def has_remainder(p: Tensor, options: Options, differentiable: bool = False) -> bool:
+    """Whether a parameter is stored as an exact fp32 value in two parts."""
+    return options.master_weights and p.dtype == torch.bfloat16 and not differentiable
+
+
+def step_device(group: dict[str, Any], p: Tensor, options: Options) -> torch.device:
+    """Where the step counter lives: beside the parameter for kernels, else where torch wants it."""
+    on_device = takes_kernel(group, p, options) or group["capturable"] or group["fused"]
+    return p.device if on_device else torch.device("cpu")
+
+
+class StateMaker:
+    """Makes and restores states. All that it makes share one version counter.
+
+    Autograd notices that a tensor was written by its version counter. To advance those of a thousand moments
+    takes longer than to launch their update; so moments and counters of an optimizer count as written together.
+
+    Args:
+        options: of the optimizer.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.counter = torch.empty(0, device="cpu")
+
+    def _counted(self, t: Tensor) -> Tensor:
+        """`t` as a tensor that shares the version counter."""
+        counted = self.counter.detach()
+        counted.data = t
+        return counted
+
+    def allocate(self, state: dict[str, Any], group: dict[str, Any], p: Tensor) -> None:
+        """Give a parameter what its state lacks, in torch's layout."""
+        options, differentiable = self.options, group["differentiable"]
+        if not state:
+            if group["fused"]:
+                _device_dtype_check_for_fused(p)
+            device = step_device(group, p, options)
+            state["step"] = self._counted(torch.zeros((), dtype=torch.float32, device=device))
+        for key in moment_keys(group):
+            if key not in state:
+                dtype = moment_dtype(p, options, differentiable)
+                zeros = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                state[key] = zeros if differentiable else self._counted(zeros)
+        if not has_remainder(p, options, differentiable):
+            state.pop("remainder", None)  # the parameter is no longer bfloat16
+        elif "remainder" not in state:
+            # the exact value to begin with is the parameter's own
+            zeros = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
+            state["remainder"] = self._counted(zeros)
+
+    def follow(self, state: dict[str, Any], group: dict[str, Any], p: Tensor) -> None:
+        """Bring a state to where its parameter is: a model may be moved after its optimizer has stepped."""
+        for key, value in state.items():
+            device = step_device(group, p, self.options) if key == "step" else p.device
+            if isinstance(value, Tensor) and value.device != device:
+                state[key] = self._counted(value.to(device))
+
+    def restore(self, state: dict[str, Any], group: dict[str, Any], p: Tensor, saved: dict[str, Any]) -> None:
+        """Put moments, remainder and counter as they were saved in place of what torch made of them."""
+        options = self.options
+        for name in moment_keys(group):
+            if name in saved:
+                dtype = moment_dtype(p, options, group["differentiable"])
+                state[name] = self._counted(saved[name].detach().to(device=p.device, dtype=dtype))
+        state.pop("remainder", None)
+        if "remainder" in saved and has_remainder(p, options, group["differentiable"]):
+            state["remainder"] = self._counted(saved["remainder"].to(device=p.device, dtype=torch.int16))
+        if "step" in state:
+            step = torch.as_tensor(saved["step"], dtype=torch.float32)
+            device = step_device(group, p, options)
+            state["step"] = self._counted(step.to(device, copy=True).reshape(()))

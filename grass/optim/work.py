@@ -1,0 +1,238 @@
+"""Work: how the parameters of a step are divided, found once and compared afterwards.
+
+Parameters take one of three ways: a plan of the kernels, one a device, which is only run; the kernels' function,
+which checks and arranges anew (without Triton, or where strides differ); or torch's own functional AdamW (other
+dtypes). The next step takes the same ways if nothing has moved but gradients. To find that out costs a few
+addresses a parameter, which is most of what a step costs the host.
+"""
+
+import math
+import weakref
+from collections.abc import Sequence
+from itertools import chain, compress
+from operator import attrgetter, is_, itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import grass_kernels
+from grass.optim.states import StateMaker, has_remainder, takes_kernel
+from grass_kernels import AdamWPlan, Hyperparameters, TensorLists, layout
+from grass_kernels.inputs import split_lr
+
+_address = Tensor.data_ptr
+_hyperparameters = itemgetter("lr", "betas", "eps", "weight_decay", "maximize")
+_structure = itemgetter("amsgrad", "differentiable", "capturable", "foreach", "fused")
+_dtype = attrgetter("dtype")
+_params = itemgetter("params")
+
+
+class Row(NamedTuple):
+    """One parameter of a step."""
+
+    group: int
+    param: Tensor
+    layer: int
+    seed: int  # its place among all parameters
+
+
+class Planned(NamedTuple):
+    """The parameters of one device that a plan updates."""
+
+    plan: AdamWPlan
+    places: list[int] | None  # among the rows; None: all of them
+    sq_norms: Tensor  # float32 [num_layers]
+
+    def of(self, column: list) -> list:
+        """Its part of a list with an entry a row."""
+        return column if self.places is None else [column[place] for place in self.places]
+
+
+class Work:
+    """What a step found.
+
+    Args:
+        groups: the optimizer's.
+        state: the optimizer's, complete for all rows.
+        rows: the parameters that have gradients.
+        num_layers: layers of the rows.
+        maker: of the states.
+
+    Attributes:
+        planned: by plan, one a device.
+        by_function: rows that take the kernels' function, by group and device.
+        by_torch: rows that take torch's functional AdamW, by group.
+        grads: addresses of the rows' gradients, as last compared.
+        hyperparameters: of each group, as last compared.
+        written: what plans write and autograd must be told of: parameters, and of their states those tensors that
+            do not share the maker's version counter.
+        with_remainder: parameters stored as exact fp32 in two parts.
+        layers: those that have rows.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        rows: Sequence[Row],
+        num_layers: int,
+        maker: StateMaker,
+    ) -> None:
+        options = maker.options
+        self.rows, self.num_layers, self.options = rows, num_layers, options
+        self.params = [row.param for row in rows]
+        self.by_function: dict[tuple[int, torch.device], list[Row]] = {}
+        self.by_torch: dict[int, list[Row]] = {}
+        places: dict[torch.device, list[int]] = {}
+        for place, row in enumerate(rows):
+            group, p = groups[row.group], row.param
+            if not takes_kernel(group, p, options):
+                self.by_torch.setdefault(row.group, []).append(row)
+            elif (
+                grass_kernels.runs_triton(p.device)
+                and _is_regular(p, state[p])
+                and _is_at_hand(group["lr"], p.device)
+            ):
+                places.setdefault(p.device, []).append(place)
+            else:
+                self.by_function.setdefault((row.group, p.device), []).append(row)
+        self.planned = [self._plan(groups, state, device, chosen) for device, chosen in places.items()]
+
+        self.hyperparameters = self._hyperparameters(groups)
+        planned = [p for part in self.planned for p in part.of(self.params)]
+        states = [t for p in planned for t in state[p].values() if isinstance(t, Tensor)]
+        self.written = [*planned, maker.counter, *_with_other_counter(states, maker.counter)]
+        self.with_remainder = [
+            row.param
+            for row in rows
+            if has_remainder(row.param, options, groups[row.group]["differentiable"])
+        ]
+        self.layers = {row.layer for row in rows}
+
+        self.grads = [_data_ptr_or_0(p.grad) for p in self.params]
+        self._grad_layouts = _layouts([p.grad for p in self.params])
+        members = [p for group in groups for p in group["params"]]
+        self._present = [p.grad is not None for p in members]
+        self._addresses = [_data_ptr_or_0(p) for p in compress(members, self._present)]
+        self._structures = [_structure(group) for group in groups]
+        self._states = list(state.values())
+        self._sentinel = _sentinel(state)
+        # A plan keeps addresses, not tensors, so that what the user drops is freed. Then it must not be run.
+        self._alive = alive = [True]
+
+        def end(_: object) -> None:
+            alive[0] = False
+
+        self._watched = [weakref.ref(x, end) for t in states for x in (t, t.untyped_storage())]
+
+    def _plan(
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        device: torch.device,
+        places: list[int],
+    ) -> Planned:
+        rows = [self.rows[place] for place in places]
+        states = [state[row.param] for row in rows]
+        lists = TensorLists(
+            params=[row.param for row in rows],
+            grads=[row.param.grad for row in rows],  # type: ignore[misc]
+            exp_avgs=[s["exp_avg"] for s in states],
+            exp_avg_sqs=[s["exp_avg_sq"] for s in states],
+            max_exp_avg_sqs=[
+                s["max_exp_avg_sq"] if groups[row.group]["amsgrad"] else None
+                for row, s in zip(rows, states, strict=True)
+            ],
+            remainders=[s.get("remainder") for s in states],
+            steps=[s["step"] for s in states],
+            layers=[row.layer for row in rows],
+            seeds=[row.seed if self.options.stochastic_rounding else None for row in rows],
+        )
+        capturable = any(group["capturable"] for group in groups)
+        plan = AdamWPlan(lists, self.num_layers, device, [row.group for row in rows], len(groups), capturable)
+        sq_norms = torch.empty(self.num_layers, dtype=torch.float32, device=device)
+        return Planned(plan, None if len(places) == len(self.rows) else places, sq_norms)
+
+    def holds(self, groups: Sequence[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> bool:
+        """Whether the next step can take the same ways; if so, `grads` and `hyperparameters` are those of now.
+
+        A gradient at the address of its last is taken to be laid out as that was; any other is looked at.
+        """
+        members = list(chain.from_iterable(map(_params, groups)))
+        grads = [p.grad for p in members]
+        try:
+            addresses = list(map(_address, grads))
+        except (TypeError, RuntimeError):  # some have none, or it is sparse
+            present = [g is not None for g in grads]
+            if present != self._present:
+                return False
+            grads, members = list(compress(grads, present)), list(compress(members, present))
+            try:
+                addresses = list(map(_address, grads))
+            except RuntimeError:
+                return False
+        if not self._alive[0] or list(map(_address, members)) != self._addresses:
+            return False
+        if len(state) != len(self._states) or not all(map(is_, state.values(), self._states)):
+            return False
+        if addresses != self.grads:
+            if _layouts(grads) != self._grad_layouts:
+                return False
+            self.grads = addresses
+        if _sentinel(state) != self._sentinel:
+            return False
+        if [_structure(group) for group in groups] != self._structures:
+            return False
+        self.hyperparameters = self._hyperparameters(groups)
+        return True
+
+    def _hyperparameters(self, groups: Sequence[dict[str, Any]]) -> list[Hyperparameters]:
+        """What plans take from the groups."""
+        if not self.planned:
+            return []
+        limit = math.inf if self.options.max_grad_norm is None else self.options.max_grad_norm
+        taken = []
+        for group in groups:
+            lr, (beta1, beta2), eps, weight_decay, maximize = _hyperparameters(group)
+            betas = (float(beta1), float(beta2))
+            taken.append(Hyperparameters(*split_lr(lr), betas, eps, weight_decay, maximize, limit))
+        return taken
+
+
+def _is_at_hand(lr: float | Tensor, device: torch.device) -> bool:
+    """Whether a kernel on the device can read the learning rate, or need not."""
+    return not isinstance(lr, Tensor) or lr.device.type == "cpu" or lr.device == device
+
+
+def _is_regular(p: Tensor, state: dict[str, Any]) -> bool:
+    """Whether a parameter, its gradient and its state can be walked in storage order together."""
+    beside = [p.grad, *(value for key, value in state.items() if key != "step")]
+    return layout.is_dense(p) and all(
+        t.shape == p.shape and t.device == p.device and layout.is_dense(t) and layout.same_order(t, p)
+        for t in beside
+        if t is not None
+    )
+
+
+def _layouts(grads: Sequence[Tensor | None]) -> list[Any]:
+    """What the kernels rest on: dtypes, and the strides of those that are not contiguous."""
+    contiguous = list(map(Tensor.is_contiguous, grads))  # type: ignore[arg-type]
+    strides = [g.stride() for g, plain in zip(grads, contiguous, strict=True) if not plain and g is not None]
+    return [list(map(_dtype, grads)), contiguous, strides]
+
+
+def _data_ptr_or_0(t: Tensor | None) -> int:
+    return 0 if t is None or t.layout != torch.strided else t.data_ptr()
+
+
+def _with_other_counter(tensors: Sequence[Tensor], counter: Tensor) -> list[Tensor]:
+    """Those whose version counter is not the shared one."""
+    before = [t._version for t in tensors]
+    torch.autograd.graph.increment_version([counter])
+    return [t for t, version in zip(tensors, before, strict=True) if t._version == version]
+
+
+def _sentinel(state: dict[Tensor, dict[str, Any]]) -> list[int]:
+    """Addresses of one parameter's state: who moves states in place (``.data = ...``) moves them all."""
+    return [t.data_ptr() for t in next(iter(state.values()), {}).values() if isinstance(t, Tensor)]

@@ -1,0 +1,229 @@
+"""Inputs: what changes from step to step, in one small buffer on the device.
+
+    gradients  one word a tensor            addresses
+    headers    groups x HEADER words        hyperparameters, doubles
+
+A step compares both with what was uploaded last, and uploads them through a ring of pinned host buffers
+only if they differ. A slot of the ring is written again when the copy that read it has finished, which its
+event tells.
+"""
+
+import ctypes
+import functools
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grass_kernels import reference
+from grass_kernels._triton import constexpr
+
+SLOTS = 8
+"""Uploads that may be under way: how many steps the host can be ahead of the device."""
+
+# The words of a header. A kernel's float arguments would arrive as fp32.
+WORDS = (
+    "lr",
+    "lr_address",
+    "lr_is_double",
+    "weight_decay",
+    "log_beta1",
+    "log_beta2",
+    "exp_avg_weight",
+    "beta2",
+    "one_minus_beta2",
+    "eps",
+    "sign",
+    "max_grad_norm",
+)
+HEADER = constexpr(len(WORDS))
+LR = constexpr(WORDS.index("lr"))
+LR_ADDRESS = constexpr(WORDS.index("lr_address"))
+LR_IS_DOUBLE = constexpr(WORDS.index("lr_is_double"))
+WEIGHT_DECAY = constexpr(WORDS.index("weight_decay"))
+LOG_BETA1 = constexpr(WORDS.index("log_beta1"))
+LOG_BETA2 = constexpr(WORDS.index("log_beta2"))
+EXP_AVG_WEIGHT = constexpr(WORDS.index("exp_avg_weight"))
+BETA2 = constexpr(WORDS.index("beta2"))
+ONE_MINUS_BETA2 = constexpr(WORDS.index("one_minus_beta2"))
+EPS = constexpr(WORDS.index("eps"))
+SIGN = constexpr(WORDS.index("sign"))
+MAX_GRAD_NORM = constexpr(WORDS.index("max_grad_norm"))
+_FORMAT = "dqq9d"
+
+_CPU = torch.device("cpu")
+
+
+class Hyperparameters(NamedTuple):
+    """What one group of parameters is updated with: numbers only, so that steps can be compared."""
+
+    lr: float
+    lr_address: int  # of one element on the device, which is then read there; or 0
+    lr_is_double: bool
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    maximize: bool = False
+    max_grad_norm: float = math.inf  # used where the step clips
+
+    def words(self) -> tuple[float, ...]:
+        """The group's header."""
+        return (
+            self.lr,
+            self.lr_address,
+            self.lr_is_double,
+            self.weight_decay,
+            *_words_of_betas(self.betas),
+            self.eps,
+            -1.0 if self.maximize else 1.0,
+            self.max_grad_norm,
+        )
+
+
+@functools.cache
+def _words_of_betas(betas: tuple[float, float]) -> tuple[float, ...]:
+    beta1, beta2 = betas
+    return (
+        math.log(beta1) if beta1 else -math.inf,
+        math.log(beta2) if beta2 else -math.inf,
+        reference.exp_avg_weight(beta1),
+        beta2,
+        1 - beta2,
+    )
+
+
+def split_lr(lr: float | Tensor) -> tuple[float, int, bool]:
+    """`lr`, `lr_address` and `lr_is_double` of `Hyperparameters`.
+
+    A tensor on a device is read there; one on the CPU, or of a type the kernels do not read, becomes a number.
+    """
+    if not isinstance(lr, Tensor):
+        return float(lr), 0, False
+    if lr.device.type == "cpu" or lr.dtype not in (torch.float32, torch.float64):
+        return float(lr.detach()), 0, False
+    return 0.0, lr.data_ptr(), lr.dtype == torch.float64
+
+
+class Inputs:
+    """The buffer of one table, and how it is kept up to date.
+
+    Args:
+        num_tensors: Tensors of the table.
+        num_groups: Groups of hyperparameters; 0 where none are needed.
+        device: Where the table is.
+        capturable: Keep a slot at hand for a graph: while one is captured nothing can be pinned.
+
+    Attributes:
+        data: int64, on the device.
+        headers_start: Word at which the headers begin.
+    """
+
+    def __init__(
+        self, num_tensors: int, num_groups: int, device: torch.device, capturable: bool = False
+    ) -> None:
+        self.headers_start = num_tensors
+        self._addresses = struct.Struct(f"{num_tensors}q")
+        self._headers = struct.Struct(_FORMAT * num_groups)
+        words = num_tensors + len(WORDS) * num_groups
+        self.data = torch.empty(words, dtype=torch.int64, device=device)
+        self._headers_data = self.data[num_tensors:]
+        self._grads: Sequence[int] | None = None
+        self._groups: Sequence[Hyperparameters] = ()
+        self._slots: list[_Slot] = []
+        self._next = 0
+        self._capturable = capturable
+        self._spare: _Slot | None = None
+
+    def _new_slot(self) -> "_Slot":
+        return _Slot(self.data.numel(), self.headers_start, self.data.device)
+
+    def upload(self, grads: Sequence[int], groups: Sequence[Hyperparameters] = ()) -> None:
+        """Bring the device's buffer to these values, where it has others.
+
+        Args:
+            grads: Addresses of the gradients.
+            groups: Hyperparameters, one a group.
+        """
+        if self._capturable and self._spare is None:
+            self._spare = self._new_slot()
+        moved = grads != self._grads
+        if not moved and groups == self._groups:
+            return
+        if len(self._slots) < SLOTS:
+            slot = self._new_slot()
+            self._slots.append(slot)
+        else:
+            slot = self._slots[self._next]
+            self._next = (self._next + 1) % SLOTS
+        slot.reuse()
+        self._write_headers(slot, groups)
+        if moved:
+            self._addresses.pack_into(slot.bytes, 0, *grads)
+            copy_to_device(self.data, slot.words)
+        else:
+            copy_to_device(self._headers_data, slot.headers)
+        slot.copied(self.data.device)
+        self._grads, self._groups = grads, groups
+
+    def _write_headers(self, slot: "_Slot", groups: Sequence[Hyperparameters]) -> None:
+        words = [word for group in groups for word in group.words()]
+        self._headers.pack_into(slot.bytes, 8 * self.headers_start, *words)
+
+    def for_graph(self, grads: Sequence[int], groups: Sequence[Hyperparameters]) -> tuple[Tensor, object]:
+        """A buffer and a slot that no other step writes: a captured copy reads its slot at every replay.
+
+        Returns:
+            The device's buffer, filled by a copy on the current stream; and what must live as long as the graph.
+        """
+        slot, self._spare = self._spare or self._new_slot(), None
+        data = torch.empty_like(self.data)
+        self._addresses.pack_into(slot.bytes, 0, *grads)
+        self._write_headers(slot, groups)
+        copy_to_device(data, slot.words)
+        return data, (slot, data, groups)
+
+
+class _Slot:
+    """A host buffer, pinned where there is a device to copy to."""
+
+    def __init__(self, words: int, headers_start: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self.words = torch.empty(words, dtype=torch.int64, device=_CPU, pin_memory=pinned)
+        self.headers = self.words[headers_start:]
+        self.bytes = (ctypes.c_char * (8 * words)).from_address(self.words.data_ptr())
+        self._event: Any = None
+
+    def reuse(self) -> None:
+        """Wait until the last copy from here has finished (H9: it would read what is written now)."""
+        if self._event is not None:
+            wait_for_event(self._event)
+
+    def copied(self, device: torch.device) -> None:
+        """A copy from here has been queued on the device's current stream."""
+        self._event = record_event(device, self._event)
+
+
+# The boundary to the device: what a measurement of the host's own time replaces, with `_triton.launch`.
+
+
+def copy_to_device(target: Tensor, source: Tensor) -> None:
+    """Queue a copy from pinned memory on the target's current stream."""
+    target.copy_(source, non_blocking=True)
+
+
+def record_event(device: torch.device, event: Any) -> Any:
+    """Mark this moment of the device's current stream, in `event` if there is one already."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event() if event is None else event
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def wait_for_event(event: Any) -> None:
+    """Let the host wait until the device has passed the event; at once if it has."""
+    if not event.query():
+        event.synchronize()

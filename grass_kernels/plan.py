@@ -1,0 +1,197 @@
+"""The plan of a step: what is worked out once for some tensors, and then only run.
+
+A run is a few launches, whatever the number of tensors: a prologue advances the step counters and works out
+the coefficients; one main pass a combination of dtypes updates; and a last one adds up the norms. With
+clipping the norms come first, from one read-only pass over the gradients. The host waits for nothing.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grass_kernels import _triton, reference
+from grass_kernels._triton import tl_dtype
+from grass_kernels.adamw_kernel import (
+    MASTER,
+    MAX_REGISTERS,
+    NARROW_BLOCK,
+    NEAREST,
+    STOCHASTIC,
+    _masked_adamw_kernel,
+)
+from grass_kernels.inputs import Hyperparameters, Inputs
+from grass_kernels.prologue import COEFFICIENTS, _prologue_kernel
+from grass_kernels.sq_norm import launch_norms, launch_sum_layers
+from grass_kernels.table import BLOCK, CHUNK, build_table
+
+
+class Key(NamedTuple):
+    """What parameters that share a kernel have in common."""
+
+    grad: torch.dtype
+    param: torch.dtype
+    state: torch.dtype
+    rounding: int  # NEAREST, MASTER or STOCHASTIC
+    amsgrad: bool
+
+
+class TensorLists(NamedTuple):
+    """Dense tensors, one entry a parameter, all those of a parameter of equal strides and on one device."""
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    exp_avgs: Sequence[Tensor]
+    exp_avg_sqs: Sequence[Tensor]
+    max_exp_avg_sqs: Sequence[Tensor | None]  # None: without amsgrad
+    remainders: Sequence[Tensor | None]  # int16; None: not stored as exact fp32
+    steps: Sequence[Tensor]
+    layers: Sequence[int]
+    seeds: Sequence[int | None]  # None: not rounded stochastically
+
+    def keys(self) -> list[Key]:
+        """What decides each parameter's kernel."""
+        roundings = [
+            (
+                MASTER if r is not None else NEAREST if s is None or p.dtype != torch.bfloat16 else STOCHASTIC
+            ).value
+            for p, r, s in zip(self.params, self.remainders, self.seeds, strict=True)
+        ]
+        columns = zip(self.grads, self.params, self.exp_avgs, roundings, self.max_exp_avg_sqs, strict=True)
+        return [Key(g.dtype, p.dtype, m.dtype, rounding, x is not None) for g, p, m, rounding, x in columns]
+
+
+class AdamWPlan:
+    """Masked AdamW on the same tensors, step after step; gradients may move between steps.
+
+    Args:
+        lists: The tensors. Only their addresses are kept: the plan ends with the tensors' memory.
+        num_layers: Number of layers, for norms and masks.
+        device: Where the tensors are.
+        groups: The group of hyperparameters of each parameter; None is all 0.
+        num_groups: Groups of hyperparameters.
+        capturable: A later run may be captured in a graph.
+    """
+
+    def __init__(
+        self,
+        lists: TensorLists,
+        num_layers: int,
+        device: torch.device,
+        groups: Sequence[int] | None = None,
+        num_groups: int = 1,
+        capturable: bool = False,
+    ) -> None:
+        count = len(lists.params)
+        self.device = device
+        self.table = build_table(
+            numels=[p.numel() for p in lists.params],
+            keys=lists.keys(),
+            layers=lists.layers,
+            num_layers=num_layers,
+            device=device,
+            columns={
+                "param": _addresses(lists.params),
+                "exp_avg": _addresses(lists.exp_avgs),
+                "exp_avg_sq": _addresses(lists.exp_avg_sqs),
+                "max_exp_avg_sq": _addresses(lists.max_exp_avg_sqs),
+                "remainder": _addresses(lists.remainders),
+                "step": _addresses(lists.steps),
+                "group": groups or [0] * count,
+                "seed": [seed or 0 for seed in lists.seeds],
+            },
+        )
+        self._inputs = Inputs(count, num_groups, device, capturable)
+        self._data = self._inputs.data
+        self._coefficients = torch.empty(count * COEFFICIENTS.value, dtype=torch.float32, device=device)
+        self._partials = torch.empty(self.table.num_partials, dtype=torch.float32, device=device)
+
+    def upload(self, grads: Sequence[int], groups: Sequence[Hyperparameters]) -> object:
+        """Say where the gradients are and what to update with, for the launches that follow.
+
+        Args:
+            grads: Addresses of the gradients, dense and in their parameters' layout.
+            groups: Hyperparameters, one a group.
+
+        Returns:
+            None; in a graph capture what must live as long as the graph.
+        """
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._data, kept = self._inputs.for_graph(grads, groups)
+            return (self, kept)
+        self._inputs.upload(grads, groups)
+        self._data = self._inputs.data
+        return None
+
+    def measure(self, sq_norms: Tensor, grad_scale: Tensor | None = None) -> None:
+        """Write the squared norms by layer, float32 ``[num_layers]``, in a pass that only reads gradients."""
+        launch_norms(self.table, self._data, self._partials)
+        launch_sum_layers(self.table, self._partials, grad_scale, sq_norms)
+
+    def update(
+        self,
+        sq_norms: Tensor | None = None,
+        *,
+        clip_by: Tensor | None = None,
+        active: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        clip_coef: Tensor | None = None,
+    ) -> None:
+        """Update every parameter.
+
+        Args:
+            sq_norms: Written with the squared norms by layer, unless None.
+            clip_by: float32 squared norms, whose sum is the squared norm of all gradients: they are clipped to
+                their group's ``max_grad_norm``, and a norm that is not finite skips the step.
+            active: Bool ``[num_layers]`` on the device: which layers to update.
+            grad_scale: See :func:`grass_kernels.masked_adamw_`, as the following.
+            found_inf: One element of any type.
+            clip_coef: float32, one element.
+        """
+        partials = None if sq_norms is None else self._partials
+        _triton.launch(
+            _prologue_kernel,
+            self.table.num_tensors,
+            self.device,
+            threads=1,
+            table_ptr=self.table.data,
+            inputs_ptr=self._data,
+            coefficients_ptr=self._coefficients,
+            active_ptr=active,
+            found_inf_ptr=found_inf,
+            grad_scale_ptr=grad_scale,
+            clip_coef_ptr=clip_coef,
+            sq_norms_ptr=clip_by,
+            headers_start=self._inputs.headers_start,
+            num_layers=0 if clip_by is None else clip_by.numel(),
+            NORM_BLOCK=reference.NORM_BLOCK,
+        )
+        for run in self.table.runs:
+            key: Key = run.key  # type: ignore[assignment]
+            _triton.launch(
+                _masked_adamw_kernel,
+                run.num_chunks,
+                self.device,
+                max_registers=MAX_REGISTERS,
+                table_ptr=self.table.data,
+                inputs_ptr=self._data,
+                coefficients_ptr=self._coefficients,
+                partials_ptr=partials,
+                chunks_start=run.start,
+                PARAM_DTYPE=tl_dtype(key.param),
+                GRAD_DTYPE=tl_dtype(key.grad),
+                STATE_DTYPE=tl_dtype(key.state),
+                ROUNDING=key.rounding,
+                AMSGRAD=key.amsgrad,
+                CHUNK=CHUNK,
+                BLOCK=BLOCK,
+                NARROW_BLOCK=NARROW_BLOCK,
+            )
+        if sq_norms is not None:
+            launch_sum_layers(self.table, self._partials, grad_scale, sq_norms)
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]

@@ -1,0 +1,84 @@
+"""How a bf16 parameter is stored, in plain torch: what the device functions of `conversions` must equal.
+
+Three ways: to the nearest, which needs no word here; as the exact fp32 value in two parts of 16 bits; or up
+or down by chance, right on average.
+"""
+
+import torch
+from torch import Tensor
+
+_LOW = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+
+
+def join_fp32(param: Tensor, remainder: Tensor) -> Tensor:
+    """The fp32 values that bf16 `param` and int16 `remainder` stand for, of their shape.
+
+    ``(bits(param) << 16) + remainder``, modulo 2^32.
+    """
+    upper = param.view(torch.int16).to(torch.int64) << 16
+    # int64 to int32 keeps the low 32 bits
+    return (upper + remainder.to(torch.int64)).to(torch.int32).view(torch.float32)
+
+
+def split_fp32(x: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 `x` as the nearest bf16 (ties away from zero) and the signed int16 remainder it lacks.
+
+    `join_fp32` gives back the bits of every value but NaN, which stays NaN.
+    """
+    bits = x.view(torch.int32).to(torch.int64) & _LOW
+    is_nan = x.isnan()
+    remainder = torch.where(is_nan, 0, bits & 0xFFFF).to(torch.int16)
+    return _upper_half(bits + 0x8000, is_nan), remainder
+
+
+def round_stochastically(x: Tensor, random: Tensor) -> Tensor:
+    """fp32 `x` as one of its two neighbouring bf16: the farther from zero with the probability that `x` is near it.
+
+    Args:
+        x: fp32, any shape.
+        random: int64, 16 uniform bits an element.
+    """
+    return _upper_half((x.view(torch.int32).to(torch.int64) & _LOW) + random, x.isnan())
+
+
+def _upper_half(bits: Tensor, is_nan: Tensor) -> Tensor:
+    return torch.where(is_nan, 0x7FC0, bits >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def random_16_bits(seed: int, step: int, start: int, count: int, device: torch.device) -> Tensor:
+    """16 random bits for each of `count` elements of a tensor, from element `start` on: int64 ``[count]``.
+
+    A function of seed, step and the element's place alone. Eight elements share one call of Philox 4x32 with
+    10 rounds (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011), whose counter is
+    ``(place // 8, step, 0, 0)`` and whose key is `seed`; each takes half a word, the lower half first.
+    """
+    first, last = start // 8, (start + count + 7) // 8
+    place = torch.arange(first, last, device=device)
+    words = philox_4x32(
+        (place, torch.full_like(place, step), torch.zeros_like(place), torch.zeros_like(place)), seed
+    )
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    return torch.stack(halves, dim=-1).flatten()[start - 8 * first :][:count]
+
+
+def philox_4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox 4x32-10: four 32-bit words (in int64) of counter and a 64-bit key to four random words."""
+    c0, c1, c2, c3 = (c & _LOW for c in counter)
+    key0, key1 = key & _LOW, key >> 32 & _LOW
+    for _ in range(10):
+        high0, low0 = _wide_product(c0, _MULTIPLIERS[0])
+        high1, low1 = _wide_product(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+        key0, key1 = (key0 + _KEY_STEPS[0]) & _LOW, (key1 + _KEY_STEPS[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def _wide_product(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """Upper and lower 32 bits of a product of 32-bit numbers; int64 holds 63 bits of it, so in two parts."""
+    upper, lower = (x >> 16) * factor, (x & 0xFFFF) * factor
+    middle = (upper & 0xFFFF_FFFF_FFFF) + (lower >> 16)
+    return middle >> 16, (middle & 0xFFFF) << 16 | lower & 0xFFFF
