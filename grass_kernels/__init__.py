@@ -5,7 +5,7 @@ kernel must equal. Without a GPU the functions run on torch; with ``TRITON_INTER
 themselves run on CPU tensors.
 """
 
-from grass_kernels import reference
+from grass_kernels import operators, reference
 from grass_kernels._triton import runs_triton
 from grass_kernels.adamw import masked_adamw_, masked_adamw_bytes
 from grass_kernels.arguments import is_supported
@@ -13,6 +13,8 @@ from grass_kernels.errors import KernelArgumentError
 from grass_kernels.inputs import Hyperparameters
 from grass_kernels.plan import AdamWPlan, TensorLists
 from grass_kernels.sq_norm import layer_sq_norms, layer_sq_norms_bytes
+
+operators.implement(layer_sq_norms, masked_adamw_)
 
 __all__ = [
     "AdamWPlan",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grass_kernels import arguments, layout
+from grass_kernels import arguments, layout, operators
 from grass_kernels._triton import runs_triton
 from grass_kernels.inputs import Hyperparameters, split_lr
 from grass_kernels.plan import AdamWPlan, TensorLists
@@ -90,6 +90,17 @@ def masked_adamw_(
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019), in torch.optim.AdamW's
     order of operations; there a low-precision parameter needs moments of its own dtype.
     """
+    if operators.is_needed(params):
+        options = {
+            "layer_index": layer_index, "active": active, "sq_norms": sq_norms, "lr": lr, "betas": betas, "eps": eps,
+            "weight_decay": weight_decay, "maximize": maximize, "max_exp_avg_sqs": max_exp_avg_sqs,
+            "remainders": remainders, "rounding_seeds": rounding_seeds, "grad_scale": grad_scale,
+            "found_inf": found_inf, "clip_coef": clip_coef,
+        }  # fmt: skip
+        torch.ops.grass_kernels.masked_adamw_(
+            params, grads, exp_avgs, exp_avg_sqs, steps, **operators.pack(options)
+        )
+        return
     device = arguments.check_adamw_lists(
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, remainders, rounding_seeds
     )

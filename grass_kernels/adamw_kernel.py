@@ -27,12 +27,12 @@ from grass_kernels.prologue import (
     C_ONE_MINUS_BETA2,
     C_STEP,
     C_STEP_SIZE,
-    COEFFICIENTS,
     SKIP,
     UPDATE,
 )
 from grass_kernels.sq_norm import chunk_range, find_chunk, tree_sum
 from grass_kernels.table import (
+    COEFFICIENTS,
     EXP_AVG,
     EXP_AVG_SQ,
     FIRST_PARTIAL,

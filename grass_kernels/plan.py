@@ -22,9 +22,9 @@ from grass_kernels.adamw_kernel import (
     _masked_adamw_kernel,
 )
 from grass_kernels.inputs import Hyperparameters, Inputs
-from grass_kernels.prologue import COEFFICIENTS, _prologue_kernel
+from grass_kernels.prologue import _prologue_kernel
 from grass_kernels.sq_norm import launch_norms, launch_sum_layers
-from grass_kernels.table import BLOCK, CHUNK, build_table
+from grass_kernels.table import BLOCK, CHUNK, COEFFICIENTS, build_table
 
 
 class Key(NamedTuple):

@@ -23,10 +23,9 @@ from grass_kernels.inputs import (
     WEIGHT_DECAY,
 )
 from grass_kernels.sq_norm import tree_sum
-from grass_kernels.table import GROUP, LAYER, ROW, STEP
+from grass_kernels.table import COEFFICIENTS, GROUP, LAYER, ROW, STEP
 
-# One row of fp32, a 64-byte line.
-COEFFICIENTS = constexpr(16)
+# What it leaves for a parameter: one row of fp32.
 C_MODE = constexpr(0)
 C_DECAY = constexpr(1)
 C_EXP_AVG_WEIGHT = constexpr(2)

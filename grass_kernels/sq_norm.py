@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grass_kernels import _triton, arguments, layout, reference
+from grass_kernels import _triton, arguments, layout, operators, reference
 from grass_kernels._triton import jit, runs_triton, tl, tl_dtype
 from grass_kernels.conversions import ALIGNMENT, block_mask, block_pointers, load_fp32, pointer
 from grass_kernels.inputs import Inputs
@@ -200,6 +200,9 @@ def layer_sq_norms(
 
     Source: the per-layer norms of GRASS's importance, before the square root.
     """
+    if operators.is_needed(grads):
+        layers = layer_index.tolist() if isinstance(layer_index, Tensor) else layer_index
+        return torch.ops.grass_kernels.layer_sq_norms(grads, layers, num_layers, grad_scale=grad_scale)
     device = arguments.common_device({"grads": grads})
     arguments.check_grads(grads)
     layers = arguments.layer_list(layer_index, len(grads), num_layers)

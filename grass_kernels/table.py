@@ -57,6 +57,9 @@ FIRST_PARTIAL = constexpr(COLUMNS.index("first_partial"))
 GROUP = constexpr(COLUMNS.index("group"))
 SEED = constexpr(COLUMNS.index("seed"))
 
+COEFFICIENTS = constexpr(16)
+"""fp32 words that a step's prologue leaves for each tensor: a 64-byte line."""
+
 _CPU = torch.device("cpu")  # named everywhere: the user may have set another default device
 
 
