@@ -96,7 +96,7 @@ class AdamW(torch.optim.AdamW):
         self._states = StateMaker(self._options)
         self._work: Work | None = None
         self._sq_norms: Tensor | None = None
-        self._written: dict[int, tuple[int, int]] = {}  # parameters with remainders: version and address
+        self._written: dict[Tensor, tuple[int, int]] = {}  # parameters with remainders: version, address
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_options": self._options}
@@ -180,6 +180,7 @@ class AdamW(torch.optim.AdamW):
         """
         work = self._work
         if work is None or not work.holds(self.param_groups, self.state):
+            self._leave_work()
             work = self._work = self._arrange()
         if not work.rows:
             return None
@@ -190,7 +191,7 @@ class AdamW(torch.optim.AdamW):
         self._graphs += kept
         torch.autograd.graph.increment_version(work.written)
         if self._options.master_weights:
-            self._note_written(work)
+            work.versions_written = work.versions()
         return sq_norms
 
     def _arrange(self) -> Work:
@@ -215,13 +216,24 @@ class AdamW(torch.optim.AdamW):
 
     def _drop_stale_remainders(self, work: Work) -> None:
         """Start parameters anew that somebody else has written since: their remainders belong to what was there."""
-        for p in work.with_remainder:
-            written = self._written.get(id(p))
-            if written is not None and written != (p._version, p.data_ptr()):
+        now = work.versions()
+        if now == work.versions_written:
+            return
+        for place, p in enumerate(work.with_remainder):
+            found = (now[place], work.remainder_addresses[place])
+            if work.versions_written is None:  # its first step: what did earlier ones leave?
+                left = self._written.get(p, found)
+            else:
+                left = (work.versions_written[place], work.remainder_addresses[place])
+            if found != left:
                 self.state[p]["remainder"].zero_()
 
-    def _note_written(self, work: Work) -> None:
-        self._written.update({id(p): (p._version, p.data_ptr()) for p in work.with_remainder})
+    def _leave_work(self) -> None:
+        """Forget how the last step was divided, but not which versions of parameters it left."""
+        work, self._work = self._work, None
+        if work is not None and work.versions_written is not None:
+            entries = zip(work.versions_written, work.remainder_addresses, strict=True)
+            self._written.update(zip(work.with_remainder, entries, strict=True))
 
     # -- checkpoints ------------------------------------------------------------------------------------------
 

@@ -254,7 +254,7 @@ class GrassAdamW(MethodView, AdamW):
 
     def _switch_parameters(self) -> None:
         """Set ``requires_grad`` and the probe's hooks as the scheduler says."""
-        self._work = None
+        self._leave_work()
         self._lease.switch(self._trains)
         if self._probe is not None:
             self._probe.remove()

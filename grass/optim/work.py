@@ -25,6 +25,7 @@ _address = Tensor.data_ptr
 _hyperparameters = itemgetter("lr", "betas", "eps", "weight_decay", "maximize")
 _structure = itemgetter("amsgrad", "differentiable", "capturable", "foreach", "fused")
 _dtype = attrgetter("dtype")
+_version = attrgetter("_version")
 _params = itemgetter("params")
 
 
@@ -67,7 +68,8 @@ class Work:
         hyperparameters: of each group, as last compared.
         written: what plans write and autograd must be told of: parameters, and of their states those tensors that
             do not share the maker's version counter.
-        with_remainder: parameters stored as exact fp32 in two parts.
+        with_remainder: parameters stored as exact fp32 in two parts; `remainder_addresses` are where they are,
+            `versions_written` the version counters that the last step left.
         layers: those that have rows.
     """
 
@@ -108,6 +110,8 @@ class Work:
             for row in rows
             if has_remainder(row.param, options, groups[row.group]["differentiable"])
         ]
+        self.remainder_addresses = [p.data_ptr() for p in self.with_remainder]
+        self.versions_written: list[int] | None = None
         self.layers = {row.layer for row in rows}
 
         self.grads = [_data_ptr_or_0(p.grad) for p in self.params]
@@ -153,6 +157,10 @@ class Work:
         plan = AdamWPlan(lists, self.num_layers, device, [row.group for row in rows], len(groups), capturable)
         sq_norms = torch.empty(self.num_layers, dtype=torch.float32, device=device)
         return Planned(plan, None if len(places) == len(self.rows) else places, sq_norms)
+
+    def versions(self) -> list[int]:
+        """Version counters of the parameters with remainders: who writes to one advances it."""
+        return list(map(_version, self.with_remainder))
 
     def holds(self, groups: Sequence[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> bool:
         """Whether the next step can take the same ways; if so, `grads` and `hyperparameters` are those of now.
