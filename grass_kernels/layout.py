@@ -34,7 +34,7 @@ def same_order(a: Tensor, b: Tensor) -> bool:
 
 def flat(t: Tensor) -> Tensor:
     """A dense tensor as a 1-D view in storage order."""
-    return t.as_strided((t.numel(),), (1,))
+    return t if t.dim() == 1 and t.is_contiguous() else t.as_strided((t.numel(),), (1,))
 
 
 class Layout:

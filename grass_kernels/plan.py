@@ -6,7 +6,7 @@ clipping the norms come first, from one read-only pass over the gradients. The h
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,6 +106,7 @@ class AdamWPlan:
         self._data = self._inputs.data
         self._coefficients = torch.empty(count * COEFFICIENTS.value, dtype=torch.float32, device=device)
         self._partials = torch.empty(self.table.num_partials, dtype=torch.float32, device=device)
+        self._stream = _current_stream(device)
 
     def upload(self, grads: Sequence[int], groups: Sequence[Hyperparameters]) -> object:
         """Say where the gradients are and what to update with, for the launches that follow.
@@ -117,7 +118,11 @@ class AdamWPlan:
         Returns:
             None; in a graph capture what must live as long as the graph.
         """
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        stream = _current_stream(self.device)
+        if stream != self._stream:  # the allocator must know, or it gives the memory away while it is read
+            for buffer in (self.table.data, self._inputs.data, self._coefficients, self._partials):
+                buffer.record_stream(stream)
+        if stream is not None and torch.cuda.is_current_stream_capturing():
             self._data, kept = self._inputs.for_graph(grads, groups)
             return (self, kept)
         self._inputs.upload(grads, groups)
@@ -191,6 +196,10 @@ class AdamWPlan:
             )
         if sq_norms is not None:
             launch_sum_layers(self.table, self._partials, grad_scale, sq_norms)
+
+
+def _current_stream(device: torch.device) -> Any:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:

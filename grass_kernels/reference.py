@@ -7,7 +7,7 @@ in fp32. In Triton's interpreter the kernels give the same bits. Nothing here is
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import repeat
+from itertools import compress, repeat
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,9 @@ from grass_kernels.table import BLOCK, CHUNK, LAYER_BLOCK
 NORM_BLOCK = 1024
 """Squared norms of layers added up at a time for the norm of all."""
 PIECE = 8 * CHUNK
-"""Elements worked on at a time: half a MiB of fp32. No full-size copy of a bf16 gradient is ever made."""
+"""Elements updated at a time: half a MiB of fp32. No full-size copy of a bf16 gradient is ever made."""
+NORM_PIECE = 16 * CHUNK
+"""Elements squared at a time: half the overhead, and one array of them in place of four."""
 
 
 def tree_sum(x: Tensor) -> Tensor:
@@ -32,9 +34,11 @@ def tree_sum(x: Tensor) -> Tensor:
 def _add_rows(x: Tensor, width: int) -> Tensor:
     """Cut the last dimension into rows of `width`, padded with zeros, and add them from the first on."""
     x = torch.nn.functional.pad(x, (0, -x.shape[-1] % width)).unflatten(-1, (-1, width))
-    total = x[..., 0, :]
-    for row in range(1, x.shape[-2]):
-        total = total + x[..., row, :]
+    if x.shape[-2] == 1:
+        return x[..., 0, :]
+    total = x[..., 0, :] + x[..., 1, :]
+    for row in range(2, x.shape[-2]):
+        total.add_(x[..., row, :])
     return total
 
 
@@ -42,13 +46,36 @@ def chunk_sq_norms(grad: Tensor) -> Tensor:
     """Sums of squares of the chunks of one gradient in storage order: float32 ``[chunks]``."""
     grad = layout.flat(grad if layout.is_dense(grad) else grad.contiguous())
     sums = [torch.empty(0, dtype=torch.float32, device=grad.device)]
-    for piece in grad.split(PIECE):
+    for piece in grad.split(NORM_PIECE) if grad.numel() else ():
         x = piece.float()
         x = x * x
-        if x.numel() % CHUNK:
-            x = torch.nn.functional.pad(x, (0, -x.numel() % CHUNK))
-        sums.append(tree_sum(_add_rows(x.view(-1, CHUNK), BLOCK)))
+        # Zeros change no sum: the last chunk need not be filled up, if it is alone.
+        width = CHUNK if x.numel() > CHUNK else BLOCK
+        if x.numel() % width:
+            x = torch.nn.functional.pad(x, (0, -x.numel() % width))
+        sums.append(tree_sum(_add_rows(x.view(-1, min(CHUNK, x.numel())), BLOCK)))
     return torch.cat(sums)
+
+
+def _single_chunk_sq_norms(grads: Sequence[Tensor]) -> list[Tensor]:
+    """`chunk_sq_norms` of many gradients of at most `CHUNK` elements each, a few operations for all of a size."""
+    sums: dict[int, Tensor] = {}
+    by_width: dict[tuple[int, torch.dtype], list[int]] = {}
+    for i, grad in enumerate(grads):
+        width = min(1 << (grad.numel() - 1).bit_length(), BLOCK * -(-grad.numel() // BLOCK))
+        by_width.setdefault((width, grad.dtype), []).append(i)
+    for (width, _), places in by_width.items():
+        at_a_time = max(1, NORM_PIECE // width)
+        for first in range(0, len(places), at_a_time):
+            batch = places[first : first + at_a_time]
+            rows = [
+                layout.flat(g if layout.is_dense(g) else g.contiguous()) for g in (grads[i] for i in batch)
+            ]
+            x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).float()
+            x = torch.nn.functional.pad(x * x, (0, width - x.shape[1]))  # zeros change no sum
+            totals = tree_sum(_add_rows(x, BLOCK) if width > BLOCK else x)
+            sums.update(zip(batch, totals.split(1), strict=True))
+    return [sums[i] for i in range(len(grads))]
 
 
 def layer_sq_norms(
@@ -60,11 +87,17 @@ def layer_sq_norms(
 ) -> Tensor:
     """Squared norms by layer: see :func:`grass_kernels.layer_sq_norms`."""
     layers = arguments.layer_list(layer_index, len(grads), num_layers)
+    single = [0 < grad.numel() <= CHUNK for grad in grads]
+    single_sums = iter(_single_chunk_sq_norms(list(compress(grads, single))))
     partials: dict[int, list[Tensor]] = {}
-    for grad, layer in zip(grads, layers, strict=True):
-        partials.setdefault(layer, []).append(chunk_sq_norms(grad))
+    for grad, layer, is_single in zip(grads, layers, single, strict=True):
+        partials.setdefault(layer, []).append(next(single_sums) if is_single else chunk_sq_norms(grad))
     device = grads[0].device if grads else torch.device("cpu")
     sq_norms = torch.zeros(num_layers, dtype=torch.float32, device=device)
+    alone = [layer for layer, sums in partials.items() if len(sums) == 1 and sums[0].numel() == 1]
+    if alone:  # nothing to add
+        index = torch.tensor(alone, device="cpu").to(device)
+        sq_norms.index_copy_(0, index, torch.cat([partials.pop(layer)[0] for layer in alone]))
     for layer, sums in partials.items():
         of_layer = torch.cat(sums)
         if of_layer.numel():
@@ -124,6 +157,8 @@ class Tensors(NamedTuple):
 
     def pieces(self) -> Iterator["Tensors"]:
         """Equal runs of all, small enough for a cache."""
+        if len(self.param) <= PIECE:
+            return iter([self])
         columns = [repeat(None) if t is None else t.split(PIECE) for t in self]
         return (Tensors(*row) for row in zip(*columns, strict=False))  # a None goes on for ever
 

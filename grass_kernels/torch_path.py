@@ -4,7 +4,9 @@ torch's wants one dtype, gradients as they are and parameters in one piece. What
 in pieces, by way of fp32 copies that fit a cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,19 +39,43 @@ def masked_adamw_torch(
     hyper = {"lr": float(lr), "betas": betas, "eps": eps, "weight_decay": weight_decay}
     as_they_are = grad_scale is None and clip_coef is None
     factor = reference.grad_factor(maximize, grad_scale, clip_coef)
-    whole: dict[torch.dtype, list[tuple[Tensors, Tensor]]] = {}
+    whole: dict[torch.dtype, list[_Row]] = {}
+    in_fp32: list[_Row] = []
     for i, step in enumerate(lists.steps):
-        t = _flat(lists, i)
-        seed = lists.seeds[i] if t.param.dtype == torch.bfloat16 else None
+        row = _Row(_flat(lists, i), step, lists.seeds[i] if lists.params[i].dtype == torch.bfloat16 else None)
+        t = row.tensors
         # torch's fused kernel forgets a NaN in the running maximum.
         if t.param.device.type != "cpu" or t.max_exp_avg_sq is not None:
-            _update_by_reference(t, step, factor, seed, hyper)
-        elif as_they_are and seed is None and t.remainder is None and len({x.dtype for x in t[:4]}) == 1:
-            whole.setdefault(t.param.dtype, []).append((t, step))
+            _update_by_reference(row, factor, hyper)
+        elif as_they_are and row.seed is None and t.remainder is None and len({x.dtype for x in t[:4]}) == 1:
+            whole.setdefault(t.param.dtype, []).append(row)
         else:
-            _update_in_fp32(t, step, factor, seed, hyper)
+            in_fp32.append(row)
+    _update_in_fp32(in_fp32, factor, hyper)
     for rows in whole.values():
         _fused_adamw(rows, hyper, maximize)
+
+
+class _Row(NamedTuple):
+    """A parameter, or a piece of one."""
+
+    tensors: Tensors
+    step: Tensor
+    seed: int | None  # of stochastic rounding
+    start: int = 0  # of the piece
+
+    def pieces(self) -> Iterator["_Row"]:
+        start = 0
+        for piece in self.tensors.pieces():
+            yield self._replace(tensors=piece, start=start)
+            start += len(piece.param)
+
+    def random(self) -> Tensor | None:
+        """16 random bits an element, where the parameter is rounded stochastically."""
+        if self.seed is None:
+            return None
+        param = self.tensors.param
+        return rounding.random_16_bits(self.seed, int(self.step), self.start, len(param), param.device)
 
 
 def _flat(lists: TensorLists, i: int) -> Tensors:
@@ -64,10 +90,10 @@ def _flat(lists: TensorLists, i: int) -> Tensors:
     return Tensors(*(None if column[i] is None else layout.flat(column[i]) for column in columns))  # type: ignore
 
 
-def _fused_adamw(rows: Sequence[tuple[Tensors, Tensor]], hyper: dict, maximize: bool = False) -> None:
-    """Run torch's fused AdamW on tensors and their step counters."""
+def _fused_adamw(rows: Sequence[_Row], hyper: dict, maximize: bool = False) -> None:
+    """Run torch's fused AdamW on all rows."""
     params, grads, exp_avgs, exp_avg_sqs = (
-        list(column) for column in zip(*(t[:4] for t, _ in rows), strict=True)
+        list(column) for column in zip(*(row.tensors[:4] for row in rows), strict=True)
     )
     torch._fused_adamw_(
         params,
@@ -75,7 +101,7 @@ def _fused_adamw(rows: Sequence[tuple[Tensors, Tensor]], hyper: dict, maximize: 
         exp_avgs,
         exp_avg_sqs,
         [],
-        [step for _, step in rows],
+        [row.step for row in rows],
         lr=hyper["lr"],
         beta1=hyper["betas"][0],
         beta2=hyper["betas"][1],
@@ -86,32 +112,44 @@ def _fused_adamw(rows: Sequence[tuple[Tensors, Tensor]], hyper: dict, maximize: 
     )
 
 
-def _update_in_fp32(t: Tensors, step: Tensor, factor: Tensor, seed: int | None, hyper: dict) -> None:
-    start = 0
-    for piece in t.pieces():
-        param = (
-            piece.param.float()
-            if piece.remainder is None
-            else rounding.join_fp32(piece.param, piece.remainder)
-        )
-        wide = Tensors(param, piece.grad.float() * factor, piece.exp_avg.float(), piece.exp_avg_sq.float())
-        _fused_adamw([(wide, step)], hyper)
-        for stored, updated in ((piece.exp_avg, wide.exp_avg), (piece.exp_avg_sq, wide.exp_avg_sq)):
-            if updated is not stored:
-                stored.copy_(updated)
-        reference.store_param(piece, param, _random(seed, step, start, piece))
-        start += len(param)
+def _update_in_fp32(rows: Sequence[_Row], factor: Tensor, hyper: dict) -> None:
+    """By way of fp32 copies of some pieces at a time, which fit a cache."""
+    batch: list[_Row] = []
+    held = 0
+    for piece in chain.from_iterable(row.pieces() for row in rows):
+        batch.append(piece)
+        held += len(piece.tensors.param)
+        if held >= reference.PIECE:
+            _update_batch_in_fp32(batch, factor, hyper)
+            batch, held = [], 0
+    if batch:
+        _update_batch_in_fp32(batch, factor, hyper)
 
 
-def _update_by_reference(t: Tensors, step: Tensor, factor: Tensor, seed: int | None, hyper: dict) -> None:
-    c = reference.coefficients(step.item(), **hyper)
-    start = 0
-    for piece in t.pieces():
-        reference.adamw_(piece, c, factor, _random(seed, step, start, piece))
-        start += len(piece.param)
+def _update_batch_in_fp32(batch: Sequence[_Row], factor: Tensor, hyper: dict) -> None:
+    wide = []
+    for row in batch:
+        t = row.tensors
+        param = t.param.float() if t.remainder is None else rounding.join_fp32(t.param, t.remainder)
+        tensors = Tensors(param, t.grad.float() * factor, t.exp_avg.float(), t.exp_avg_sq.float())
+        wide.append(row._replace(tensors=tensors))
+    _fused_adamw(wide, hyper)
+    stored, updated = [], []
+    for row, (new, *_) in zip(batch, wide, strict=True):
+        t = row.tensors
+        if t.remainder is None and row.seed is None:
+            stored.append(t.param)
+            updated.append(new.param)
+        else:
+            reference.store_param(t, new.param, row.random())
+        stored += [t.exp_avg, t.exp_avg_sq]
+        updated += [new.exp_avg, new.exp_avg_sq]
+    changed = [(old, new) for old, new in zip(stored, updated, strict=True) if old is not new]
+    if changed:
+        torch._foreach_copy_([old for old, _ in changed], [new for _, new in changed])
 
 
-def _random(seed: int | None, step: Tensor, start: int, piece: Tensors) -> Tensor | None:
-    if seed is None:
-        return None
-    return rounding.random_16_bits(seed, int(step), start, len(piece.param), piece.param.device)
+def _update_by_reference(row: _Row, factor: Tensor, hyper: dict) -> None:
+    c = reference.coefficients(row.step.item(), **hyper)
+    for piece in row.pieces():
+        reference.adamw_(piece.tensors, c, factor, piece.random())
