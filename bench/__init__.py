@@ -1,1 +1,4 @@
-"""Benchmarks: `pytest bench --benchmark-only`. Ratios within one run are what counts."""
+"""Benchmarks. Ratios within one run are what counts; each number stands beside the bytes it moves.
+
+`kernels`: one AdamW step on the device; `grass bench kernels`, or `pytest bench --benchmark-only` for its short form.
+"""

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import gc
 import json
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -129,13 +130,16 @@ def measure(tensors: int, seconds: float, situations: Sequence[str] = SITUATIONS
         the same situation and of the same turns.
     """
     environment = describe_environment(torch.device("cpu"))
+    order = random.Random(0)
     with no_device():
         everyone = subjects(tensors)
         for situation in situations:
             times: dict[str, list[float]] = {name: [] for name in everyone}
             end = time.perf_counter() + seconds / len(situations)
             while time.perf_counter() < end or len(times["addresses"]) < 3:
-                for name, subject in everyone.items():
+                turn = list(everyone.items())
+                order.shuffle(turn)  # who comes after a long step finds colder caches
+                for name, subject in turn:
                     slow = name in ("torch foreach", "torch single")
                     if slow and len(times[name]) > len(times["addresses"]) / 10:
                         continue  # they would take all the time

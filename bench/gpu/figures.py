@@ -1,0 +1,248 @@
+"""The figures: what is promised, from which rows it is read, and whether it is met.
+
+A figure is read from the rows of one run on one device, never across two.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bench.host import SITUATIONS, TENSORS
+from bench.kernels.cases import BASE, BF16, F32, Case, Mixture, size_name
+
+Row = dict[str, Any]
+
+LARGE = Case(10**9)
+"""The case that counts most: bf16 parameters, fp32 moments, norms by layer."""
+SHARES = (1 / 2, 1 / 16)
+OF_ONE_DTYPE = {"all bf16": Mixture(BF16, BF16, BF16), "all fp32": Mixture(F32, F32, F32)}
+SIZES = (10**8, 10**9)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a run says to a figure.
+
+    Args:
+        value: as it is printed.
+        passed: whether the target is met.
+        bytes: the byte ratio beside a ratio of times, as it is printed; "" where there is none.
+    """
+
+    value: str
+    passed: bool
+    bytes: str = ""
+
+
+class Rows:
+    """The rows of one run on one device."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = rows
+
+    def find(self, **wanted: Any) -> Row | None:
+        """The last measured row with these values."""
+        for row in reversed(self._rows):
+            if row.get("measured", True) and all(row.get(key) == value for key, value in wanted.items()):
+                return row
+        return None
+
+    def step(self, case: Case, variant: str) -> Row | None:
+        """The row of a variant in a case of the kernels' suite."""
+        return self.find(suite="kernels", case=str(case), variant=variant)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A promise.
+
+    Args:
+        part: the heading it stands under.
+        name: what is measured.
+        target: what is promised.
+        read: from a run's rows to what they say; None if they do not tell.
+    """
+
+    part: str
+    name: str
+    target: str
+    read: Callable[[Rows], Reading | None]
+
+
+def figures() -> list[Figure]:
+    """All of them, the most important first."""
+    return [*_bandwidth(), *_against_torch(), *_frozen(), *_host(), *_memory()]
+
+
+def figure_cases(largest: int = LARGE.numel) -> list[Case]:
+    """The cases that figures are read from, the most important first.
+
+    Args:
+        largest: parameters of the largest case; greater ones are cut down to it.
+    """
+    cases = [LARGE, replace(LARGE, norms=False), *(replace(LARGE, active_share=share) for share in SHARES)]
+    for size in SIZES:
+        for mixture in OF_ONE_DTYPE.values():
+            cases += [case for case, _, _ in _works(size, mixture)]
+    return list(dict.fromkeys(replace(case, numel=min(case.numel, largest)) for case in cases))
+
+
+# -- one step on the device -------------------------------------------------------------------------------
+
+
+def _bandwidth() -> Iterator[Figure]:
+    part = f"{size_name(LARGE.numel)} parameters, bf16 with fp32 moments"
+
+    def share_of_copy(rows: Rows) -> Reading | None:
+        row = rows.step(LARGE, "grass")
+        if row is None:
+            return None
+        percent = row["percent_of_copy"]
+        return Reading(f"{percent:.1f} % ({row['gb_per_s']:.0f} GB/s)", percent >= 92, _bytes_beside(row))
+
+    def price_of_norms(rows: Rows) -> Reading | None:
+        with_norms = rows.step(LARGE, "grass_kernels")
+        without = rows.step(replace(LARGE, norms=False), "grass_kernels")
+        if with_norms is None or without is None:
+            return None
+        more = 100 * (with_norms["seconds_median"] / without["seconds_median"] - 1)
+        return Reading(f"{more:+.2f} %", more <= 1, f"{with_norms['bytes'] / without['bytes']:.3f}x")
+
+    yield Figure(part, "share of the copy bandwidth, norms by layer included", ">= 92 %", share_of_copy)
+    yield Figure(part, "what the norms cost, of the time without", "<= 1 %", price_of_norms)
+
+
+def _bytes_beside(row: Row) -> str:
+    """Torch's bytes by ours, and that torch ran in other dtypes where it did."""
+    ratio = row["byte_ratio_to_torch"]
+    if ratio is None:
+        return ""
+    return f"{ratio:.3f}x" + ("" if _same_dtypes(row) else " (torch in other dtypes)")
+
+
+def _same_dtypes(row: Row) -> bool:
+    return row["baseline"] == "torch_fused, same dtypes"
+
+
+def _works(size: int, mixture: Mixture) -> list[tuple[Case, str, float]]:
+    """The three comparisons with torch's fused AdamW: case, what torch does in it, least ratio of times."""
+    case = Case(size, mixture=mixture)
+    return [
+        (replace(case, norms=False), "torch fused, without norms", 1.0),
+        (case, "torch fused and norms by layer", 1.10),
+        (replace(case, norms=False, clip=True), "clip_grad_norm_ and torch fused, both clipping", 1.20),
+    ]
+
+
+def _against_torch() -> Iterator[Figure]:
+    for label, mixture in OF_ONE_DTYPE.items():
+        for size in SIZES:
+            for case, other, least in _works(size, mixture):
+                part = f"{label}: torch's time by ours"
+                name = f"{other}, {size_name(size)} parameters"
+                yield Figure(part, name, f">= {least:.2f}x", _time_ratio(case, least))
+
+
+def _time_ratio(case: Case, least: float) -> Callable[[Rows], Reading | None]:
+    def read(rows: Rows) -> Reading | None:
+        row = rows.step(case, "grass")
+        if row is None or row["time_ratio_to_torch"] is None or not _same_dtypes(row):
+            return None
+        ratio = row["time_ratio_to_torch"]
+        return Reading(f"{ratio:.3f}x", ratio >= least, _bytes_beside(row))
+
+    return read
+
+
+def _frozen() -> Iterator[Figure]:
+    part = f"Frozen layers, {size_name(LARGE.numel)} parameters: time by the active share"
+    for share in SHARES:
+        name = f"1/{round(1 / share)} active: share of the time by share of the bytes"
+        yield Figure(part, name, "0.95 to 1.05", _time_of_share(share))
+
+
+def _time_of_share(share: float) -> Callable[[Rows], Reading | None]:
+    def read(rows: Rows) -> Reading | None:
+        some, everything = rows.step(replace(LARGE, active_share=share), "grass"), rows.step(LARGE, "grass")
+        if some is None or everything is None:
+            return None
+        time_share = some["seconds_median"] / everything["seconds_median"]
+        byte_share = some["bytes"] / everything["bytes"]
+        ratio = time_share / byte_share
+        return Reading(
+            f"{ratio:.3f} ({time_share:.4f} of the time)", 0.95 <= ratio <= 1.05, f"{byte_share:.4f}"
+        )
+
+    return read
+
+
+# -- host and memory --------------------------------------------------------------------------------------
+
+
+def _host() -> Iterator[Figure]:
+    few, many = TENSORS
+    for situation in SITUATIONS:
+        part = "What a step costs the host"
+        yield Figure(
+            part, f"{few} tensors, {situation}: by the time to read their gradients' addresses", "<= 3x",
+            _host_ratio(few, situation, "addresses", 3.0),
+        )  # fmt: skip
+        yield Figure(
+            part, f"{few} tensors, {situation}: by torch fused's time", "< 1x",
+            _host_ratio(few, situation, "torch fused", 1.0, strict=True),
+        )  # fmt: skip
+        yield Figure(
+            part, f"{many} tensors, {situation}: a tensor, by a tensor of {few}", "<= 1x",
+            _host_by_tensor(few, many, situation),
+        )  # fmt: skip
+
+
+def _host_ratio(
+    tensors: int, situation: str, other: str, most: float, strict: bool = False
+) -> Callable[[Rows], Reading | None]:
+    def read(rows: Rows) -> Reading | None:
+        keys = {"suite": "host", "tensors": tensors, "situation": situation}
+        ours, theirs = rows.find(**keys, variant="grass"), rows.find(**keys, variant=other)
+        if ours is None or theirs is None:
+            return None
+        ratio = ours["seconds_median"] / theirs["seconds_median"]
+        passed = ratio < most if strict else ratio <= most
+        return Reading(f"{ratio:.2f}x ({1e6 * ours['seconds_median']:.0f} us)", passed)
+
+    return read
+
+
+def _host_by_tensor(few: int, many: int, situation: str) -> Callable[[Rows], Reading | None]:
+    def read(rows: Rows) -> Reading | None:
+        found = [
+            rows.find(suite="host", tensors=tensors, situation=situation, variant="grass")
+            for tensors in (few, many)
+        ]
+        if found[0] is None or found[1] is None:
+            return None
+        a_tensor = [row["seconds_median"] / row["tensors"] for row in found if row is not None]
+        ratio = a_tensor[1] / a_tensor[0]
+        return Reading(f"{ratio:.2f}x ({1e9 * a_tensor[1]:.0f} ns)", ratio <= 1)
+
+    return read
+
+
+def _memory() -> Iterator[Figure]:
+    part = "Memory"
+
+    def beside_moments(rows: Rows) -> Reading | None:
+        row = rows.find(suite="memory")
+        if row is None:
+            return None
+        percent = 100 * row["extra_bytes"] / row["state_bytes"]
+        return Reading(f"{percent:.4f} % ({row['extra_bytes'] / 1e6:.2f} MB)", percent <= 0.1)
+
+    def in_a_step(rows: Rows) -> Reading | None:
+        row = rows.step(LARGE, "grass")
+        if row is None or row["peak_bytes"] is None:
+            return None
+        percent = 100 * row["peak_bytes"] / (row["numel"] * 2 * BASE.state.itemsize)
+        return Reading(f"{percent:.4f} % ({row['peak_bytes'] / 1e6:.2f} MB)", percent <= 0.1)
+
+    yield Figure(part, "kept beside the moments, of them", "<= 0.1 %", beside_moments)
+    yield Figure(part, "needed on top during a step, of the moments", "<= 0.1 %", in_a_step)

@@ -1,0 +1,102 @@
+"""A command kept to its time: its output in a file, its rows passed on while it runs."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+_POLL = 0.1  # seconds
+_GRACE = 5.0
+"""Seconds between being asked to stop and being stopped: time for pytest to write its report."""
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    returncode: int
+    killed: bool  # at its limit
+    seconds: float
+
+
+class RowTail:
+    """Passes complete lines of one growing file on to another.
+
+    Args:
+        source: which need not exist yet; None has no lines.
+        target: to which they are added.
+    """
+
+    def __init__(self, source: Path | None, target: Path) -> None:
+        self._source, self._target = source, target
+        self._read = 0
+        self.lines = 0
+
+    def pass_on(self) -> None:
+        """Add what is new."""
+        if self._source is None or not self._source.exists():
+            return
+        with self._source.open("rb") as source:
+            source.seek(self._read)
+            new = source.read()
+        end = new.rfind(b"\n") + 1
+        if end:
+            with self._target.open("ab") as target:
+                target.write(new[:end])
+            self._read += end
+            self.lines += new[:end].count(b"\n")
+
+
+def run(
+    command: Sequence[str],
+    *,
+    log: Path,
+    limit: float,
+    cwd: Path,
+    environment: Mapping[str, str],
+    rows: RowTail,
+) -> Ended:
+    """Run a command to its end, or to its limit.
+
+    Args:
+        command: what to run, in a process group of its own.
+        log: a file for all that it prints.
+        limit: seconds.
+        cwd: where.
+        environment: all its variables.
+        rows: passed on all the while.
+    """
+    start = time.monotonic()
+    killed = False
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=cwd, env=dict(environment),
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            while process.poll() is None:
+                rows.pass_on()
+                if time.monotonic() - start > limit:
+                    killed = True
+                    break
+                time.sleep(_POLL)
+        finally:
+            _stop(process)
+            rows.pass_on()
+    return Ended(process.wait(), killed, time.monotonic() - start)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process and what it has started: asked first, then not."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:  # nobody is left
+            break
+        try:
+            process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()

@@ -1,0 +1,200 @@
+"""Cases: what a step has to do, and the bytes it must move for it."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+DTYPE_NAMES = {F32: "fp32", BF16: "bf16", F16: "fp16"}
+
+SIZES = (100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000, 2_000_000_000)
+TENSORS = 300  # a 7B Llama has 291
+LAYERS = 16
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Dtypes of parameters, gradients and moments, and what becomes of a parameter's lost bits.
+
+    Args:
+        param: dtype of the parameters.
+        grad: dtype of the gradients.
+        state: dtype of the moments.
+        rounding: "nearest"; "master", where 16 bits a parameter beside bf16 make it exactly fp32; or
+            "stochastic".
+    """
+
+    param: torch.dtype
+    grad: torch.dtype
+    state: torch.dtype
+    rounding: str = "nearest"
+
+    def __str__(self) -> str:
+        text = "-".join(DTYPE_NAMES[dtype] for dtype in (self.param, self.grad, self.state))
+        return text if self.rounding == "nearest" else f"{text}-{self.rounding}"
+
+    @property
+    def update_bytes(self) -> int:
+        """Bytes a parameter of one update: parameter and moments read and written, gradient read."""
+        remainder = 2 * 2 if self.rounding == "master" else 0
+        return 2 * self.param.itemsize + self.grad.itemsize + 4 * self.state.itemsize + remainder
+
+    def of_one_dtype(self) -> "Mixture":
+        """The mixture that every optimizer of torch takes: all of the parameter's dtype."""
+        return Mixture(self.param, self.param, self.param)
+
+
+BASE = Mixture(BF16, BF16, F32)
+MIXTURES = (
+    BASE,
+    Mixture(F32, F32, F32),
+    Mixture(BF16, BF16, BF16),
+    Mixture(BF16, BF16, F32, "master"),
+    Mixture(BF16, BF16, F32, "stochastic"),
+    Mixture(BF16, F32, F32),
+    Mixture(F16, F16, F32),
+    Mixture(F32, F32, BF16),
+    Mixture(BF16, F32, BF16),
+    Mixture(F16, F32, F32),
+    Mixture(F16, F16, BF16),
+    Mixture(F16, F32, BF16),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step over many tensors.
+
+    Args:
+        numel: parameters in all.
+        tensors: how many tensors hold them; layers are runs of neighbouring tensors.
+        mixture: dtypes and rounding.
+        active_share: share of the layers that is updated; the others have no gradient.
+        norms: whether the gradients' norms by layer are wanted.
+        clip: whether gradients are clipped to a total norm.
+    """
+
+    numel: int
+    tensors: int = TENSORS
+    mixture: Mixture = BASE
+    active_share: float = 1.0
+    norms: bool = True
+    clip: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.tensors <= self.numel:
+            raise ValueError(f"{self.tensors} tensors cannot hold {self.numel} parameters")
+        if self.active_share * self.num_layers < 1:
+            raise ValueError(f"{self.active_share} of {self.num_layers} layers is less than one layer")
+
+    def __str__(self) -> str:
+        work = {(False, False): "plain", (True, False): "norms", (False, True): "clip"}
+        return "/".join(
+            [
+                size_name(self.numel),
+                f"{self.tensors}t",
+                str(self.mixture),
+                f"active1:{round(1 / self.active_share)}",
+                work.get((self.norms, self.clip), "norms+clip"),
+            ]
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """Layers; fewer tensors than 16 are one layer."""
+        return LAYERS if self.tensors >= LAYERS else 1
+
+    @property
+    def tensor_sizes(self) -> list[int]:
+        """Elements of each tensor: equal, and multiples of 256 where they can be, but for the last.
+
+        Sizes that no vector access, or no block of 8-bit moments, divides would take others' slow paths; the
+        sizes of real weights do not.
+        """
+        size = self.numel // self.tensors
+        for multiple in (256, 4):
+            if size >= multiple:
+                size -= size % multiple
+                break
+        return [size] * (self.tensors - 1) + [self.numel - size * (self.tensors - 1)]
+
+    @property
+    def layer_index(self) -> list[int]:
+        """The layer of each tensor."""
+        return [i * self.num_layers // self.tensors for i in range(self.tensors)]
+
+    @property
+    def active(self) -> list[bool]:
+        """Which layers are updated, spread evenly."""
+        every = round(1 / self.active_share)
+        return [layer % every == 0 for layer in range(self.num_layers)]
+
+    @property
+    def active_sizes(self) -> list[int]:
+        """Elements of each tensor of the active layers."""
+        active = self.active
+        pairs = zip(self.tensor_sizes, self.layer_index, strict=True)
+        return [size for size, layer in pairs if active[layer]]
+
+    @property
+    def active_numel(self) -> int:
+        """Parameters of the active layers."""
+        return sum(self.active_sizes)
+
+    @property
+    def is_default(self) -> bool:
+        """Whether nothing but size and mixture differs from the standard case: what a chart over sizes shows."""
+        return self == Case(self.numel, min(TENSORS, self.numel), self.mixture)
+
+    def extra_bytes(self, grad: torch.dtype) -> int:
+        """Bytes a parameter that norms and clipping add where they are passes of their own over the gradients.
+
+        A norm reads them, clipping takes a norm too, and then rewrites them. In ours norms come with the
+        update, and so does clipping: but for its one norm, which has to be known before.
+
+        Args:
+            grad: dtype of the gradients.
+        """
+        return grad.itemsize * ((1 if self.norms or self.clip else 0) + (2 if self.clip else 0))
+
+
+def size_name(numel: int) -> str:
+    """A size in a few characters, and exactly: 1e9, 25e5, 1234567."""
+    digits = str(numel).rstrip("0")
+    zeros = len(str(numel)) - len(digits)
+    return f"{digits}e{zeros}" if zeros > 2 else str(numel)
+
+
+def make_cases(sizes: Sequence[int]) -> list[Case]:
+    """All cases of these sizes, the most telling first: a run that ends early has measured those.
+
+    Every mixture at every size; and, with the base mixture at every size, other numbers of tensors, shares of
+    active layers, no norms, clipping. The anchor is the largest size up to 1e9: its cases come before
+    those of other sizes.
+    """
+    anchor = max((size for size in sizes if size <= 1_000_000_000), default=min(sizes))
+    others = sorted((size for size in sizes if size != anchor), reverse=True)
+    ordered: list[Case] = [*_by_mixture(anchor, (BASE,)), *_by_work(anchor)]
+    ordered += itertools.chain.from_iterable(_by_mixture(size, (BASE,)) for size in others)
+    ordered += _by_mixture(anchor, MIXTURES)
+    for size in others:
+        ordered += [*_by_mixture(size, MIXTURES), *_by_work(size)]
+    return list(dict.fromkeys(ordered))
+
+
+def _by_mixture(numel: int, mixtures: Sequence[Mixture]) -> list[Case]:
+    return [Case(numel, min(TENSORS, numel), mixture) for mixture in mixtures]
+
+
+def _by_work(numel: int) -> list[Case]:
+    """The base mixture with everything else varied, one thing at a time."""
+    base = Case(numel, min(TENSORS, numel))
+    return [
+        replace(base, norms=False, clip=True),
+        replace(base, norms=True, clip=True),
+        replace(base, norms=False, clip=False),
+        *(replace(base, active_share=share) for share in (1 / 2, 1 / 16) if base.num_layers >= LAYERS),
+        *(replace(base, tensors=tensors) for tensors in (1, 16, 5000) if tensors <= numel),
+    ]
