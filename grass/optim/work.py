@@ -10,7 +10,7 @@ import math
 import weakref
 from collections.abc import Sequence
 from itertools import chain, compress
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -120,9 +120,9 @@ class Work:
         self._present = [p.grad is not None for p in members]
         self._addresses = [_data_ptr_or_0(p) for p in compress(members, self._present)]
         self._structures = [_structure(group) for group in groups]
-        self._states = list(state.values())
+        self._state_ids = list(map(id, state.values()))
         self._sentinel = _sentinel(state)
-        # A plan keeps addresses, not tensors, so that what the user drops is freed. Then it must not be run.
+        # Addresses and ids are kept, not tensors, so that what the user drops is freed. Then no plan may be run.
         self._alive = alive = [True]
 
         def end(_: object) -> None:
@@ -182,14 +182,12 @@ class Work:
                 return False
         if not self._alive[0] or list(map(_address, members)) != self._addresses:
             return False
-        if len(state) != len(self._states) or not all(map(is_, state.values(), self._states)):
+        if list(map(id, state.values())) != self._state_ids or _sentinel(state) != self._sentinel:
             return False
         if addresses != self.grads:
             if _layouts(grads) != self._grad_layouts:
                 return False
             self.grads = addresses
-        if _sentinel(state) != self._sentinel:
-            return False
         if [_structure(group) for group in groups] != self._structures:
             return False
         self.hyperparameters = self._hyperparameters(groups)

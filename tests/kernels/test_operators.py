@@ -151,7 +151,11 @@ def test_fake_tensors_learn_what_a_launch_allocates(count):
     numel, layers = (1 << 22) // count + 5, 7
     tensors = [torch.empty(numel) for _ in range(count)]
     lists = TensorLists(
-        *[tensors] * 4, *[[None] * count] * 2, [torch.zeros(()) for _ in range(count)], [0] * count, [None] * count
+        *[tensors] * 4,
+        *[[None] * count] * 2,
+        [torch.zeros(()) for _ in range(count)],
+        [0] * count,
+        [None] * count,
     )
     plan = AdamWPlan(lists, layers, torch.device("cpu"))
     held = [plan.table.data, plan._inputs.data, plan._coefficients, plan._partials]
