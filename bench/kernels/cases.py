@@ -170,22 +170,34 @@ def size_name(numel: int) -> str:
 def make_cases(sizes: Sequence[int]) -> list[Case]:
     """All cases of these sizes, the most telling first: a run that ends early has measured those.
 
-    Every mixture at every size; and, with the base mixture at every size, other numbers of tensors, shares of
-    active layers, no norms, clipping. The anchor is the largest size up to 1e9: its cases come before
+    Every mixture at every size; the mixtures that torch's fused AdamW takes with norms, without, and with
+    clipping; and, with the base mixture at every size, other numbers of tensors, shares of active layers, no
+    norms, clipping. The anchor is the largest size up to 1e9: its cases come before
     those of other sizes.
     """
     anchor = max((size for size in sizes if size <= 1_000_000_000), default=min(sizes))
     others = sorted((size for size in sizes if size != anchor), reverse=True)
-    ordered: list[Case] = [*_by_mixture(anchor, (BASE,)), *_by_work(anchor)]
+    ordered: list[Case] = [*_by_mixture(anchor, (BASE,)), *_as_torch(anchor), *_by_work(anchor)]
     ordered += itertools.chain.from_iterable(_by_mixture(size, (BASE,)) for size in others)
     ordered += _by_mixture(anchor, MIXTURES)
     for size in others:
-        ordered += [*_by_mixture(size, MIXTURES), *_by_work(size)]
+        ordered += [*_as_torch(size), *_by_mixture(size, MIXTURES), *_by_work(size)]
     return list(dict.fromkeys(ordered))
 
 
 def _by_mixture(numel: int, mixtures: Sequence[Mixture]) -> list[Case]:
     return [Case(numel, min(TENSORS, numel), mixture) for mixture in mixtures]
+
+
+def _as_torch(numel: int) -> list[Case]:
+    """What torch does in the same dtypes: the same bytes, so that a ratio speaks of the kernels alone."""
+    work = ({"norms": False}, {"norms": True}, {"norms": False, "clip": True})
+    return [
+        Case(numel, min(TENSORS, numel), mixture, **options)  # type: ignore[arg-type]
+        for mixture in MIXTURES
+        if mixture.param == mixture.grad == mixture.state
+        for options in work
+    ]
 
 
 def _by_work(numel: int) -> list[Case]:
