@@ -4,13 +4,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
+MINUTES ?= 9
+# Kernels are compiled by the installed Triton and by the oldest and the newest that are supported.
+TRITONS := 3.6.0 3.9.0
+TRITON_DIRS := $(TRITONS:%=$(VENV)/triton-%)
 
-.PHONY: demo test lint types unit interpreter bench format clean
+.PHONY: demo test lint types unit interpreter bench gpu performance format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
+
+$(VENV)/triton-%: | $(READY)
+	rm -rf $@.part
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@.part triton==$*
+	mv $@.part $@
 
 demo: $(READY)
 	$(BIN)/grass finetune
@@ -25,8 +34,8 @@ types: $(READY)
 	$(BIN)/mypy
 
 # The plain pass: CPU tensors take torch's own kernels; Triton kernels are compiled ahead of time.
-unit: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS)
+unit: $(READY) $(TRITON_DIRS)
+	GRASS_REQUIRE_TRITONS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 # The same kernels, tables and launchers that a GPU runs, in Triton's interpreter.
 interpreter: $(READY)
@@ -34,7 +43,15 @@ interpreter: $(READY)
 		tests/optim/test_torch_contract.py tests/optim/test_method_on_kernels.py
 
 bench: $(READY)
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/grass bench kernels
+
+# On a machine with a GPU: its tests, then the benchmarks. Needs torch, triton and pytest, and installs nothing.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu_suite --minutes $(MINUTES)
+
+# The page of measured figures, from what lies in bench/results.
+performance: $(READY)
+	$(BIN)/python -m bench.report
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
