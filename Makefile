@@ -39,8 +39,8 @@ unit: $(READY) $(TRITON_DIRS)
 
 # The same kernels, tables and launchers that a GPU runs, in Triton's interpreter.
 interpreter: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels \
-		tests/optim/test_torch_contract.py tests/optim/test_method_on_kernels.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels tests/gpu $(addprefix tests/optim/test_, \
+		torch_contract.py method_on_kernels.py exact_weights.py clipping.py plans.py)
 
 bench: $(READY)
 	$(BIN)/grass bench kernels

@@ -36,7 +36,7 @@ TENSORS = (291, 5000)
 """Parameters of a Llama-7B, and of a model of many small ones."""
 SHAPE = (4, 4)
 SITUATIONS = ("in place", "lr changes", "gradients move", "after backward")
-REPEATS = 5
+REPEATS = 20
 """Calls timed together where nothing must happen between them."""
 
 

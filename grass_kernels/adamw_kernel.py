@@ -2,6 +2,8 @@
 
 # ruff: noqa: N803 - constexpr arguments are in capitals, as everywhere in Triton
 
+import torch
+
 from grass_kernels._triton import THREADS, constexpr, jit, tl
 from grass_kernels.conversions import (
     block_mask,
@@ -46,6 +48,14 @@ NARROW_BLOCK = 2 * THREADS
 """Elements a program holds at a time where it must mask."""
 MAX_REGISTERS = 80
 """Of a thread: three programs of 256 threads fit a multiprocessor's 65,536."""
+MORE_REGISTERS = 96
+"""Two programs: for the kernels with most to hold, which would spill under some versions of Triton."""
+
+
+def max_registers(state_dtype: torch.dtype, amsgrad: bool, norms: bool) -> int:
+    """The limit a kernel is compiled with."""
+    return MORE_REGISTERS if amsgrad and norms and state_dtype == torch.bfloat16 else MAX_REGISTERS
+
 
 # How a parameter is stored.
 NEAREST = constexpr(0)

@@ -83,7 +83,7 @@ class Hyperparameters(NamedTuple):
         )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _words_of_betas(betas: tuple[float, float]) -> tuple[float, ...]:
     beta1, beta2 = betas
     return (
@@ -177,8 +177,16 @@ class Inputs:
 
         Returns:
             The device's buffer, filled by a copy on the current stream; and what must live as long as the graph.
+
+        Raises:
+            RuntimeError: no upload since the last graph, so that no slot is at hand.
         """
-        slot, self._spare = self._spare or self._new_slot(), None
+        slot, self._spare = self._spare, None
+        if slot is None:
+            raise RuntimeError(
+                "this step cannot be captured: no pinned memory is at hand for another graph, and none can be had "
+                "meanwhile; take one step that is not captured before the capture begins, with capturable=True"
+            )
         data = torch.empty_like(self.data)
         self._addresses.pack_into(slot.bytes, 0, *grads)
         self._write_headers(slot, groups)

@@ -66,6 +66,8 @@ class Layout:
 
     def read(self, tensors: Sequence[Tensor]) -> list:
         """`tensors`, one a parameter, to be read only."""
+        # A negative view keeps its sign beside its elements.
+        tensors = [t.resolve_neg() for t in tensors]
         return self._match(tensors, lambda original, copy: copy)
 
     def update(self, tensors: Sequence[Tensor | None]) -> list:

@@ -15,11 +15,11 @@ from grass_kernels import _triton, reference
 from grass_kernels._triton import tl_dtype
 from grass_kernels.adamw_kernel import (
     MASTER,
-    MAX_REGISTERS,
     NARROW_BLOCK,
     NEAREST,
     STOCHASTIC,
     _masked_adamw_kernel,
+    max_registers,
 )
 from grass_kernels.inputs import Hyperparameters, Inputs
 from grass_kernels.prologue import _prologue_kernel
@@ -179,7 +179,7 @@ class AdamWPlan:
                 _masked_adamw_kernel,
                 run.num_chunks,
                 self.device,
-                max_registers=MAX_REGISTERS,
+                max_registers=max_registers(key.state, key.amsgrad, partials is not None),
                 table_ptr=self.table.data,
                 inputs_ptr=self._data,
                 coefficients_ptr=self._coefficients,

@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.host import SITUATIONS, TENSORS
 from bench.kernels.cases import BASE, BF16, F32, Case, Mixture, size_name
+from bench.kernels.variants import our_bytes
 
 Row = dict[str, Any]
 
@@ -26,7 +27,7 @@ class Reading:
     Args:
         value: as it is printed.
         passed: whether the target is met.
-        bytes: the byte ratio beside a ratio of times, as it is printed; "" where there is none.
+        bytes: the byte ratio of the rows beside a ratio of times, as it is printed; "" where there is none.
     """
 
     value: str
@@ -41,8 +42,8 @@ class Rows:
         self._rows = rows
 
     def find(self, **wanted: Any) -> Row | None:
-        """The last measured row with these values."""
-        for row in reversed(self._rows):
+        """The first measured row with these values: of cases that several stages measure, the figures' own stage."""
+        for row in self._rows:
             if row.get("measured", True) and all(row.get(key) == value for key, value in wanted.items()):
                 return row
         return None
@@ -61,12 +62,14 @@ class Figure:
         name: what is measured.
         target: what is promised.
         read: from a run's rows to what they say; None if they do not tell.
+        bytes: the byte ratio that the cases' own arithmetic gives, measured or not; "" where there is none.
     """
 
     part: str
     name: str
     target: str
     read: Callable[[Rows], Reading | None]
+    bytes: str = ""
 
 
 def figures() -> list[Figure]:
@@ -109,7 +112,7 @@ def _bandwidth() -> Iterator[Figure]:
         return Reading(f"{more:+.2f} %", more <= 1, f"{with_norms['bytes'] / without['bytes']:.3f}x")
 
     yield Figure(part, "share of the copy bandwidth, norms by layer included", ">= 92 %", share_of_copy)
-    yield Figure(part, "what the norms cost, of the time without", "<= 1 %", price_of_norms)
+    yield Figure(part, "what the norms cost, of the time without", "<= 1 %", price_of_norms, "1.000x")
 
 
 def _bytes_beside(row: Row) -> str:
@@ -140,7 +143,15 @@ def _against_torch() -> Iterator[Figure]:
             for case, other, least in _works(size, mixture):
                 part = f"{label}: torch's time by ours"
                 name = f"{other}, {size_name(size)} parameters"
-                yield Figure(part, name, f">= {least:.2f}x", _time_ratio(case, least))
+                yield Figure(
+                    part, name, f">= {least:.2f}x", _time_ratio(case, least), f"{_byte_ratio(case):.3f}x"
+                )
+
+
+def _byte_ratio(case: Case) -> float:
+    """Torch's bytes by ours, of a mixture that torch takes."""
+    torchs = case.mixture.update_bytes + case.extra_bytes(case.mixture.grad)
+    return case.active_numel * torchs / our_bytes(case)
 
 
 def _time_ratio(case: Case, least: float) -> Callable[[Rows], Reading | None]:
@@ -158,7 +169,8 @@ def _frozen() -> Iterator[Figure]:
     part = f"Frozen layers, {size_name(LARGE.numel)} parameters: time by the active share"
     for share in SHARES:
         name = f"1/{round(1 / share)} active: share of the time by share of the bytes"
-        yield Figure(part, name, "0.95 to 1.05", _time_of_share(share))
+        byte_share = our_bytes(replace(LARGE, active_share=share)) / our_bytes(LARGE)
+        yield Figure(part, name, "0.95 to 1.05", _time_of_share(share), f"{byte_share:.4f}")
 
 
 def _time_of_share(share: float) -> Callable[[Rows], Reading | None]:

@@ -78,11 +78,17 @@ def run_plan(
     """
     kind = plan.device.type
     roof = Roof(plan.device, roof_bytes or ROOF_BYTES[kind])
-    runner = Runner(plan.variants, make_clock(), roof, seconds or SECONDS[kind])
-    rows = []
-    for row in runner.run(plan.cases):
-        report(row)
-        rows.append(row)
+    threads = torch.get_num_threads()
+    if kind == "cpu":  # with more, waiting threads spin, and a machine that does anything else gives noise
+        torch.set_num_threads(1)
+    try:
+        runner = Runner(plan.variants, make_clock(), roof, seconds or SECONDS[kind])
+        rows = []
+        for row in runner.run(plan.cases):
+            report(row)
+            rows.append(row)
+    finally:
+        torch.set_num_threads(threads)
     return Outcome(rows, plan.missing + _unmeasured(rows), runner.failures)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 import grass_kernels
-from grass.optim.states import Options, StateMaker, takes_kernel
+from grass.optim.states import Options, StateMaker, moment_keys, takes_kernel
 from grass.optim.update import Scaler, update
 from grass.optim.work import Row, Work
 
@@ -110,8 +110,13 @@ class AdamW(torch.optim.AdamW):
         """Add a group of parameters, as every torch optimizer does."""
         super().add_param_group(param_group)
         try:
-            for p in self.param_groups[-1]["params"]:
-                self._options.check_param(p)
+            group = self.param_groups[-1]
+            first = sum(len(other["params"]) for other in self.param_groups[:-1])
+            names = group.get("param_names") or [
+                f"parameter {first + i}" for i in range(len(group["params"]))
+            ]
+            for p, name in zip(group["params"], names, strict=True):
+                self._options.check_param(p, name)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -160,7 +165,7 @@ class AdamW(torch.optim.AdamW):
         self._sq_norms = self._update()
         return loss
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable would import the compiler with this module
     def _step_beside_the_graph(self, closure: Callable[[], Any] | None) -> Any:
         """`step` in a compiled function: addresses are no matter of graphs."""
         return self.step(closure)
@@ -204,6 +209,7 @@ class AdamW(torch.optim.AdamW):
             group, state = self.param_groups[row.group], self.state[row.param]
             self._states.allocate(state, group, row.param)
             self._states.follow(state, group, row.param)
+        _check_states(rows, self.param_groups, self.state, self._options)
         return Work(self.param_groups, self.state, rows, num_layers, self._states)
 
     def _rows(self) -> tuple[list[Row], int]:
@@ -288,6 +294,34 @@ def refuse_sparse(groups: list[dict[str, Any]]) -> None:
                 raise RuntimeError(
                     "Adam does not support sparse gradients, please consider SparseAdam instead"
                 )
+
+
+def _check_states(
+    rows: list[Row], groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]], options: Options
+) -> None:
+    """Refuse states that do not fit their parameters, before anything is changed: they may have been put in by hand.
+
+    Raises:
+        KernelArgumentError: with the parameter's place.
+    """
+    for row in rows:
+        p, group = row.param, groups[row.group]
+        dtype = state[p]["exp_avg"].dtype
+        kept = (torch.float32, torch.bfloat16) if takes_kernel(group, p, options) else (p.dtype,)
+        for key in moment_keys(group):
+            moment = state[p][key]
+            if moment.shape != p.shape or moment.dtype != dtype or dtype not in kept:
+                raise grass_kernels.KernelArgumentError(
+                    f"{key} of parameter {row.seed} is {moment.dtype} of shape {tuple(moment.shape)}, the parameter "
+                    f"{p.dtype} of shape {tuple(p.shape)}: moments have its shape, and one dtype that it can have; "
+                    f"put in one that fits, or drop the parameter's state to start it anew"
+                )
+        remainder = state[p].get("remainder")
+        if remainder is not None and (remainder.shape, remainder.dtype) != (p.shape, torch.int16):
+            raise grass_kernels.KernelArgumentError(
+                f"remainder of parameter {row.seed} is {remainder.dtype} of shape {tuple(remainder.shape)}: it is "
+                f"int16 of the parameter's shape {tuple(p.shape)}; drop it to start from the parameter as it is"
+            )
 
 
 def _check_gradients(rows: list[Row]) -> None:

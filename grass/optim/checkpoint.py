@@ -36,8 +36,17 @@ def split_method(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
         raise StateMismatchError('not an optimizer\'s state dict: it lacks "state" or "param_groups"')
     groups = [dict(group) for group in state_dict["param_groups"]]
     method = groups[0].pop("grass", None) if groups else None
-    stepped = {key: state for key, state in state_dict["state"].items() if float(state.get("step", 1)) != 0}
-    return {**state_dict, "state": stepped, "param_groups": groups}, method
+    entries = {key: _without_zeros(state) for key, state in state_dict["state"].items()}
+    kept = {key: state for key, state in entries.items() if state}
+    return {**state_dict, "state": kept, "param_groups": groups}, method
+
+
+def _without_zeros(state: dict[str, Any]) -> dict[str, Any]:
+    """A state as it was before `state_dict` completed it: a counter of 0 stands beside moments that were not there."""
+    if float(state.get("step", 1)) != 0:
+        return state
+    remainder = state.get("remainder")
+    return {} if remainder is None or not bool(remainder.any()) else {"remainder": remainder}
 
 
 def check_complete(state_dict: dict[str, Any], groups: list[dict[str, Any]], expected: set[Tensor]) -> None:

@@ -238,7 +238,7 @@ class GrassAdamW(MethodView, AdamW):
             if self._config.moments == "reset":
                 for _, p in self._members():
                     if self._slots[p] in change.left:
-                        self.state.pop(p, None)
+                        self._states.reset(self.state, p)
             self._switch_parameters()
 
     def _trains(self, p: Tensor) -> bool:
@@ -321,8 +321,9 @@ class GrassAdamW(MethodView, AdamW):
         state_dict = super().state_dict()
         state_dict["param_groups"][0]["grass"] = self._scheduler.state_dict()
         for index, (group, p) in enumerate(self._members()):
-            if self._can_train(p) and not self.state.get(p):
-                state_dict["state"][index] = placeholder_state(group, p, self._options)
+            if self._can_train(p) and "step" not in self.state.get(p, ()):
+                empty = placeholder_state(group, p, self._options)
+                state_dict["state"][index] = {**empty, **self.state.get(p, {})}
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

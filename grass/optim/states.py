@@ -42,7 +42,7 @@ class Options(NamedTuple):
                 f"max_grad_norm must be a positive number, or None for no clipping, not {limit!r}"
             )
 
-    def check_param(self, p: Tensor) -> None:
+    def check_param(self, p: Tensor, name: str) -> None:
         """Refuse a parameter that the options cannot serve.
 
         Raises:
@@ -51,8 +51,8 @@ class Options(NamedTuple):
         if p.dtype == torch.float16 and (self.master_weights or self.stochastic_rounding):
             option = "master_weights" if self.master_weights else "stochastic_rounding"
             raise ValueError(
-                f"{option} is for bfloat16 parameters (float32 ones need it not), and there is a float16 parameter "
-                f"of shape {tuple(p.shape)}: convert the model to bfloat16, or leave {option} out"
+                f"{option} is for bfloat16 parameters (float32 ones need it not), and {name}, of shape "
+                f"{tuple(p.shape)}, is float16: convert the model to bfloat16, or leave {option} out"
             )
 
 
@@ -113,7 +113,7 @@ class StateMaker:
     def allocate(self, state: dict[str, Any], group: dict[str, Any], p: Tensor) -> None:
         """Give a parameter what its state lacks, in torch's layout."""
         options, differentiable = self.options, group["differentiable"]
-        if not state:
+        if "step" not in state:
             if group["fused"]:
                 _device_dtype_check_for_fused(p)
             device = step_device(group, p, options)
@@ -130,12 +130,25 @@ class StateMaker:
             zeros = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
             state["remainder"] = self._counted(zeros)
 
+    def reset(self, state: dict[Tensor, dict[str, Any]], p: Tensor) -> None:
+        """Drop what starts from zero when the parameter returns; what it lacks of its exact value stays."""
+        dropped = state.pop(p, {})
+        if "remainder" in dropped:
+            state[p] = {"remainder": dropped["remainder"]}
+
     def follow(self, state: dict[str, Any], group: dict[str, Any], p: Tensor) -> None:
-        """Bring a state to where its parameter is: a model may be moved after its optimizer has stepped."""
+        """Bring a state to where its parameter is: a model may be moved after its optimizer has stepped.
+
+        The counter may also be a number, or of another type, as earlier versions of torch kept it.
+        """
+        device = step_device(group, p, self.options)
+        step = state["step"]
+        if not isinstance(step, Tensor) or (step.dtype, step.device) != (torch.float32, device):
+            step = torch.as_tensor(step, dtype=torch.float32).to(device).reshape(())
+            state["step"] = self._counted(step)
         for key, value in state.items():
-            device = step_device(group, p, self.options) if key == "step" else p.device
-            if isinstance(value, Tensor) and value.device != device:
-                state[key] = self._counted(value.to(device))
+            if key != "step" and isinstance(value, Tensor) and value.device != p.device:
+                state[key] = self._counted(value.to(p.device))
 
     def restore(self, state: dict[str, Any], group: dict[str, Any], p: Tensor, saved: dict[str, Any]) -> None:
         """Put moments, remainder and counter as they were saved in place of what torch made of them."""

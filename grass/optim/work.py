@@ -10,7 +10,7 @@ import math
 import weakref
 from collections.abc import Sequence
 from itertools import chain, compress
-from operator import attrgetter, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +101,7 @@ class Work:
                 self.by_function.setdefault((row.group, p.device), []).append(row)
         self.planned = [self._plan(groups, state, device, chosen) for device, chosen in places.items()]
 
+        self._settings = list(map(_hyperparameters, groups))
         self.hyperparameters = self._hyperparameters(groups)
         planned = [p for part in self.planned for p in part.of(self.params)]
         states = [t for p in planned for t in state[p].values() if isinstance(t, Tensor)]
@@ -116,9 +117,10 @@ class Work:
 
         self.grads = [_data_ptr_or_0(p.grad) for p in self.params]
         self._grad_layouts = _layouts([p.grad for p in self.params])
-        members = [p for group in groups for p in group["params"]]
-        self._present = [p.grad is not None for p in members]
-        self._addresses = [_data_ptr_or_0(p) for p in compress(members, self._present)]
+        self._members = list(chain.from_iterable(map(_params, groups)))
+        self._lengths = list(map(len, map(_params, groups)))
+        self._present = [p.grad is not None for p in self._members]
+        self._addresses = [_data_ptr_or_0(p) for p in compress(self._members, self._present)]
         self._structures = [_structure(group) for group in groups]
         self._state_ids = list(map(id, state.values()))
         self._sentinel = _sentinel(state)
@@ -165,9 +167,12 @@ class Work:
     def holds(self, groups: Sequence[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> bool:
         """Whether the next step can take the same ways; if so, `grads` and `hyperparameters` are those of now.
 
-        A gradient at the address of its last is taken to be laid out as that was; any other is looked at.
+        A parameter or gradient at the address of its last is taken to be laid out as that was; a gradient that
+        has moved is looked at, and a parameter that has moved ends the plan.
         """
         members = list(chain.from_iterable(map(_params, groups)))
+        if list(map(len, map(_params, groups))) != self._lengths or not all(map(is_, members, self._members)):
+            return False
         grads = [p.grad for p in members]
         try:
             addresses = list(map(_address, grads))
@@ -190,7 +195,10 @@ class Work:
             self.grads = addresses
         if [_structure(group) for group in groups] != self._structures:
             return False
-        self.hyperparameters = self._hyperparameters(groups)
+        settings = list(map(_hyperparameters, groups))
+        if _have_tensors(settings) or settings != self._settings:
+            self._settings = settings
+            self.hyperparameters = self._hyperparameters(groups)
         return True
 
     def _hyperparameters(self, groups: Sequence[dict[str, Any]]) -> list[Hyperparameters]:
@@ -206,6 +214,11 @@ class Work:
         return taken
 
 
+def _have_tensors(settings: Sequence[tuple[Any, ...]]) -> bool:
+    """Whether a learning rate or a beta is a tensor. Those are not compared: that would wait for the device."""
+    return any(isinstance(x, Tensor) for lr, betas, *_ in settings for x in (lr, *betas))
+
+
 def _is_at_hand(lr: float | Tensor, device: torch.device) -> bool:
     """Whether a kernel on the device can read the learning rate, or need not."""
     return not isinstance(lr, Tensor) or lr.device.type == "cpu" or lr.device == device
@@ -215,17 +228,15 @@ def _is_regular(p: Tensor, state: dict[str, Any]) -> bool:
     """Whether a parameter, its gradient and its state can be walked in storage order together."""
     beside = [p.grad, *(value for key, value in state.items() if key != "step")]
     return layout.is_dense(p) and all(
-        t.shape == p.shape and t.device == p.device and layout.is_dense(t) and layout.same_order(t, p)
-        for t in beside
-        if t is not None
+        layout.is_dense(t) and layout.same_order(t, p) and not t.is_neg() for t in beside if t is not None
     )
 
 
 def _layouts(grads: Sequence[Tensor | None]) -> list[Any]:
-    """What the kernels rest on: dtypes, and the strides of those that are not contiguous."""
+    """What the kernels rest on: dtypes, signs, and the strides of those that are not contiguous."""
     contiguous = list(map(Tensor.is_contiguous, grads))  # type: ignore[arg-type]
     strides = [g.stride() for g, plain in zip(grads, contiguous, strict=True) if not plain and g is not None]
-    return [list(map(_dtype, grads)), contiguous, strides]
+    return [list(map(_dtype, grads)), list(map(Tensor.is_neg, grads)), contiguous, strides]  # type: ignore[arg-type]
 
 
 def _data_ptr_or_0(t: Tensor | None) -> int:

@@ -21,6 +21,7 @@ _SENTINELS = {
     torch.float32: (torch.int32, 0x7FC5A5A5),
     torch.bfloat16: (torch.int16, 0x7FC5),
     torch.float16: (torch.int16, 0x7E5A),
+    torch.int16: (torch.int16, 0x5A5A),
 }
 _GUARD = 64  # elements on each side; keeps the alignment of the allocation
 

@@ -189,5 +189,7 @@ def test_a_graph_reads_a_slot_of_its_own(copies):
     assert slot.words[0] == 2  # what a replay would copy
     assert data[0] == 2
     other, _ = buffer.for_graph([3], [group()])
+    with pytest.raises(RuntimeError, match="take one step that is not captured"):
+        buffer.for_graph([4], [group()])
     assert slot.words[0] == 2
     assert other.data_ptr() != data.data_ptr()

@@ -1,0 +1,150 @@
+"""The stages of the suite, the most important first."""
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+TEST_FILES = (  # the most important first
+    "tests/gpu/test_mixtures.py",
+    "tests/gpu/test_no_waiting.py",
+    "tests/gpu/test_graphs.py",
+    "tests/gpu/test_streams.py",
+    "tests/gpu/test_optimizer_on_device.py",
+)
+SANITIZER_ERROR = 86
+"""What compute-sanitizer exits with if it has found something."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Something to run.
+
+    Args:
+        name: of its log, and in the summary.
+        about: what it is, in a few words.
+        kind: "tests", which must pass and end; "check", which must not fail; or "bench".
+        share: of the whole time, at most.
+        command: what is run; "{seconds}" becomes the time a benchmark is told to take.
+        rows: a file that it writes rows to.
+        environment: variables it needs.
+        missing: why it cannot run here; None if it can.
+    """
+
+    name: str
+    about: str
+    kind: str
+    share: float
+    command: tuple[str, ...]
+    rows: Path | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    missing: str | None = None
+
+
+def make_stages(out: Path) -> list[Stage]:
+    """All stages.
+
+    Args:
+        out: a folder for what they write.
+    """
+    return [*_tests(out), *_sanitizer(), *_benchmarks(out)]
+
+
+def _pytest(out: Path, name: str, *arguments: str) -> tuple[str, ...]:
+    # Verbose, so that the log of a stage that was killed tells how far it came.
+    options = ("-v", "-p", "no:cacheprovider", "--durations=10", f"--junitxml={out / name}.xml")
+    return (sys.executable, "-m", "pytest", *arguments, *options)
+
+
+def _tests(out: Path) -> list[Stage]:
+    deterministic = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    return [
+        Stage(
+            "tests",
+            "every mixture, CUDA graphs, streams, no waiting, GradScaler, memory",
+            "tests",
+            0.35,
+            _pytest(out, "tests", *TEST_FILES),
+            environment=deterministic,
+        ),
+        Stage(
+            "tests-torch",
+            "torch's own optimizer tests, on the device",
+            "tests",
+            0.1,
+            _pytest(out, "tests-torch", "tests/optim/test_torch_contract.py", "-k", "cuda"),
+            environment=deterministic,
+            missing=_not_installed("expecttest"),
+        ),
+    ]
+
+
+def _sanitizer() -> list[Stage]:
+    tool = find_sanitizer()
+    options = ("--error-exitcode", str(SANITIZER_ERROR), "--target-processes", "application-only")
+    return [
+        Stage(
+            name,
+            f"compute-sanitizer {name} over a few steps of every mixture",
+            "check",
+            0.08,
+            # What torch asks of CUDA and is refused, and goes on from, is not our affair.
+            (
+                tool or "compute-sanitizer", "--tool", name, *options, "--report-api-errors", "no",
+                sys.executable, "-m", "bench.gpu.sanitized",
+            ),
+            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            missing=None if tool else "compute-sanitizer is not installed",
+        )
+        for name in ("memcheck", "racecheck")
+    ]  # fmt: skip
+
+
+def find_sanitizer(places: Sequence[str] = ("/usr/local/cuda/bin", "/opt/cuda/bin")) -> str | None:
+    """The path of compute-sanitizer, which need not be on the PATH."""
+    found = shutil.which("compute-sanitizer")
+    for place in places:
+        found = found or shutil.which("compute-sanitizer", path=place)
+    return found
+
+
+def _benchmarks(out: Path) -> list[Stage]:
+    def module(name: str, *arguments: str) -> tuple[str, ...]:
+        return (sys.executable, "-m", name, *arguments)
+
+    files = {name: out / f"{name}.jsonl" for name in ("figures", "host", "kernels")}
+    chart = () if _not_installed("matplotlib") else ("--plot", str(out / "chart.png"))
+    return [
+        Stage(
+            "figures",
+            "the cases that the promised figures are read from",
+            "bench",
+            0.35,
+            module("bench.gpu.measure", "--seconds", "{seconds}", "--out", str(files["figures"])),
+            files["figures"],
+        ),
+        Stage(
+            "host",
+            "what a step costs the host",
+            "bench",
+            0.1,
+            module("bench.host", "--seconds", "8", "--out", str(files["host"])),
+            files["host"],
+        ),
+        Stage(
+            "kernels",
+            "all cases and all optimizers that are installed",
+            "bench",
+            1.0,
+            module("bench.kernels", "--seconds", "{seconds}", "--out", str(files["kernels"]), *chart),
+            files["kernels"],
+        ),
+    ]
+
+
+def _not_installed(module: str) -> str | None:
+    return None if importlib.util.find_spec(module) else f"{module} is not installed"

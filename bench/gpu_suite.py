@@ -1,0 +1,253 @@
+"""Everything that needs a GPU, in one command: ``make gpu``, or ``python -m bench.gpu_suite --out DIR --minutes 9``.
+
+First the tests, then the benchmarks, the most important first, inside the time given. It runs from the source tree,
+installs nothing and needs no network. In DIR:
+
+    environment.json    the card, its driver, versions, the commit
+    rows.jsonl          all rows, as they come
+    summary.json        what became of each stage, after each stage
+    STAGE.log           what a stage printed
+
+A stage that reaches its limit is stopped, reported as such, and the others go on. The exit code is 1 if a test failed
+or did not come to its end, 2 for wrong usage, otherwise 0.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu.process import Ended, RowTail, run
+from bench.gpu.stages import ROOT, Stage, make_stages
+from bench.kernels.rows import describe_environment
+
+LEAST = 10.0
+"""Seconds without which no stage is begun; of a short run, half of what it may take."""
+STOPPED = 130
+_NO_TESTS = 5  # pytest's exit code where nothing was chosen, or all files were skipped
+_PACKAGES = (
+    "numpy",
+    "pytest",
+    "pytest-benchmark",
+    "transformers",
+    "accelerate",
+    "peft",
+    "matplotlib",
+    "expecttest",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the suite; the exit code."""
+    options = _parse(arguments)
+    device = torch.device("cuda") if torch.cuda.is_available() else None
+    out = options.out or ROOT / "bench" / "results" / _slug(
+        "gpu" if device is None else describe(device)["gpu"]
+    )
+    stages = make_stages(out)
+    if options.dry_run:
+        print(_listing(stages, options.minutes))
+        return 0
+    if device is None:
+        print("bench.gpu_suite: no CUDA or ROCm device here; --dry-run lists what would run", file=sys.stderr)
+        return 1
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"bench.gpu_suite: --out {out}: {error.strerror}", file=sys.stderr)
+        return 2
+    return Suite(out, stages, options.minutes, describe(device)).run()
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_suite",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="results; those of an earlier run are replaced [bench/results/CARD]",
+    )
+    parser.add_argument("--minutes", type=float, default=9.0, metavar="N", help="for all of it [9]")
+    parser.add_argument("--dry-run", action="store_true", help="list the stages, and run nothing")
+    options = parser.parse_args(arguments)
+    if not 0 < options.minutes < 24 * 60:
+        parser.error(f"--minutes must be more than 0 and less than a day, not {options.minutes:g}")
+    if options.out is not None:
+        options.out = options.out.resolve()  # stages run in the source root
+        if options.out.exists() and not options.out.is_dir():
+            parser.error(f"--out {options.out} is a file: give a folder")
+    return options
+
+
+def _slug(name: str) -> str:
+    """A card's name as a folder's: nvidia-h100-80gb-hbm3."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _listing(stages: Sequence[Stage], minutes: float) -> str:
+    lines = [f"stages, in this order, {minutes:g} minutes in all:"]
+    for stage in stages:
+        limit = f"at most {60 * minutes * stage.share:.0f} s"
+        lines += [
+            f"  {stage.name:<12} {stage.about}; {f'left out: {stage.missing}' if stage.missing else limit}",
+            f"  {'':<12} {shlex.join(stage.command)}",
+        ]
+    return "\n".join(lines)
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The card and the versions of all that matters; "unknown" where nobody can tell."""
+    properties = torch.cuda.get_device_properties(device)
+    known = describe_environment(device)
+    known.update(
+        gpu=known["device"],
+        gpus=torch.cuda.device_count(),
+        memory_bytes=properties.total_memory,
+        capability=f"{properties.major}.{properties.minor}",
+        toolkit=torch.version.cuda or torch.version.hip,
+        platform=platform.platform(),
+    )
+    for package in _PACKAGES:
+        try:
+            known[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            known[package] = "not installed"
+    return {key: "unknown" if value is None else value for key, value in known.items()}
+
+
+class Suite:
+    """One run of the stages.
+
+    Args:
+        out: a folder that exists.
+        stages: in their order.
+        minutes: for all.
+        environment: what is noted of the machine.
+    """
+
+    def __init__(
+        self, out: Path, stages: Sequence[Stage], minutes: float, environment: Mapping[str, Any]
+    ) -> None:
+        self._out, self._stages, self._seconds = out, stages, 60 * minutes
+        self._rows = out / "rows.jsonl"
+        self._results: list[dict[str, Any]] = []
+        self._started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        self._write("environment.json", dict(environment))
+
+    def run(self) -> int:
+        """Run all stages; the exit code."""
+        self._rows.write_text("")
+        for stage in self._stages:
+            if stage.rows is not None:
+                stage.rows.unlink(missing_ok=True)
+        self._summarise()
+        end = time.monotonic() + self._seconds
+        try:
+            for stage in self._stages:
+                result = self._run_stage(stage, end - time.monotonic())
+                self._results.append(result)
+                self._summarise()
+                reason = f": {result['reason']}" if result["reason"] else ""
+                print(
+                    f"{stage.name:<12} {result['status']:<8} {result['seconds']:>6.1f} s{reason}", flush=True
+                )
+        except KeyboardInterrupt:
+            print("bench.gpu_suite: stopped; what was measured is in", self._out, file=sys.stderr)
+            return STOPPED
+        print(f"results are in {self._out}")
+        return 0 if self._passed(("tests", "check")) is not False else 1
+
+    def _run_stage(self, stage: Stage, left: float) -> dict[str, Any]:
+        result: dict[str, Any] = {
+            "stage": stage.name, "kind": stage.kind, "status": "left out", "reason": stage.missing, "seconds": 0.0,
+            "limit": 0.0, "returncode": None, "rows": 0,
+        }  # fmt: skip
+        if stage.missing:
+            return result
+        limit = min(stage.share * self._seconds, left)
+        result["limit"] = round(limit, 1)
+        if limit < min(LEAST, stage.share * self._seconds / 2):
+            result["reason"] = "no time left"
+            return result
+        print(f"{stage.name:<12} runs for at most {limit:.0f} s", flush=True)
+        # A benchmark imports, compiles and finishes its last case outside of the time it is told.
+        seconds = max(1, int(limit - min(25.0, 0.3 * limit)))
+        tail = RowTail(stage.rows, self._rows)
+        ended = run(
+            [part.replace("{seconds}", str(seconds)) for part in stage.command],
+            log=self._out / f"{stage.name}.log",
+            limit=limit,
+            cwd=ROOT,
+            environment=_variables(stage),
+            rows=tail,
+        )
+        status, reason = _verdict(stage, ended)
+        result.update(
+            status=status,
+            reason=reason,
+            seconds=round(ended.seconds, 1),
+            returncode=ended.returncode,
+            rows=tail.lines,
+        )
+        return result
+
+    def _passed(self, kinds: Sequence[str]) -> bool | None:
+        """Whether all stages of these kinds that ran passed; None if none ran. Of a killed check nothing is known."""
+        chosen = [result for result in self._results if result["kind"] in kinds]
+        bad = [
+            r for r in chosen if r["status"] == "failed" or (r["status"] == "killed" and r["kind"] == "tests")
+        ]
+        if bad:
+            return False
+        return True if any(result["status"] == "passed" for result in chosen) else None
+
+    def _summarise(self) -> None:
+        self._write(
+            "summary.json",
+            {
+                "started": self._started,
+                "minutes": self._seconds / 60,
+                "tests_passed": self._passed(("tests", "check")),
+                "stages": self._results,
+            },
+        )
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        (self._out / name).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _verdict(stage: Stage, ended: Ended) -> tuple[str, str | None]:
+    if ended.killed:
+        return "killed", "it reached its limit"
+    if ended.returncode == 0:
+        return "passed", None
+    if stage.kind == "tests" and ended.returncode == _NO_TESTS:
+        return "left out", "no test of it can run here; its log says why"
+    return "failed", f"exit code {ended.returncode}; see {stage.name}.log"
+
+
+def _variables(stage: Stage) -> dict[str, str]:
+    variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    paths = [str(ROOT), *filter(None, [variables.get("PYTHONPATH")])]
+    fixed = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    return {**variables, **fixed, **stage.environment}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

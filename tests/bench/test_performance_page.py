@@ -1,0 +1,233 @@
+"""Failures these tests catch: a number on the page that no row gave; a figure read from the wrong case or variant; a
+ratio across runs or cards; one to torch in other dtypes; a target met that was missed; figures quoted from a run
+whose tests failed; a gap that is passed over in silence; a page that is not what the committed results give.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench.gpu.figures import LARGE, OF_ONE_DTYPE, figure_cases, figures
+from bench.kernels.cases import Case
+from bench.kernels.rows import failed_row
+from bench.report import PAGE, RESULTS, UNMEASURED, main, make_page
+
+CARD = {
+    "device": "Card A", "driver": "1.2", "torch": "2.11", "triton": "3.6", "python": "3.12", "commit": "0123456789ab",
+    "dirty": False,
+}  # fmt: skip
+HOST = {**CARD, "device": "A CPU", "driver": None}
+
+
+def kernel_row(case: Case, variant: str = "grass", **other) -> dict:
+    measured = {
+        "measured": True,
+        "bytes": 100,
+        "seconds_median": 0.01,
+        "gb_per_s": 2500.0,
+        "percent_of_copy": 93.5,
+        "time_ratio_to_torch": 1.3,
+        "byte_ratio_to_torch": 1.25,
+        "baseline": "torch_fused, same dtypes",
+        "error_ulps": 0.5,
+        "peak_bytes": 4_000_000,
+    }
+    return {**failed_row(case, variant, CARD, None), **measured, **other}
+
+
+def host_row(tensors: int, variant: str, seconds: float, situation: str = "in place") -> dict:
+    keys = {"suite": "host", "tensors": tensors, "situation": situation, "variant": variant}
+    return {**keys, "seconds_median": seconds, **HOST}
+
+
+def write_run(results: Path, name: str, rows: list[dict], tests_passed: bool | None = True) -> None:
+    folder = results / name
+    folder.mkdir(parents=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "summary.json").write_text(json.dumps({"tests_passed": tests_passed, "stages": []}))
+
+
+def page_of(results: Path) -> str:
+    return make_page(results, results / "page.md")
+
+
+def lines_of(page: str, *words: str) -> list[list[str]]:
+    """The cells after the name, of table lines that contain all words."""
+    found = [line for line in page.splitlines() if line.startswith("| ") and all(w in line for w in words)]
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")][1:] for line in found]
+
+
+def test_the_committed_page_is_what_the_committed_results_give():
+    assert PAGE.read_text(encoding="utf-8") == make_page(RESULTS, PAGE)
+    assert main(["--check"]) == 0
+
+
+def test_without_results_every_figure_is_unmeasured(tmp_path):
+    page = page_of(tmp_path)
+    assert "No GPU has been measured yet" in page
+    assert "make gpu" in page
+    for figure in figures():
+        (cells,) = [c for c in lines_of(page, f"| {figure.name} |", figure.target) if c[0] == figure.target][
+            :1
+        ]
+        assert cells[1] == UNMEASURED
+    # what bytes alone allow is known without a measurement
+    assert "| torch fused and norms by layer, 1e8 parameters | >= 1.10x | unmeasured | 1.143x |" in page
+    assert "both clipping, 1e9 parameters | >= 1.20x | unmeasured | 1.250x |" in page
+    assert "both clipping, 1e9 parameters | >= 1.20x | unmeasured | 1.214x |" not in page
+
+
+@pytest.mark.parametrize(("percent", "verdict"), [(92.0, "met"), (91.9, "**missed**")])
+def test_share_of_the_copy(tmp_path, percent, verdict):
+    write_run(tmp_path, "a", [kernel_row(LARGE, percent_of_copy=percent), kernel_row(LARGE, "torch_fused")])
+    page = page_of(tmp_path)
+    assert lines_of(page, "share of the copy") == [
+        [">= 92 %", f"{percent} % (2500 GB/s)", "1.250x", verdict, "1"]
+    ]
+    assert "No GPU has been measured" not in page
+
+
+@pytest.mark.parametrize(("seconds", "verdict"), [(0.01009, "met"), (0.0102, "**missed**")])
+def test_the_price_of_norms(tmp_path, seconds, verdict):
+    rows = [
+        kernel_row(LARGE, "grass_kernels", seconds_median=seconds),
+        kernel_row(LARGE, "grass", seconds_median=9.0),  # always has norms
+        kernel_row(replace(LARGE, norms=False), "grass_kernels"),
+    ]
+    write_run(tmp_path, "a", rows)
+    percent = f"+{100 * (seconds / 0.01 - 1):.2f} %"
+    assert lines_of(page_of(tmp_path), "what the norms cost") == [["<= 1 %", percent, "1.000x", verdict, "1"]]
+
+
+@pytest.mark.parametrize("label", OF_ONE_DTYPE)
+@pytest.mark.parametrize(
+    ("work", "words", "least"),
+    [
+        ({"norms": False}, "torch fused, without norms", 1.0),
+        ({}, "torch fused and norms by layer", 1.1),
+        ({"norms": False, "clip": True}, "both clipping", 1.2),
+    ],
+)
+@pytest.mark.parametrize("met", [True, False])
+def test_ratios_to_torch(tmp_path, label, work, words, least, met):
+    case = replace(Case(10**8, mixture=OF_ONE_DTYPE[label]), **work)
+    ratio = least if met else least - 0.004
+    write_run(tmp_path, "a", [kernel_row(case, time_ratio_to_torch=ratio)])
+    page = page_of(tmp_path)
+    section = page.split(f"### {label}")[1].split("###")[0]
+    cells = lines_of(section, words, "1e8")
+    verdict = "met" if met else "**missed**"
+    assert cells == [[f">= {least:.2f}x", f"{ratio:.3f}x", "1.250x", verdict, "1"]]
+    assert lines_of(section, words, "1e9")[0][1] == UNMEASURED
+
+
+def test_no_ratio_to_torch_in_other_dtypes(tmp_path):
+    case = Case(10**8, mixture=OF_ONE_DTYPE["all bf16"])
+    write_run(tmp_path, "a", [kernel_row(case, baseline="torch_fused, fp32-fp32-fp32: 1 bytes; this row: 2")])
+    assert lines_of(page_of(tmp_path), "torch fused and norms by layer", "1e8")[0][1] == UNMEASURED
+
+
+@pytest.mark.parametrize(
+    ("seconds", "value", "verdict"), [(0.0052, "1.040", "met"), (0.0053, "1.060", "**missed**")]
+)
+def test_frozen_layers(tmp_path, seconds, value, verdict):
+    half = replace(LARGE, active_share=1 / 2)
+    write_run(tmp_path, "a", [kernel_row(LARGE), kernel_row(half, bytes=50, seconds_median=seconds)])
+    page = page_of(tmp_path)
+    expected = ["0.95 to 1.05", f"{value} ({100 * seconds:.4f} of the time)", "0.5000", verdict, "1"]
+    assert lines_of(page, "| 1/2 active") == [expected]
+    assert lines_of(page, "| 1/16 active")[0][1] == UNMEASURED
+
+
+def test_what_a_step_costs_the_host(tmp_path):
+    rows = [
+        host_row(291, "addresses", 10e-6),
+        host_row(291, "grass", 29e-6),
+        host_row(291, "torch fused", 29e-6),
+        host_row(5000, "grass", 5000 * 29e-6 / 291 * 1.1),
+    ]
+    write_run(tmp_path, "a", rows, tests_passed=None)
+    page = page_of(tmp_path)
+    assert lines_of(page, "291 tensors, in place", "addresses") == [
+        ["<= 3x", "2.90x (29 us)", "-", "met", "1"]
+    ]
+    assert lines_of(page, "291 tensors, in place", "torch fused's time")[0][1:] == [
+        "1.00x (29 us)", "-", "**missed**", "1",
+    ]  # fmt: skip
+    assert lines_of(page, "5000 tensors, in place")[0][1:] == ["1.10x (110 ns)", "-", "**missed**", "1"]
+    assert lines_of(page, "291 tensors, lr changes", "addresses")[0][1] == UNMEASURED
+    assert "No GPU has been measured yet" in page
+
+
+def test_memory(tmp_path):
+    memory = {"suite": "memory", "state_bytes": 10**9, "extra_bytes": 2 * 10**6, **CARD}
+    write_run(tmp_path, "a", [memory, kernel_row(LARGE)])
+    page = page_of(tmp_path)
+    assert lines_of(page, "kept beside the moments") == [
+        ["<= 0.1 %", "0.2000 % (2.00 MB)", "-", "**missed**", "1"]
+    ]
+    assert lines_of(page, "needed on top")[0][1:] == ["0.0500 % (4.00 MB)", "-", "met", "1"]
+
+
+def test_no_figure_mixes_runs_or_cards(tmp_path):
+    """One half of each comparison in each folder, and two cards in one folder: nothing to compare."""
+    half, other = replace(LARGE, active_share=1 / 2), {"device": "Card B"}
+    write_run(tmp_path, "a", [kernel_row(LARGE), kernel_row(half, **other)])
+    write_run(tmp_path, "b", [kernel_row(half)])
+    page = page_of(tmp_path)
+    assert lines_of(page, "| 1/2 active")[0][1] == UNMEASURED
+    assert len(lines_of(page, "Card A")) == 2
+    assert len(lines_of(page, "Card B")) == 1
+
+
+def test_two_runs_are_two_lines(tmp_path):
+    for name, percent in (("a", 93.0), ("b", 90.0)):
+        write_run(tmp_path, name, [kernel_row(LARGE, percent_of_copy=percent)])
+    assert [cells[3:] for cells in lines_of(page_of(tmp_path), "share of the copy")] == [
+        ["met", "1"], ["**missed**", "2"],
+    ]  # fmt: skip
+
+
+def test_a_run_whose_tests_failed_is_listed_and_not_quoted(tmp_path):
+    write_run(tmp_path, "a", [kernel_row(LARGE)], tests_passed=False)
+    page = page_of(tmp_path)
+    assert lines_of(page, "share of the copy")[0][1] == UNMEASURED
+    assert "not quoted" in page
+    assert "93.5" not in page
+
+
+def test_rows_that_were_not_measured_say_nothing(tmp_path):
+    write_run(tmp_path, "a", [failed_row(LARGE, "grass", CARD, "out of memory")])
+    assert lines_of(page_of(tmp_path), "share of the copy")[0][1] == UNMEASURED
+
+
+def test_charts_and_changes_are_shown(tmp_path):
+    write_run(tmp_path, "a", [kernel_row(LARGE, dirty=True, commit="f" * 40)])
+    (tmp_path / "a" / "chart.png").write_bytes(b"")
+    page = page_of(tmp_path)
+    assert "![a](a/chart.png)" in page
+    assert "| ffffffffff and changes |" in page
+
+
+def test_the_program_writes_and_checks(tmp_path, capsys):
+    arguments = ["--results", str(tmp_path), "--page", str(tmp_path / "page.md")]
+    assert main([*arguments, "--check"]) == 1
+    assert "python -m bench.report" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert main([*arguments, "--check"]) == 0
+    write_run(tmp_path, "a", [kernel_row(LARGE)])
+    assert main([*arguments, "--check"]) == 1
+
+
+def test_every_case_of_a_figure_is_among_those_that_are_measured():
+    """A figure that no stage of `make gpu` can fill would stay unmeasured for ever."""
+    shown = [kernel_row(case, variant) for case in figure_cases() for variant in ("grass", "grass_kernels")]
+    from bench.gpu.figures import Rows
+
+    memory = {"suite": "memory", "state_bytes": 1, "extra_bytes": 0}
+    rows = Rows([*shown, memory])
+    silent = [figure.name for figure in figures() if figure.read(rows) is None]
+    assert all("tensors" in name for name in silent)  # the host's, which are a suite of their own
+    assert len(figure_cases()) == len(set(figure_cases())) == 16

@@ -1,0 +1,405 @@
+"""How bf16 parameters are stored: exactly in two parts, or up or down by chance.
+
+Would catch: a value that the two parts do not give back (a tie, a denormal, the largest finite one, either
+zero); a NaN that becomes an infinity or a number; a visible half that is not the nearest bf16; a random
+generator that is not Philox 4x32-10; kernels that draw other bits than the reference; draws that depend on
+blocks, alignment, chunks or the tensors beside, or not on seed, step or place; a key or a place cut to 32
+bits; rounding that leans to one side, that moves exact values, or that draws the same for neighbours.
+"""
+
+# ruff: noqa: N803 - constexpr arguments are in capitals, as everywhere in Triton
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from grass_kernels import _triton, masked_adamw_, rounding
+from grass_kernels._triton import jit, launch, tl
+from grass_kernels.conversions import join_fp32, random_16_bits, round_stochastically, split_fp32
+from grass_kernels.reference import PIECE
+from grass_kernels.table import BLOCK, CHUNK
+
+from .conftest import Buffers, bits, interpreter_only, same_bits
+from .oracle import BF16, F32
+
+CPU = torch.device("cpu")
+N = 1 << 16
+LOWER = [0, 1, 2, 0x00FF, 0x7FFF, 0x8000, 0x8001, 0xABCD, 0xFFFE, 0xFFFF]
+Z = 6.0
+"""Standard deviations from the mean at which a statistical test fails: were the draws another generator's and
+perfect, with a probability of 2e-9 each. Here they are fixed by their seeds, and so are the tests."""
+
+
+def from_bits(patterns: Tensor) -> Tensor:
+    """Unsigned 32-bit patterns in int64 as fp32."""
+    return patterns.to(torch.int32).view(torch.float32)
+
+
+def all_upper(lower: int) -> Tensor:
+    """fp32 of each of the 65,536 upper halves, with one lower half."""
+    return from_bits((torch.arange(N) << 16) + lower)
+
+
+def random_patterns(seed: int = 0) -> Tensor:
+    return from_bits(torch.from_numpy(np.random.default_rng(seed).integers(0, 1 << 32, N)))
+
+
+SAMPLES = {f"{lower:04x}": all_upper(lower) for lower in LOWER} | {"random": random_patterns()}
+
+
+# Exact weights
+
+
+@pytest.mark.skipif(_triton.INTERPRETING, reason="plain torch, and long: the plain pass has done it")
+@pytest.mark.parametrize("part", range(8))
+def test_every_fp32_survives_bit_by_bit(part):
+    """All 2^32 patterns: one upper half at a time with all its lower halves."""
+    lower = torch.arange(N)
+    for upper in range(part * N // 8, (part + 1) * N // 8):
+        x = from_bits((upper << 16) + lower)
+        back = rounding.join_fp32(*rounding.split_fp32(x))
+        if upper & 0x7F80 == 0x7F80:  # infinities and NaN
+            assert same_bits(back, x), f"upper half {upper:04x}"
+        else:
+            assert torch.equal(bits(back), bits(x)), f"upper half {upper:04x}"
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_the_visible_half_is_the_nearest(sample):
+    """torch rounds to the nearest too, ties to even: there, and only there, it may take the smaller neighbour."""
+    x = SAMPLES[sample]
+    visible, remainder = rounding.split_fp32(x)
+    nearest = x.to(BF16)
+    tie = (bits(x) & 0xFFFF) == 0x8000
+    assert same_bits(visible[~tie], nearest[~tie])
+    finite_ties = tie & ~x.isnan()
+    assert (visible.double().abs() > x.double().abs())[finite_ties].all()
+    assert visible.isnan().equal(x.isnan())
+    assert (remainder[x.isnan()] == 0).all()
+    assert visible.dtype == BF16
+    assert remainder.dtype == torch.int16
+
+
+@jit()
+def _split_and_join_kernel(x_ptr, upper_ptr, remainder_ptr, joined_ptr, N: tl.constexpr):
+    index = tl.arange(0, N)
+    upper, remainder = split_fp32(tl.load(x_ptr + index))
+    tl.store(upper_ptr + index, upper.to(tl.int16, bitcast=True))
+    tl.store(remainder_ptr + index, remainder)
+    tl.store(joined_ptr + index, join_fp32(upper, remainder))
+
+
+@interpreter_only
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_kernels_split_and_join_as_the_reference(sample):
+    x = SAMPLES[sample]
+    upper, remainder = torch.empty(N, dtype=torch.int16), torch.empty(N, dtype=torch.int16)
+    joined = torch.empty(N)
+    launch(
+        _split_and_join_kernel, 1, CPU, x_ptr=x, upper_ptr=upper, remainder_ptr=remainder, joined_ptr=joined, N=N
+    )  # fmt: skip
+    visible, expected = rounding.split_fp32(x)
+    assert same_bits(upper.view(BF16), visible)
+    assert torch.equal(remainder, expected)
+    assert same_bits(joined, x)
+
+
+@jit()
+def _join_kernel(upper_ptr, remainder_ptr, joined_ptr, N: tl.constexpr):
+    index = tl.arange(0, N)
+    upper = tl.load(upper_ptr + index).to(tl.uint16, bitcast=True)
+    tl.store(joined_ptr + index, join_fp32(upper, tl.load(remainder_ptr + index)))
+
+
+@interpreter_only
+@pytest.mark.parametrize("remainder", [0, 1, -1, 255, 0x7FFF, -0x7FFF, -0x8000])
+def test_kernels_join_any_remainder_as_the_reference(remainder):
+    """Also pairs that no split gives: a parameter may be written between two steps."""
+    upper = (torch.arange(N) - (1 << 15)).to(torch.int16)
+    remainders, joined = torch.full((N,), remainder, dtype=torch.int16), torch.empty(N)
+    launch(_join_kernel, 1, CPU, upper_ptr=upper, remainder_ptr=remainders, joined_ptr=joined, N=N)
+    expected = rounding.join_fp32(upper.view(BF16), remainders)
+    assert torch.equal(bits(joined), bits(expected))
+    assert torch.equal(bits(expected), ((upper.to(torch.int64) << 16) + remainder).to(torch.int32))
+
+
+# The generator
+
+KNOWN = [  # of Philox 4x32-10, as its authors published them: counter, key, words
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
+def test_the_reference_is_philox(counter, key, words):
+    found = rounding.philox_4x32(tuple(torch.tensor([c]) for c in counter), key[0] | key[1] << 32)
+    assert tuple(int(word) for word in found) == words
+
+
+@jit()
+def _philox_kernel(counter_ptr, seed_ptr, out_ptr):
+    index = tl.arange(0, 1)
+    c0 = tl.load(counter_ptr + index).to(tl.uint32)
+    c1 = tl.load(counter_ptr + 1 + index).to(tl.uint32)
+    c2 = tl.load(counter_ptr + 2 + index).to(tl.uint32)
+    c3 = tl.load(counter_ptr + 3 + index).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), c0, c1, c2, c3)
+    tl.store(out_ptr + index, w0.to(tl.int64))
+    tl.store(out_ptr + 1 + index, w1.to(tl.int64))
+    tl.store(out_ptr + 2 + index, w2.to(tl.int64))
+    tl.store(out_ptr + 3 + index, w3.to(tl.int64))
+
+
+@interpreter_only
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
+def test_the_kernels_generator_is_philox(counter, key, words):
+    seed = np.array([key[0] | key[1] << 32], dtype=np.uint64).view(np.int64)
+    out = torch.zeros(4, dtype=torch.int64)
+    launch(
+        _philox_kernel, 1, CPU,
+        counter_ptr=torch.tensor(counter), seed_ptr=torch.from_numpy(seed), out_ptr=out,
+    )  # fmt: skip
+    assert tuple(out.tolist()) == words
+
+
+def philox_by_hand(counter: list[int], key: list[int]) -> list[int]:
+    """In Python's integers, from the definition."""
+    for _ in range(10):
+        left, right = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
+        counter = [
+            (right >> 32) ^ counter[1] ^ key[0],
+            right & 0xFFFFFFFF,
+            (left >> 32) ^ counter[3] ^ key[1],
+            left & 0xFFFFFFFF,
+        ]
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return counter
+
+
+DRAWS = [  # seed, step, start
+    (0, 0, 0),
+    (1, 1, 0),
+    (5, 7, CHUNK),
+    ((1 << 63) - 1, (1 << 24) - 1, 8 * 1000),
+    (1 << 32, 3, 1 << 31),
+    (0x0123456789ABCDEF, 2, (1 << 35) - 1024),
+]
+
+
+@pytest.mark.parametrize(("seed", "step", "start"), DRAWS)
+def test_draws_by_hand(seed, step, start):
+    """Eight elements share the words of one counter, (place / 8, step, 0, 0); the lower half of a word is first."""
+    found = rounding.random_16_bits(seed, step, start, 24, CPU).tolist()
+    expected = []
+    for place in range(start // 8, start // 8 + 3):
+        words = philox_by_hand([place & 0xFFFFFFFF, step, 0, 0], [seed & 0xFFFFFFFF, seed >> 32])
+        expected += [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    assert found == expected
+
+
+def test_the_first_draws_are_the_published_words():
+    """Counter and key zero: seed 0, step 0, the first eight elements."""
+    expected = [0xE8D5, 0x6627, 0xC58D, 0xE169, 0xAC4C, 0xBC57, 0xDBD8, 0x9B00]
+    assert rounding.random_16_bits(0, 0, 0, 8, CPU).tolist() == expected
+
+
+@jit()
+def _draw_kernel(seed_ptr, step_ptr, start_ptr, out_ptr, BLOCK: tl.constexpr):
+    random = random_16_bits(tl.load(seed_ptr), tl.load(step_ptr), tl.load(start_ptr), BLOCK)
+    tl.store(out_ptr + tl.arange(0, BLOCK), random.to(tl.int32, bitcast=True))
+
+
+@interpreter_only
+@pytest.mark.parametrize("block", [8, 512, 2048])
+@pytest.mark.parametrize(("seed", "step", "start"), DRAWS)
+def test_kernels_draw_the_references_bits(seed, step, start, block):
+    """The counter of steps is fp32, as the optimizer keeps it."""
+    out = torch.zeros(block, dtype=torch.int32)
+    launch(
+        _draw_kernel, 1, CPU, seed_ptr=torch.tensor([seed]), step_ptr=torch.tensor([float(step)]),
+        start_ptr=torch.tensor([start]), out_ptr=out, BLOCK=block,
+    )  # fmt: skip
+    assert out.tolist() == rounding.random_16_bits(seed, step, start, block, CPU).tolist()
+
+
+def test_a_draw_depends_on_its_place_alone():
+    whole = rounding.random_16_bits(3, 9, 0, 5000, CPU)
+    for start, count in ((0, 1), (1, 1), (7, 2), (8, 8), (1023, 3001), (4999, 1), (40, 0)):
+        assert torch.equal(rounding.random_16_bits(3, 9, start, count, CPU), whole[start : start + count])
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """The correlation of two equal runs of draws, in standard deviations of what independent ones give."""
+    a, b = a.double() / 65535 - 0.5, b.double() / 65535 - 0.5
+    return float((a * b).mean() * 12 * math.sqrt(len(a)))
+
+
+def test_draws_are_uniform():
+    """Chi-square over the 65,536 values, and each of the 16 bits."""
+    count = 1 << 20
+    draws = rounding.random_16_bits(11, 4, 0, count, CPU)
+    expected = count / N
+    chi_square = float(((torch.bincount(draws, minlength=N) - expected) ** 2 / expected).sum())
+    assert abs(chi_square - (N - 1)) < Z * math.sqrt(2 * (N - 1))
+    for bit in range(16):
+        ones = int(((draws >> bit) & 1).sum())
+        assert abs(ones - count / 2) < Z * math.sqrt(count) / 2, f"bit {bit}"
+
+
+def test_draws_are_independent_of_their_neighbours():
+    """Of the next elements (of the same word, call and beyond), steps and seeds."""
+    count = 1 << 18
+    draws = rounding.random_16_bits(11, 4, 0, count + 64, CPU)
+    for lag in (1, 2, 3, 4, 7, 8, 16, 64):
+        assert abs(correlation(draws[:count], draws[lag : count + lag])) < Z, f"lag {lag}"
+    for seed, step in ((11, 5), (12, 4), (11, 4 + (1 << 16)), (11 + (1 << 32), 4)):
+        others = rounding.random_16_bits(seed, step, 0, count, CPU)
+        assert abs(correlation(draws[:count], others)) < Z, f"seed {seed}, step {step}"
+        assert float((others == draws[:count]).double().mean()) < 1e-3
+
+
+# By chance
+
+
+@jit()
+def _round_kernel(x_ptr, random_ptr, out_ptr, N: tl.constexpr):
+    index = tl.arange(0, N)
+    random = tl.load(random_ptr + index).to(tl.uint32)
+    upper = round_stochastically(tl.load(x_ptr + index), random)
+    tl.store(out_ptr + index, upper.to(tl.int16, bitcast=True))
+
+
+@pytest.mark.parametrize("random", ["0000", "0001", "8000", "ffff", "drawn"])
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_one_of_the_two_neighbours_is_taken(sample, random):
+    """The farther from zero if and only if the draw and the lost bits together carry."""
+    x = SAMPLES[sample]
+    drawn = rounding.random_16_bits(1, 1, 0, N, CPU)
+    draws = drawn if random == "drawn" else torch.full((N,), int(random, 16))
+    patterns = bits(x).to(torch.int64) & 0xFFFFFFFF
+    carried = (patterns & 0xFFFF) + draws >= N
+    expected = ((patterns >> 16) + carried).to(torch.int16).view(BF16)
+    expected = torch.where(x.isnan(), torch.nan, expected)
+    found = [rounding.round_stochastically(x, draws)]
+    if _triton.INTERPRETING:
+        out = torch.empty(N, dtype=torch.int16)
+        launch(_round_kernel, 1, CPU, x_ptr=x, random_ptr=draws.to(torch.int32), out_ptr=out, N=N)
+        found.append(out.view(BF16))
+    for result in found:
+        assert same_bits(result, expected)
+
+
+class Decay:
+    """bf16 parameters that one update multiplies by a factor, so that the exact result is known to the bit."""
+
+    def __init__(self, params: list[Tensor], seeds: list[int], factor: float, step: float = 0.0) -> None:
+        self.params, self.seeds, self.factor = params, seeds, factor
+        self.steps = [torch.tensor(step) for _ in params]
+        self.exact = [p.float() * torch.tensor(factor) for p in params]
+
+    def update(self) -> "Decay":
+        zeros = [[torch.zeros(p.shape, dtype=d) for p in self.params] for d in (BF16, F32, F32)]
+        hyper = {"lr": 1.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1 - self.factor}
+        masked_adamw_(self.params, *zeros, self.steps, rounding_seeds=self.seeds, **hyper)
+        return self
+
+
+def rounded_by_place(exact: Tensor, seed: int, step: int) -> Tensor:
+    draws = rounding.random_16_bits(seed, step, 0, exact.numel(), CPU)
+    return rounding.round_stochastically(exact.flatten(), draws).view(exact.shape)
+
+
+FACTOR = 1 - 2.0**-7 * 0.3
+
+
+def normal(count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed)).to(BF16)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 7])
+def test_an_update_draws_by_place(buffers: Buffers, shift):
+    """Sizes around blocks, chunks and the torch path's pieces, at any alignment, beside others and alone."""
+    long = CHUNK if _triton.INTERPRETING else PIECE
+    sizes = [1, 9, 0, 511, BLOCK + 1, long + 77]
+    seeds = [0, 1, 2, 3, (1 << 62) + 5, 1 << 33]
+    params = [buffers.place(normal(n, n), BF16, shift=shift) for n in sizes]
+    before = [p.clone() for p in params]
+    together = Decay(params, seeds, FACTOR, step=6.0).update()
+    for p, seed, exact in zip(params, seeds, together.exact, strict=True):
+        assert same_bits(p, rounded_by_place(exact, seed, 7))
+    alone = Decay([before[-1].clone()], seeds[-1:], FACTOR, step=6.0).update()
+    assert same_bits(alone.params[0], params[-1])
+    short = Decay([before[-1][:1000].clone()], seeds[-1:], FACTOR, step=6.0).update()
+    assert same_bits(short.params[0], params[-1][:1000])
+
+
+def test_other_steps_seeds_and_places_draw_otherwise():
+    values = torch.full((4096,), 1.0, dtype=BF16)
+    by_seed = Decay([values.clone(), values.clone()], [0, 1], FACTOR, step=1.0).update().params
+    (later,) = Decay([values.clone()], [0], FACTOR, step=2.0).update().params
+    (again,) = Decay([values.clone()], [0], FACTOR, step=1.0).update().params
+    assert torch.equal(again, by_seed[0])
+    for one, other in (
+        (by_seed[0], by_seed[1]),
+        (by_seed[0], later),
+        (by_seed[0][:2048], by_seed[0][2048:]),
+        (by_seed[0][:-1], by_seed[0][1:]),
+    ):
+        assert 0.3 < float((one != other).double().mean()) < 0.5  # 0.3 of the way: 2 * 0.3 * 0.7
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("lost", [0, 1, 0x4000, 0x8000, 0xC000, 0xFFFF, 0x2F0B])
+def test_rounding_is_unbiased(lost, sign):
+    """As often up as the value is near the upper neighbour: binomial, within six standard deviations."""
+    count = 1 << 16
+    exact = torch.tensor(0x3F100000 + lost, dtype=torch.int32).view(torch.float32)
+    step = Decay([torch.full((count,), sign, dtype=BF16)], [21], exact.item()).update()
+    assert (step.exact[0] == sign * exact).all(), "the update does not give the value that is to be rounded"
+    lower, upper = (torch.tensor(bits, dtype=torch.int16).view(BF16) * sign for bits in (0x3F10, 0x3F11))
+    ups = int((step.params[0] == upper).sum())
+    assert ups + int((step.params[0] == lower).sum()) == count
+    share = lost / N
+    assert abs(ups - count * share) <= Z * math.sqrt(count * share * (1 - share))
+    error = float((step.params[0].double() - step.exact[0].double()).mean())
+    unit = float((upper - lower).abs())
+    assert abs(error) <= Z * unit * math.sqrt(share * (1 - share) / count)
+
+
+def test_what_bf16_can_hold_does_not_move():
+    """All 65,536 patterns: infinities, NaN, denormals and the largest finite ones among them."""
+    patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(BF16)
+    (after,) = Decay([patterns.clone()], [3], 1.0).update().params
+    assert same_bits(after, patterns)
+
+
+def test_denormals_and_the_edge_of_the_range_go_to_a_neighbour():
+    tiny, largest = 2.0**-133, torch.finfo(BF16).max
+    count = 4096
+    (after,) = Decay([torch.full((count,), tiny, dtype=BF16)], [3], 0.5).update().params
+    assert set(after.double().tolist()) == {0.0, tiny}
+    (after,) = Decay([torch.full((count,), largest, dtype=BF16)], [3], 1 + 2.0**-9).update().params
+    assert set(after.double().tolist()) == {largest, math.inf}
+
+
+def test_fp32_parameters_are_stored_as_they_are():
+    """A seed changes nothing where there is nothing to round."""
+    results = []
+    for seeds in (None, [5]):
+        tensors = [torch.randn(100, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+        state = [torch.zeros(100)]
+        masked_adamw_(
+            tensors[:1], tensors[1:2], [torch.zeros(100)], state, [torch.tensor(0.0)],
+            lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, rounding_seeds=seeds,
+        )  # fmt: skip
+        results.append(tensors[0])
+    assert same_bits(*results)
