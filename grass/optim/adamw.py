@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import grass_kernels
 from grass.optim.states import Options, StateMaker, moment_keys, takes_kernel
@@ -157,6 +157,24 @@ class AdamW(torch.optim.AdamW):
         """
         if torch.compiler.is_compiling():
             return self._step_beside_the_graph(closure)
+        if self._is_watched():
+            return self._watched_step(closure)
+        return self._step(closure)
+
+    # torch wraps every step in what only a profiler and hooks need, a tenth of what this one costs the host
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _is_watched(self) -> bool:
+        """Whether there are hooks, or a profiler that wants to know where a step begins and ends."""
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()
+        )
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         self._refuse_uncapturable()
         loss = None
         if closure is not None:
@@ -164,6 +182,8 @@ class AdamW(torch.optim.AdamW):
                 loss = closure()
         self._sq_norms = self._update()
         return loss
+
+    _watched_step = torch.optim.Optimizer.profile_hook_step(_step)
 
     @torch._disable_dynamo  # torch.compiler.disable would import the compiler with this module
     def _step_beside_the_graph(self, closure: Callable[[], Any] | None) -> Any:

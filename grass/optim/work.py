@@ -22,6 +22,8 @@ from grass_kernels import AdamWPlan, Hyperparameters, TensorLists, layout
 from grass_kernels.inputs import split_lr
 
 _address = Tensor.data_ptr
+_lr = itemgetter("lr")
+_betas = itemgetter("betas")
 _hyperparameters = itemgetter("lr", "betas", "eps", "weight_decay", "maximize")
 _structure = itemgetter("amsgrad", "differentiable", "capturable", "foreach", "fused")
 _dtype = attrgetter("dtype")
@@ -121,7 +123,7 @@ class Work:
         self._lengths = list(map(len, map(_params, groups)))
         self._present = [p.grad is not None for p in self._members]
         self._addresses = [_data_ptr_or_0(p) for p in compress(self._members, self._present)]
-        self._structures = [_structure(group) for group in groups]
+        self._structures = list(map(_structure, groups))
         self._state_ids = list(map(id, state.values()))
         self._sentinel = _sentinel(state)
         # Addresses and ids are kept, not tensors, so that what the user drops is freed. Then no plan may be run.
@@ -193,10 +195,10 @@ class Work:
             if _layouts(grads) != self._grad_layouts:
                 return False
             self.grads = addresses
-        if [_structure(group) for group in groups] != self._structures:
+        if list(map(_structure, groups)) != self._structures:
             return False
         settings = list(map(_hyperparameters, groups))
-        if _have_tensors(settings) or settings != self._settings:
+        if _have_tensors(groups) or settings != self._settings:
             self._settings = settings
             self.hyperparameters = self._hyperparameters(groups)
         return True
@@ -214,9 +216,12 @@ class Work:
         return taken
 
 
-def _have_tensors(settings: Sequence[tuple[Any, ...]]) -> bool:
+def _have_tensors(groups: Sequence[dict[str, Any]]) -> bool:
     """Whether a learning rate or a beta is a tensor. Those are not compared: that would wait for the device."""
-    return any(isinstance(x, Tensor) for lr, betas, *_ in settings for x in (lr, *betas))
+    for x in (*map(_lr, groups), *chain.from_iterable(map(_betas, groups))):
+        if isinstance(x, Tensor):
+            return True
+    return False
 
 
 def _is_at_hand(lr: float | Tensor, device: torch.device) -> bool:
@@ -235,7 +240,11 @@ def _is_regular(p: Tensor, state: dict[str, Any]) -> bool:
 def _layouts(grads: Sequence[Tensor | None]) -> list[Any]:
     """What the kernels rest on: dtypes, signs, and the strides of those that are not contiguous."""
     contiguous = list(map(Tensor.is_contiguous, grads))  # type: ignore[arg-type]
-    strides = [g.stride() for g, plain in zip(grads, contiguous, strict=True) if not plain and g is not None]
+    strides: list[Any] = []
+    if False in contiguous:
+        strides = [
+            g.stride() for g, plain in zip(grads, contiguous, strict=True) if not plain and g is not None
+        ]
     return [list(map(_dtype, grads)), list(map(Tensor.is_neg, grads)), contiguous, strides]  # type: ignore[arg-type]
 
 
