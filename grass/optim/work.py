@@ -218,10 +218,7 @@ class Work:
 
 def _have_tensors(groups: Sequence[dict[str, Any]]) -> bool:
     """Whether a learning rate or a beta is a tensor. Those are not compared: that would wait for the device."""
-    for x in (*map(_lr, groups), *chain.from_iterable(map(_betas, groups))):
-        if isinstance(x, Tensor):
-            return True
-    return False
+    return any(isinstance(x, Tensor) for x in (*map(_lr, groups), *chain.from_iterable(map(_betas, groups))))
 
 
 def _is_at_hand(lr: float | Tensor, device: torch.device) -> bool:
