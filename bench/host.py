@@ -174,15 +174,23 @@ def _time(subject: Subject, situation: str) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a table, and write rows."""
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=30.0, help="for each number of tensors")
-    parser.add_argument("--tensors", type=int, nargs="+", default=list(TENSORS))
-    parser.add_argument("--out", help="a file to which rows are added, JSON lines")
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, metavar="N", help="for each number of tensors [30]"
+    )
+    parser.add_argument(
+        "--tensors", type=int, nargs="+", default=list(TENSORS), metavar="N", help="parameters [291 5000]"
+    )
+    parser.add_argument("--out", metavar="FILE", help="for the rows, JSON lines; replaced if it is there")
     options = parser.parse_args(arguments)
     if options.seconds <= 0 or min(options.tensors) < 2:
         parser.error("--seconds must be positive, and --tensors at least 2")
+    try:
+        file = open(options.out, "w") if options.out else contextlib.nullcontext()  # noqa: SIM115 - closed below
+    except OSError as error:
+        parser.error(f"--out {options.out}: {error.strerror}")
     torch.set_num_threads(1)
     gc.disable()  # a collection in one subject's turn is not its cost
-    with open(options.out, "a") if options.out else contextlib.nullcontext() as out:
+    with file as out:
         print(f"{'tensors':>7}  {'situation':<15} {'variant':<17} {'us':>9} {'x addresses':>12}  ns a tensor")
         for tensors in options.tensors:
             for row in measure(tensors, options.seconds):

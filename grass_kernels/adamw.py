@@ -106,7 +106,7 @@ def masked_adamw_(
     )
     num_layers = arguments.layer_count(layer_index, active, sq_norms)
     layers = arguments.layer_list(layer_index, len(params), num_layers)
-    arguments.check_hyperparameters(lr, betas, device)
+    arguments.check_hyperparameters(lr, betas, eps, weight_decay, device)
     arguments.check_sq_norms(sq_norms, device)
     host_active, device_active = arguments.split_mask(active, device)
     grad_scale = arguments.device_scalar("grad_scale", grad_scale, device)

@@ -64,8 +64,8 @@ def layer_list(layer_index: Sequence[int] | Tensor | None, count: int, num_layer
     if layers and not (min(layers) >= 0 and max(layers) < num_layers):
         position = next(i for i, layer in enumerate(layers) if not 0 <= layer < num_layers)
         raise KernelArgumentError(
-            f"layer_index[{position}] is {layers[position]}, but there are {num_layers} layers: "
-            f"indices run from 0 to {num_layers - 1}"
+            f"layer_index[{position}] is {layers[position]}, but there are {num_layers} layers (as many as "
+            f"active or sq_norms has entries): indices run from 0 to {num_layers - 1}"
         )
     return layers
 
@@ -78,6 +78,9 @@ def _host_list(name: str, values: Sequence[int] | Tensor) -> list[int]:
                 f"it is read by the host; give a list or a 1-D integer tensor on the CPU"
             )
         return [int(v) for v in values.tolist()]
+    wrong = next((i for i, v in enumerate(values) if isinstance(v, float) or v != int(v)), None)
+    if wrong is not None:
+        raise KernelArgumentError(f"{name}[{wrong}] is {values[wrong]!r}: give integers")
     return [int(v) for v in values]
 
 
@@ -116,6 +119,11 @@ def check_adamw_lists(
             raise KernelArgumentError(
                 f"{name} has {len(tensors)} tensors for {len(params)} parameters: give one a parameter"
             )
+    everything = {"params": params, **lists, "steps": steps, "remainders": remainders or ()}
+    for name, tensors in everything.items():
+        for position, t in enumerate(tensors):
+            if not isinstance(t, Tensor) and not (name == "remainders" and t is None):
+                raise KernelArgumentError(f"{name}[{position}] is {t!r}: give a tensor")
     check_grads(grads)
     low_halves = [r for r in remainders or () if r is not None]
     device = common_device({"params": params, **lists, "steps": steps, "remainders": low_halves})
@@ -138,13 +146,17 @@ def check_adamw_lists(
             f"parameters may be float32, bfloat16 or float16, gradients of the same dtype or float32, moments "
             f"float32 or bfloat16, all moments alike (see is_supported); convert them"
         )
-    for position, param in enumerate(params):
-        if 0 in param.stride() and any(
-            stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)
-        ):
-            raise KernelArgumentError(
-                f"params[{position}] is expanded: its elements share memory; update the tensor it views"
-            )
+    written = {name: tensors for name, tensors in everything.items() if name not in ("grads", "steps")}
+    for name, tensors in written.items():
+        for position, t in enumerate(tensors):
+            if (
+                t is not None
+                and 0 in t.stride()
+                and any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True))
+            ):
+                raise KernelArgumentError(
+                    f"{name}[{position}] is expanded: its elements share memory; update the tensor it views"
+                )
     _check_rounding(params, remainders, rounding_seeds)
     for position, step in enumerate(steps):
         if step.dtype != torch.float32 or step.dim() != 0:
@@ -177,9 +189,9 @@ def _check_rounding(
                 f"remainders[{position}] has shape {tuple(remainder.shape)}, its parameter "
                 f"{tuple(param.shape)}: they must be equal"
             )
-    for position, seed in enumerate(seeds or ()):
-        if not 0 <= seed < 1 << 63:
-            raise KernelArgumentError(f"rounding_seeds[{position}] is {seed}: give an integer in [0, 2^63)")
+    for position, seed in enumerate(seeds if seeds is not None else ()):
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+            raise KernelArgumentError(f"rounding_seeds[{position}] is {seed!r}: give an integer in [0, 2^63)")
 
 
 def layer_count(
@@ -231,8 +243,20 @@ def split_mask(
     return None, active.contiguous()
 
 
-def check_hyperparameters(lr: float | Tensor, betas: tuple[float, float], device: torch.device) -> None:
-    """`betas` in ``[0, 1)``; `lr` a number, or one element on the tensors' device or the CPU."""
+def check_hyperparameters(
+    lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float, device: torch.device
+) -> None:
+    """`betas` in ``[0, 1)``; `lr` a number, or one element on the tensors' device or the CPU; `eps` not negative."""
+    numbers = {"eps": eps, "weight_decay": weight_decay}
+    for name, value in numbers.items() if isinstance(lr, Tensor) else {"lr": lr, **numbers}.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+            raise KernelArgumentError(f"{name} is {value!r}: give a number")
+    if eps < 0:
+        raise KernelArgumentError(f"eps is {eps}: give a number of at least 0")
+    if len(betas) != 2:
+        raise KernelArgumentError(
+            f"betas has {len(betas)} entries: give two, of the first and the second moment"
+        )
     for i, beta in enumerate(betas):
         if not 0 <= beta < 1:
             raise KernelArgumentError(f"betas[{i}] is {beta}: give a number in [0, 1)")

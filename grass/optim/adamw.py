@@ -39,12 +39,18 @@ class AdamW(torch.optim.AdamW):
             ``torch.bfloat16``. Other parameters' moments have the parameter's dtype.
         master_weights: keep the 16 bits that a bfloat16 parameter lacks of its float32 value, as int16
             ``remainder`` in its state: updates are float32's to the bit. The parameter itself is the nearest
-            bfloat16. Whoever writes to it in place starts anew from what was written; a write through
-            ``.data`` of the parameter is not noticed, a new ``.data`` is.
+            bfloat16. Whoever writes to it in place starts anew from what was written. Not noticed are writes
+            through ``.data`` of the parameter (a new ``.data`` is), and those between `load_state_dict` and the
+            first step, which are taken for the loading of the model.
         stochastic_rounding: round bfloat16 parameters up or down by chance, right on average; what is drawn
             depends on the parameter's place among all, its step and the element, so runs can be repeated.
         max_grad_norm: scale gradients down to this norm of them all, inside the step: gradients are only read,
-            and a norm that is not finite skips the step, counters included.
+            and a norm that is not finite (also by squares that overflow float32) skips the step, counters included.
+
+    A step compares with the last by address: parameters, gradients and states may be moved, replaced, loaded or
+    dropped between steps. Taken on trust is that what stayed at its address kept its shape and strides, and that
+    who replaces tensors inside ``state[p]`` by hand lets go of the old ones: after ``p.data = p.data[:n]``, or to
+    swap states that are kept, use `load_state_dict` or a new optimizer.
 
     Complex and float64 parameters, and tensor betas, take torch's own functional AdamW. Gradients are
     read-only: with a GradScaler they are unscaled inside the step, not rewritten.
@@ -260,6 +266,8 @@ class AdamW(torch.optim.AdamW):
         if work is not None and work.versions_written is not None:
             entries = zip(work.versions_written, work.remainder_addresses, strict=True)
             self._written.update(zip(work.with_remainder, entries, strict=True))
+            members = {p for _, p in self._members()}
+            self._written = {p: left for p, left in self._written.items() if p in members}
 
     # -- checkpoints ------------------------------------------------------------------------------------------
 

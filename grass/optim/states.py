@@ -37,7 +37,7 @@ class Options(NamedTuple):
                 "would have to make up for; pass one of them"
             )
         limit = self.max_grad_norm
-        if limit is not None and not (isinstance(limit, int | float) and limit > 0):
+        if limit is not None and not (isinstance(limit, int | float) and limit > 0 and limit is not True):
             raise ValueError(
                 f"max_grad_norm must be a positive number, or None for no clipping, not {limit!r}"
             )

@@ -235,14 +235,19 @@ def _is_regular(p: Tensor, state: dict[str, Any]) -> bool:
 
 
 def _layouts(grads: Sequence[Tensor | None]) -> list[Any]:
-    """What the kernels rest on: dtypes, signs, and the strides of those that are not contiguous."""
+    """What the kernels rest on: dtypes, sizes, signs, and the strides of those that are not contiguous.
+
+    A gradient has its parameter's shape: torch sees to that.
+    """
     contiguous = list(map(Tensor.is_contiguous, grads))  # type: ignore[arg-type]
     strides: list[Any] = []
     if False in contiguous:
         strides = [
             g.stride() for g, plain in zip(grads, contiguous, strict=True) if not plain and g is not None
         ]
-    return [list(map(_dtype, grads)), list(map(Tensor.is_neg, grads)), contiguous, strides]  # type: ignore[arg-type]
+    numels = list(map(Tensor.numel, grads))  # type: ignore[arg-type]
+    negative = list(map(Tensor.is_neg, grads))  # type: ignore[arg-type]
+    return [list(map(_dtype, grads)), numels, negative, contiguous, strides]
 
 
 def _data_ptr_or_0(t: Tensor | None) -> int:

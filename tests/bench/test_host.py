@@ -80,7 +80,9 @@ def test_situations_are_what_they_are_called():
         assert all(p.grad is not g for p, g in zip(subject.params, grads, strict=True))
 
 
-@pytest.mark.parametrize("wrong", [["--seconds", "0"], ["--tensors", "1"], ["--tensors", "x"]])
+@pytest.mark.parametrize(
+    "wrong", [["--seconds", "0"], ["--tensors", "1"], ["--tensors", "x"], ["--out", "/nowhere/rows.jsonl"]]
+)
 def test_wrong_usage(wrong, capsys):
     with pytest.raises(SystemExit) as exit_info:
         host.main(wrong)

@@ -11,7 +11,15 @@ import math
 import pytest
 import torch
 
-from grass_kernels import AdamWPlan, Hyperparameters, TensorLists, layer_sq_norms, masked_adamw_, reference
+from grass_kernels import (
+    AdamWPlan,
+    Hyperparameters,
+    TensorLists,
+    _triton,
+    layer_sq_norms,
+    masked_adamw_,
+    reference,
+)
 from grass_kernels.inputs import split_lr
 from grass_kernels.table import CHUNK
 
@@ -118,6 +126,29 @@ def test_clipping_is_by_the_norm_of_all(buffers: Buffers, limit, grad_scale):
         torch.testing.assert_close(one.param, other.param, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(one.exp_avg, other.exp_avg, rtol=1e-6, atol=1e-7)
         assert one.step == other.step
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_step_is_a_handful_of_launches(buffers: Buffers, monkeypatch, clip):
+    """Whatever the number of tensors and groups: one pass a combination of dtypes."""
+    kernels, launch = [], _triton.launch
+
+    def counted(kernel, *args, **kwargs):
+        kernels.append(kernel.__name__)
+        launch(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(_triton, "launch", counted)
+    problem, norms = Problem(buffers, sizes=SIZES), torch.empty(3)
+    plan = plan_of(problem)
+    plan.upload(addresses(problem), [hyperparameters(group, max_grad_norm=1.0) for group in GROUPS])
+    if clip:
+        plan.measure(norms)
+        plan.update(clip_by=norms)
+    else:
+        plan.update(norms)
+    norm_pass, update = ["_layer_sq_norms_kernel"], ["_prologue_kernel", "_masked_adamw_kernel"]
+    finalisation = ["_sum_layers_kernel"]
+    assert kernels == (norm_pass + finalisation + update if clip else update + finalisation)
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])

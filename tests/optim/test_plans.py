@@ -275,6 +275,23 @@ def test_data_of_another_shape_is_refused():
     torch.testing.assert_close([p.detach() for p in pair.params[:2]], others, rtol=0, atol=0)
 
 
+def test_a_parameter_cut_short_where_it_is_is_refused():
+    """Its address stays, its gradient is another: what lies behind it must be neither read nor written."""
+    p = torch.nn.Parameter(torch.ones(64))
+    optimizer = grass.AdamW([p], lr=0.1)
+    p.grad = torch.ones(64)
+    optimizer.step()
+    whole = p.data
+    before, buffer = whole.clone(), torch.full((64,), torch.nan)
+    p.grad = None
+    p.data = whole[:32]
+    buffer[:32] = 1.0
+    p.grad = buffer[:32]
+    with pytest.raises(ValueError, match="shape"):
+        optimizer.step()
+    assert torch.equal(whole, before)
+
+
 @pytest.mark.parametrize("dtypes", [(F32, BF16, F32), (BF16, F32), (BF16, F16), (F16, BF16, F16)])
 def test_a_model_that_changes_its_dtype(dtypes):
     """torch's moments would follow the model when they are used; ours are float32 all along."""
