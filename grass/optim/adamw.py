@@ -48,9 +48,9 @@ class AdamW(torch.optim.AdamW):
             and a norm that is not finite (also by squares that overflow float32) skips the step, counters included.
 
     A step compares with the last by address: parameters, gradients and states may be moved, replaced, loaded or
-    dropped between steps. Taken on trust is that what stayed at its address kept its shape and strides, and that
-    who replaces tensors inside ``state[p]`` by hand lets go of the old ones: after ``p.data = p.data[:n]``, or to
-    swap states that are kept, use `load_state_dict` or a new optimizer.
+    dropped between steps. Taken on trust is that what stayed at its address kept its strides, and that who
+    replaces tensors inside ``state[p]`` by hand lets go of the old ones: after ``p.data = p.data.t()``, or to swap
+    states that are kept, use `load_state_dict` or a new optimizer.
 
     Complex and float64 parameters, and tensor betas, take torch's own functional AdamW. Gradients are
     read-only: with a GradScaler they are unscaled inside the step, not rewritten.

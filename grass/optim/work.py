@@ -22,6 +22,7 @@ from grass_kernels import AdamWPlan, Hyperparameters, TensorLists, layout
 from grass_kernels.inputs import split_lr
 
 _address = Tensor.data_ptr
+_numel = Tensor.numel
 _lr = itemgetter("lr")
 _betas = itemgetter("betas")
 _hyperparameters = itemgetter("lr", "betas", "eps", "weight_decay", "maximize")
@@ -123,6 +124,7 @@ class Work:
         self._lengths = list(map(len, map(_params, groups)))
         self._present = [p.grad is not None for p in self._members]
         self._addresses = [_data_ptr_or_0(p) for p in compress(self._members, self._present)]
+        self._numels = [p.numel() for p in compress(self._members, self._present)]
         self._structures = list(map(_structure, groups))
         self._state_ids = list(map(id, state.values()))
         self._sentinel = _sentinel(state)
@@ -169,8 +171,8 @@ class Work:
     def holds(self, groups: Sequence[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> bool:
         """Whether the next step can take the same ways; if so, `grads` and `hyperparameters` are those of now.
 
-        A parameter or gradient at the address of its last is taken to be laid out as that was; a gradient that
-        has moved is looked at, and a parameter that has moved ends the plan.
+        A parameter or gradient at the address of its last is taken to have the strides that one had; a gradient
+        that has moved is looked at, and a parameter that has moved, or has another size, ends the plan.
         """
         members = list(chain.from_iterable(map(_params, groups)))
         if list(map(len, map(_params, groups))) != self._lengths or not all(map(is_, members, self._members)):
@@ -188,6 +190,10 @@ class Work:
             except RuntimeError:
                 return False
         if not self._alive[0] or list(map(_address, members)) != self._addresses:
+            return False
+        if (
+            list(map(_numel, members)) != self._numels
+        ):  # cut short where it is: what lies behind is not its own
             return False
         if list(map(id, state.values())) != self._state_ids or _sentinel(state) != self._sentinel:
             return False
