@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global
 import grass_kernels
 from grass.optim.states import Options, StateMaker, moment_keys, takes_kernel
 from grass.optim.update import Scaler, update
+from grass.optim.watching import CountedStates
 from grass.optim.work import Row, Work
 
 
@@ -48,9 +49,9 @@ class AdamW(torch.optim.AdamW):
             and a norm that is not finite (also by squares that overflow float32) skips the step, counters included.
 
     A step compares with the last by address: parameters, gradients and states may be moved, replaced, loaded or
-    dropped between steps. Taken on trust is that what stayed at its address kept its strides, and that who
-    replaces tensors inside ``state[p]`` by hand lets go of the old ones: after ``p.data = p.data.t()``, or to swap
-    states that are kept, use `load_state_dict` or a new optimizer.
+    dropped between steps. Taken on trust is that a gradient at the address of its last has that one's strides and
+    sign (autograd's have), and that who replaces tensors inside ``state[p]`` by hand lets go of the old ones: to
+    swap states that are kept, replace ``state[p]`` or use `load_state_dict`.
 
     Complex and float64 parameters, and tensor betas, take torch's own functional AdamW. Gradients are
     read-only: with a GradScaler they are unscaled inside the step, not rewritten.
@@ -94,6 +95,7 @@ class AdamW(torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
+        self.state = CountedStates(dict, self.state)
         self._graphs: list[object] = []  # what captured steps read
         self._forget()
 
@@ -109,6 +111,7 @@ class AdamW(torch.optim.AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.state = CountedStates(dict, self.state)
         self.__dict__.setdefault("_graphs", [])
         self._forget()
 

@@ -10,7 +10,7 @@ import math
 import weakref
 from collections.abc import Sequence
 from itertools import chain, compress
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -18,16 +18,13 @@ from torch import Tensor
 
 import grass_kernels
 from grass.optim.states import StateMaker, has_remainder, takes_kernel
+from grass.optim.watching import Layouts, entries_of
 from grass_kernels import AdamWPlan, Hyperparameters, TensorLists, layout
 from grass_kernels.inputs import split_lr
 
 _address = Tensor.data_ptr
-_numel = Tensor.numel
-_lr = itemgetter("lr")
-_betas = itemgetter("betas")
 _hyperparameters = itemgetter("lr", "betas", "eps", "weight_decay", "maximize")
 _structure = itemgetter("amsgrad", "differentiable", "capturable", "foreach", "fused")
-_dtype = attrgetter("dtype")
 _version = attrgetter("_version")
 _params = itemgetter("params")
 
@@ -119,14 +116,16 @@ class Work:
         self.layers = {row.layer for row in rows}
 
         self.grads = [_data_ptr_or_0(p.grad) for p in self.params]
-        self._grad_layouts = _layouts([p.grad for p in self.params])
         self._members = list(chain.from_iterable(map(_params, groups)))
+        self._single_elements = [place for place, p in enumerate(self._members) if p.numel() == 1]
         self._lengths = list(map(len, map(_params, groups)))
         self._present = [p.grad is not None for p in self._members]
-        self._addresses = [_data_ptr_or_0(p) for p in compress(self._members, self._present)]
-        self._numels = [p.numel() for p in compress(self._members, self._present)]
+        present = list(compress(self._members, self._present))
+        self._addresses = [_data_ptr_or_0(p) for p in present]
+        self._param_layouts = Layouts(present)
+        self._grad_layouts = Layouts([p.grad for p in present])
         self._structures = list(map(_structure, groups))
-        self._state_ids = list(map(id, state.values()))
+        self._entries = entries_of(state)
         self._sentinel = _sentinel(state)
         # Addresses and ids are kept, not tensors, so that what the user drops is freed. Then no plan may be run.
         self._alive = alive = [True]
@@ -171,11 +170,11 @@ class Work:
     def holds(self, groups: Sequence[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> bool:
         """Whether the next step can take the same ways; if so, `grads` and `hyperparameters` are those of now.
 
-        A parameter or gradient at the address of its last is taken to have the strides that one had; a gradient
-        that has moved is looked at, and a parameter that has moved, or has another size, ends the plan.
+        A gradient at the address of its last is taken to have the layout that one had; one that has moved is looked
+        at. A parameter that has moved, or has another layout, ends the plan.
         """
         members = list(chain.from_iterable(map(_params, groups)))
-        if list(map(len, map(_params, groups))) != self._lengths or not all(map(is_, members, self._members)):
+        if list(map(len, map(_params, groups))) != self._lengths or not self._are_members(members):
             return False
         grads = [p.grad for p in members]
         try:
@@ -191,23 +190,29 @@ class Work:
                 return False
         if not self._alive[0] or list(map(_address, members)) != self._addresses:
             return False
-        if (
-            list(map(_numel, members)) != self._numels
-        ):  # cut short where it is: what lies behind is not its own
+        if not self._param_layouts.hold(members):
             return False
-        if list(map(id, state.values())) != self._state_ids or _sentinel(state) != self._sentinel:
+        if entries_of(state) != self._entries or _sentinel(state) != self._sentinel:
             return False
         if addresses != self.grads:
-            if _layouts(grads) != self._grad_layouts:
+            if not self._grad_layouts.hold(grads):
                 return False
             self.grads = addresses
         if list(map(_structure, groups)) != self._structures:
             return False
         settings = list(map(_hyperparameters, groups))
-        if _have_tensors(groups) or settings != self._settings:
+        if _have_tensors(settings) or settings != self._settings:
             self._settings = settings
             self.hyperparameters = self._hyperparameters(groups)
         return True
+
+    def _are_members(self, params: list[Tensor]) -> bool:
+        """Whether these are the parameters themselves. Lists compare by identity first, which is fastest."""
+        try:
+            same = params == self._members
+        except RuntimeError:  # two that differ, of several elements: their comparison has no truth value
+            return False
+        return same and all(params[place] is self._members[place] for place in self._single_elements)
 
     def _hyperparameters(self, groups: Sequence[dict[str, Any]]) -> list[Hyperparameters]:
         """What plans take from the groups."""
@@ -222,9 +227,16 @@ class Work:
         return taken
 
 
-def _have_tensors(groups: Sequence[dict[str, Any]]) -> bool:
+def _have_tensors(settings: Sequence[tuple[Any, ...]]) -> bool:
     """Whether a learning rate or a beta is a tensor. Those are not compared: that would wait for the device."""
-    return any(isinstance(x, Tensor) for x in (*map(_lr, groups), *chain.from_iterable(map(_betas, groups))))
+    for lr, (beta1, beta2), *_ in settings:
+        if type(lr) is not float and isinstance(lr, Tensor):
+            return True
+        if type(beta1) is not float and isinstance(beta1, Tensor):
+            return True
+        if type(beta2) is not float and isinstance(beta2, Tensor):
+            return True
+    return False
 
 
 def _is_at_hand(lr: float | Tensor, device: torch.device) -> bool:
@@ -238,22 +250,6 @@ def _is_regular(p: Tensor, state: dict[str, Any]) -> bool:
     return layout.is_dense(p) and all(
         layout.is_dense(t) and layout.same_order(t, p) and not t.is_neg() for t in beside if t is not None
     )
-
-
-def _layouts(grads: Sequence[Tensor | None]) -> list[Any]:
-    """What the kernels rest on: dtypes, sizes, signs, and the strides of those that are not contiguous.
-
-    A gradient has its parameter's shape: torch sees to that.
-    """
-    contiguous = list(map(Tensor.is_contiguous, grads))  # type: ignore[arg-type]
-    strides: list[Any] = []
-    if False in contiguous:
-        strides = [
-            g.stride() for g, plain in zip(grads, contiguous, strict=True) if not plain and g is not None
-        ]
-    numels = list(map(Tensor.numel, grads))  # type: ignore[arg-type]
-    negative = list(map(Tensor.is_neg, grads))  # type: ignore[arg-type]
-    return [list(map(_dtype, grads)), numels, negative, contiguous, strides]
 
 
 def _data_ptr_or_0(t: Tensor | None) -> int:
