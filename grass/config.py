@@ -10,6 +10,7 @@ from grass.errors import ConfigError
 IMPORTANCE_SCALES = ("mean", "log", "zscore", "none")
 SAMPLERS = ("adaptive", "static", "uniform", "weight_norm", "cyclic", "shuffled")
 MOMENTS = ("keep", "reset")
+OFFLOADS = ("none", "resident", "streamed")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,14 @@ class GrassConfig:
         draw_ahead: how many steps before a period's end the next set is drawn, at most
             ``sample_interval - 1`` (taken as 0 when ``sample_interval`` is 1).
         seed: of the sampler's own generator.
+        offload: where states live. ``"none"``: beside their parameters. ``"resident"``: in host memory, and on the
+            device while their layers train. ``"streamed"``: in host memory, and on the device while they are updated.
+            What is trained is the same to the bit.
+        buffer_mb: size of a device buffer of ``"streamed"``, in MiB.
+        buffer_count: how many there are. Two overlap copies with updates.
+        fused_backward: update a layer inside backward, as soon as its gradients are complete, and free them. One
+            backward is one step; for micro-batches see `GrassAdamW.accumulate`. Excludes ``max_grad_norm``, a
+            GradScaler, and clipping or reading gradients after backward.
 
     Raises:
         ConfigError: a value out of range, with the remedy.
@@ -60,6 +69,10 @@ class GrassConfig:
     moments: str = "keep"
     draw_ahead: int = 1
     seed: int = 0
+    offload: str = "none"
+    buffer_mb: float = 64
+    buffer_count: int = 2
+    fused_backward: bool = False
 
     def __post_init__(self) -> None:
         for name in ("active_layers", "sample_interval", "update_interval"):
@@ -73,6 +86,12 @@ class GrassConfig:
         _check_choice("importance_scale", self.importance_scale, IMPORTANCE_SCALES)
         _check_choice("sampler", self.sampler, SAMPLERS)
         _check_choice("moments", self.moments, MOMENTS)
+        _check_choice("offload", self.offload, OFFLOADS)
+        _check_int("buffer_count", self.buffer_count, least=1)
+        if not (_is_number(self.buffer_mb) and 0 < self.buffer_mb < math.inf):
+            raise ConfigError(f"buffer_mb must be a positive number of MiB, not {self.buffer_mb!r}")
+        if not isinstance(self.fused_backward, bool):
+            raise ConfigError(f"fused_backward must be True or False, not {self.fused_backward!r}")
         if not (_is_number(self.temperature) and 0 < self.temperature < math.inf):
             raise ConfigError(f"temperature must be a positive number, not {self.temperature!r}")
         if not (_is_number(self.ema) and 0 < self.ema <= 1):
@@ -114,6 +133,18 @@ class GrassConfig:
         if self.always_active in ("outside", "none"):
             return None
         return (self.always_active,) if isinstance(self.always_active, str) else tuple(self.always_active)
+
+    def check_options(self, max_grad_norm: float | None) -> None:
+        """Check what depends on the optimizer's options.
+
+        Raises:
+            ConfigError: options that exclude each other.
+        """
+        if self.fused_backward and max_grad_norm is not None:
+            raise ConfigError(
+                "fused_backward and max_grad_norm exclude each other: the norm of all gradients is known when backward "
+                "has ended, and most layers are updated by then; leave one of them out"
+            )
 
     def check_layers(self, num_layers: int) -> None:
         """Check what depends on how many layers can be drawn.

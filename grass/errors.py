@@ -21,6 +21,14 @@ class StateMismatchError(GrassError, ValueError):
     """A checkpoint of another model, another layer map or another configuration."""
 
 
+class OffloadError(GrassError, RuntimeError):
+    """States that cannot be kept in host memory, or not in the way that was asked for."""
+
+
+class BackwardError(GrassError, RuntimeError):
+    """A backward that came where an update inside backward forbids it."""
+
+
 class DataError(GrassError, ValueError):
     """Training or evaluation data that is missing, empty or malformed."""
 

@@ -21,6 +21,12 @@ from grass.importance import MeanGradientNorm
 from grass.sampling import make_sampler
 from grass.schedule import Events, Schedule
 
+_PLACES = (
+    "offload",
+    "buffer_mb",
+    "buffer_count",
+    "fused_backward",
+)  # where and when, not what: they may change
 _CHOICES = {"importance_scale": IMPORTANCE_SCALES, "sampler": SAMPLERS, "moments": MOMENTS}
 _FORMAT = 1
 
@@ -217,6 +223,8 @@ def _config_numbers(config: GrassConfig) -> dict[str, int | float]:
     """The configuration as numbers: choices by their place, name patterns by a checksum."""
     numbers: dict[str, int | float] = {}
     for field in fields(config):
+        if field.name in _PLACES:
+            continue
         value = getattr(config, field.name)
         if field.name in _CHOICES:
             numbers[field.name] = _CHOICES[field.name].index(value)

@@ -11,8 +11,9 @@ from grass_kernels.adamw import masked_adamw_, masked_adamw_bytes
 from grass_kernels.arguments import is_supported
 from grass_kernels.errors import KernelArgumentError
 from grass_kernels.inputs import Hyperparameters
-from grass_kernels.plan import AdamWPlan, TensorLists
+from grass_kernels.plan import AdamWPlan, Part, Shifts, TensorLists
 from grass_kernels.sq_norm import layer_sq_norms, layer_sq_norms_bytes
+from grass_kernels.torch_plan import States, TorchPlan
 
 operators.implement(layer_sq_norms, masked_adamw_)
 
@@ -20,7 +21,11 @@ __all__ = [
     "AdamWPlan",
     "Hyperparameters",
     "KernelArgumentError",
+    "Part",
+    "Shifts",
+    "States",
     "TensorLists",
+    "TorchPlan",
     "is_supported",
     "layer_sq_norms",
     "layer_sq_norms_bytes",

@@ -57,6 +57,8 @@ def max_registers(state_dtype: torch.dtype, amsgrad: bool, norms: bool) -> int:
     return MORE_REGISTERS if amsgrad and norms and state_dtype == torch.bfloat16 else MAX_REGISTERS
 
 
+SHIFTS = ("exp_avg_shift", "exp_avg_sq_shift", "max_exp_avg_sq_shift", "remainder_shift")
+
 # How a parameter is stored.
 NEAREST = constexpr(0)
 MASTER = constexpr(1)  # bf16, with 16 more bits of its fp32 value in the remainders
@@ -137,13 +139,19 @@ def _adamw_block(  # type: ignore[no-untyped-def]  # Triton types its own argume
     return sums
 
 
-@jit(do_not_specialize=("chunks_start",))
+@jit(do_not_specialize=("chunks_start", *SHIFTS))
 def _masked_adamw_kernel(  # type: ignore[no-untyped-def]  # Triton types its own arguments
     table_ptr,  # int64, see table.py
     inputs_ptr,  # int64, see inputs.py
     coefficients_ptr,  # float32 [tensors, COEFFICIENTS], from the prologue
     partials_ptr,  # out: float32 [chunks], or None
     chunks_start,  # first word of this launch's chunks
+    # Bytes from where the table says states are to where they are now. Of a stated type: else it would follow
+    # the value, and the kernel be compiled for each.
+    exp_avg_shift: "i64",  # type: ignore  # noqa: F821
+    exp_avg_sq_shift: "i64",  # type: ignore  # noqa: F821
+    max_exp_avg_sq_shift: "i64",  # type: ignore  # noqa: F821
+    remainder_shift: "i64",  # type: ignore  # noqa: F821
     PARAM_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
@@ -157,10 +165,10 @@ def _masked_adamw_kernel(  # type: ignore[no-untyped-def]  # Triton types its ow
     tensor, chunk, row = find_chunk(table_ptr + chunks_start + tl.program_id(0), table_ptr)
     param_address = tl.load(row + PARAM)
     grad_address = tl.load(inputs_ptr + tensor)
-    exp_avg_address = tl.load(row + EXP_AVG)
-    exp_avg_sq_address = tl.load(row + EXP_AVG_SQ)
-    max_exp_avg_sq_address = tl.load(row + MAX_EXP_AVG_SQ)
-    remainder_address = tl.load(row + REMAINDER)
+    exp_avg_address = tl.load(row + EXP_AVG) + exp_avg_shift
+    exp_avg_sq_address = tl.load(row + EXP_AVG_SQ) + exp_avg_sq_shift
+    max_exp_avg_sq_address = tl.load(row + MAX_EXP_AVG_SQ) + max_exp_avg_sq_shift
+    remainder_address = tl.load(row + REMAINDER) + remainder_shift
     addresses = param_address | grad_address | exp_avg_address | exp_avg_sq_address
     addresses = addresses | max_exp_avg_sq_address | remainder_address  # 0 where there is none
     start, length, full = chunk_range(row, chunk, addresses, CHUNK, BLOCK)

@@ -24,7 +24,7 @@ from grass_kernels.adamw_kernel import (
 from grass_kernels.inputs import Hyperparameters, Inputs
 from grass_kernels.prologue import _prologue_kernel
 from grass_kernels.sq_norm import launch_norms, launch_sum_layers
-from grass_kernels.table import BLOCK, CHUNK, COEFFICIENTS, build_table
+from grass_kernels.table import BLOCK, CHUNK, COEFFICIENTS, ChunkRun, Piece, build_table
 
 
 class Key(NamedTuple):
@@ -35,6 +35,28 @@ class Key(NamedTuple):
     state: torch.dtype
     rounding: int  # NEAREST, MASTER or STOCHASTIC
     amsgrad: bool
+    unit: int = 0  # units of one step are launched one by one
+
+
+class Part(NamedTuple):
+    """Some chunks of a parameter, which belong to a unit: what is updated by one call of `AdamWPlan.run`."""
+
+    tensor: int  # its place in the lists
+    first_chunk: int
+    num_chunks: int
+    unit: int
+
+
+class Shifts(NamedTuple):
+    """Bytes from where the table says states are to where they are when they are updated."""
+
+    exp_avg: int = 0
+    exp_avg_sq: int = 0
+    max_exp_avg_sq: int = 0
+    remainder: int = 0
+
+
+_NOWHERE_ELSE = Shifts()
 
 
 class TensorLists(NamedTuple):
@@ -72,6 +94,7 @@ class AdamWPlan:
         groups: The group of hyperparameters of each parameter; None is all 0.
         num_groups: Groups of hyperparameters.
         capturable: A later run may be captured in a graph.
+        parts: How the parameters are divided into units; None is one unit.
     """
 
     def __init__(
@@ -82,12 +105,25 @@ class AdamWPlan:
         groups: Sequence[int] | None = None,
         num_groups: int = 1,
         capturable: bool = False,
+        parts: Sequence[Part] | None = None,
     ) -> None:
         count = len(lists.params)
         self.device = device
+        keys = lists.keys()
+        pieces = (
+            None
+            if parts is None
+            else [
+                Piece(
+                    part.tensor, part.first_chunk, part.num_chunks, keys[part.tensor]._replace(unit=part.unit)
+                )
+                for part in parts
+            ]
+        )
         self.table = build_table(
             numels=[p.numel() for p in lists.params],
-            keys=lists.keys(),
+            keys=keys,
+            pieces=pieces,
             layers=lists.layers,
             num_layers=num_layers,
             device=device,
@@ -102,6 +138,9 @@ class AdamWPlan:
                 "seed": [seed or 0 for seed in lists.seeds],
             },
         )
+        self._runs: dict[int, list[ChunkRun]] = {}
+        for run in self.table.runs:
+            self._runs.setdefault(run.key.unit, []).append(run)  # type: ignore[attr-defined]
         self._inputs = Inputs(count, num_groups, device, capturable)
         self._data = self._inputs.data
         self._coefficients = torch.empty(count * COEFFICIENTS.value, dtype=torch.float32, device=device)
@@ -155,7 +194,28 @@ class AdamWPlan:
             found_inf: One element of any type.
             clip_coef: float32, one element.
         """
-        partials = None if sq_norms is None else self._partials
+        self.begin(
+            clip_by=clip_by,
+            active=active,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            clip_coef=clip_coef,
+        )
+        for unit in self._runs:
+            self.run(unit, norms=sq_norms is not None)
+        if sq_norms is not None:
+            self.finish(sq_norms, grad_scale)
+
+    def begin(
+        self,
+        *,
+        clip_by: Tensor | None = None,
+        active: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        clip_coef: Tensor | None = None,
+    ) -> None:
+        """Advance the counters and work out the coefficients, before the units are run. Arguments of `update`."""
         _triton.launch(
             _prologue_kernel,
             self.table.num_tensors,
@@ -173,18 +233,31 @@ class AdamWPlan:
             num_layers=0 if clip_by is None else clip_by.numel(),
             NORM_BLOCK=reference.NORM_BLOCK,
         )
-        for run in self.table.runs:
+
+    def run(self, unit: int, *, norms: bool, shifts: Shifts = _NOWHERE_ELSE) -> None:
+        """Update one unit.
+
+        Args:
+            unit: Of those in `parts`; 0 where there were none.
+            norms: Take the partial sums of its norms.
+            shifts: From where its states are by the plan's lists to where they are now.
+        """
+        for run in self._runs.get(unit, ()):
             key: Key = run.key  # type: ignore[assignment]
             _triton.launch(
                 _masked_adamw_kernel,
                 run.num_chunks,
                 self.device,
-                max_registers=max_registers(key.state, key.amsgrad, partials is not None),
+                max_registers=max_registers(key.state, key.amsgrad, norms),
                 table_ptr=self.table.data,
                 inputs_ptr=self._data,
                 coefficients_ptr=self._coefficients,
-                partials_ptr=partials,
+                partials_ptr=self._partials if norms else None,
                 chunks_start=run.start,
+                exp_avg_shift=shifts.exp_avg,
+                exp_avg_sq_shift=shifts.exp_avg_sq,
+                max_exp_avg_sq_shift=shifts.max_exp_avg_sq,
+                remainder_shift=shifts.remainder,
                 PARAM_DTYPE=tl_dtype(key.param),
                 GRAD_DTYPE=tl_dtype(key.grad),
                 STATE_DTYPE=tl_dtype(key.state),
@@ -194,8 +267,10 @@ class AdamWPlan:
                 BLOCK=BLOCK,
                 NARROW_BLOCK=NARROW_BLOCK,
             )
-        if sq_norms is not None:
-            launch_sum_layers(self.table, self._partials, grad_scale, sq_norms)
+
+    def finish(self, sq_norms: Tensor, grad_scale: Tensor | None = None) -> None:
+        """Add up the norms that the units have taken, float32 ``[num_layers]``."""
+        launch_sum_layers(self.table, self._partials, grad_scale, sq_norms)
 
 
 def _current_stream(device: torch.device) -> Any:

@@ -63,6 +63,15 @@ COEFFICIENTS = constexpr(16)
 _CPU = torch.device("cpu")  # named everywhere: the user may have set another default device
 
 
+class Piece(NamedTuple):
+    """Some chunks of a tensor."""
+
+    tensor: int
+    first_chunk: int
+    num_chunks: int
+    key: Hashable  # pieces with equal keys go into one launch
+
+
 class ChunkRun(NamedTuple):
     """The chunks of the tensors that share a kernel: one launch."""
 
@@ -90,16 +99,18 @@ def build_table(
     num_layers: int,
     device: torch.device,
     columns: Mapping[str, Sequence[int]] | None = None,
+    pieces: Sequence[Piece] | None = None,
 ) -> Table:
     """Describe tensors, and upload the description.
 
     Args:
         numels: Elements of each tensor.
-        keys: Tensors with equal keys go into one launch.
+        keys: Tensors with equal keys go into one launch; not looked at where there are `pieces`.
         layers: The layer of each tensor, in ``[0, num_layers)``.
         num_layers: Number of layers.
         device: Where the tensors are and the table goes.
         columns: Further columns of `COLUMNS` by name, one entry a tensor; those left out are 0.
+        pieces: How tensors are divided into launches; None is each in one piece.
 
     Returns:
         The table. The upload is queued on the device's current stream; nothing waits for it.
@@ -134,24 +145,27 @@ def build_table(
     for name, column in known.items():
         rows[:, COLUMNS.index(name)] = column
 
-    runs = _write_chunks(words[chunks_start:], chunks, keys, chunks_start)
+    if pieces is None:
+        pieces = [Piece(i, 0, n, key) for i, (n, key) in enumerate(zip(chunks.tolist(), keys, strict=True))]
+    runs = _write_chunks(words[chunks_start:], pieces, chunks_start)
     data = words.to(device, non_blocking=True)
     return Table(data, count, num_chunks, num_layers, layers_start, runs)
 
 
-def _write_chunks(out: Tensor, chunks: Tensor, keys: Sequence[Hashable], start: int) -> list[ChunkRun]:
+def _write_chunks(out: Tensor, pieces: Sequence[Piece], start: int) -> list[ChunkRun]:
     """Fill `out` with the chunk words, key by key, and say which run of it is whose."""
-    tensors_of: dict[Hashable, list[int]] = {}
-    for index, key in enumerate(keys):
-        tensors_of.setdefault(key, []).append(index)
+    pieces_of: dict[Hashable, list[Piece]] = {}
+    for piece in pieces:
+        pieces_of.setdefault(piece.key, []).append(piece)
     runs, filled = [], 0
-    for key, indices in tensors_of.items():
-        tensors = torch.tensor(indices, device=_CPU)
-        counts = chunks[tensors]
+    for key, members in pieces_of.items():
+        tensors = torch.tensor([piece.tensor for piece in members], device=_CPU)
+        firsts = torch.tensor([piece.first_chunk for piece in members], device=_CPU)
+        counts = torch.tensor([piece.num_chunks for piece in members], device=_CPU)
         total = int(counts.sum())
         if total:
-            first = counts.cumsum(0) - counts
-            within = torch.arange(total, device=_CPU) - first.repeat_interleave(counts)
+            before = counts.cumsum(0) - counts
+            within = torch.arange(total, device=_CPU) + (firsts - before).repeat_interleave(counts)
             out[filled : filled + total] = (tensors.repeat_interleave(counts) << 32) | within
             runs.append(ChunkRun(key, start + filled, total))
             filled += total

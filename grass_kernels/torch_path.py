@@ -37,12 +37,22 @@ def masked_adamw_torch(
         return
     torch._foreach_add_(list(lists.steps), 1)
     hyper = {"lr": float(lr), "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    update_rows([_row(lists, i) for i in range(len(lists.params))], hyper, maximize, grad_scale, clip_coef)
+
+
+def update_rows(
+    rows: Sequence["_Row"],
+    hyper: dict,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    clip_coef: Tensor | None,
+) -> None:
+    """Update parameters, or pieces of them, whose counters have been advanced."""
     as_they_are = grad_scale is None and clip_coef is None
     factor = reference.grad_factor(maximize, grad_scale, clip_coef)
     whole: dict[torch.dtype, list[_Row]] = {}
     in_fp32: list[_Row] = []
-    for i, step in enumerate(lists.steps):
-        row = _Row(_flat(lists, i), step, lists.seeds[i] if lists.params[i].dtype == torch.bfloat16 else None)
+    for row in rows:
         t = row.tensors
         # torch's fused kernel forgets a NaN in the running maximum.
         if t.param.device.type != "cpu" or t.max_exp_avg_sq is not None:
@@ -52,8 +62,8 @@ def masked_adamw_torch(
         else:
             in_fp32.append(row)
     _update_in_fp32(in_fp32, factor, hyper)
-    for rows in whole.values():
-        _fused_adamw(rows, hyper, maximize)
+    for members in whole.values():
+        _fused_adamw(members, hyper, maximize)
 
 
 class _Row(NamedTuple):
@@ -65,7 +75,7 @@ class _Row(NamedTuple):
     start: int = 0  # of the piece
 
     def pieces(self) -> Iterator["_Row"]:
-        start = 0
+        start = self.start
         for piece in self.tensors.pieces():
             yield self._replace(tensors=piece, start=start)
             start += len(piece.param)
@@ -76,6 +86,11 @@ class _Row(NamedTuple):
             return None
         param = self.tensors.param
         return rounding.random_16_bits(self.seed, int(self.step), self.start, len(param), param.device)
+
+
+def _row(lists: TensorLists, i: int) -> _Row:
+    seed = lists.seeds[i] if lists.params[i].dtype == torch.bfloat16 else None
+    return _Row(_flat(lists, i), lists.steps[i], seed)
 
 
 def _flat(lists: TensorLists, i: int) -> Tensors:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import grass_kernels
+from grass.offload.pipeline import Pipeline
 from grass.optim.states import Options, StateMaker, moment_keys, takes_kernel
 from grass.optim.update import Scaler, update
 from grass.optim.watching import CountedStates
@@ -102,7 +103,7 @@ class AdamW(torch.optim.AdamW):
     def _forget(self) -> None:
         """Begin without what steps find out and keep for the next."""
         self._states = StateMaker(self._options)
-        self._work: Work | None = None
+        self._works: dict[int | None, Work] = {}  # by what is updated at a time: None is all
         self._sq_norms: Tensor | None = None
         self._written: dict[Tensor, tuple[int, int]] = {}  # parameters with remainders: version, address
 
@@ -206,42 +207,52 @@ class AdamW(torch.optim.AdamW):
 
     # -- one update ---------------------------------------------------------------------------------------
 
-    def _update(self) -> Tensor | None:
+    _pipeline: Pipeline | None = None  # if states live in a store
+
+    def _update(self, slot: int | None = None) -> Tensor | None:
         """Update all parameters that have gradients.
+
+        Args:
+            slot: only those of a slot, for subclasses that have such.
 
         Returns:
             float32 [layers], the squared norms of their gradients by layer; None if there were none.
         """
-        work = self._work
-        if work is None or not work.holds(self.param_groups, self.state):
-            self._leave_work()
-            work = self._work = self._arrange()
+        groups = self.param_groups if slot is None else self._groups_of(slot)
+        work = self._works.get(slot)
+        if work is None or not work.holds(groups, self.state):
+            self._leave_work(slot)
+            work = self._works[slot] = self._arrange(groups, slot)
         if not work.rows:
             return None
         if self._options.master_weights:
             self._drop_stale_remainders(work)
         scaler = Scaler(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        sq_norms, kept = update(work, self.param_groups, self.state, scaler)
+        sq_norms, kept = update(work, groups, self.state, scaler, self._pipeline)
         self._graphs += kept
         torch.autograd.graph.increment_version(work.written)
         if self._options.master_weights:
             work.versions_written = work.versions()
         return sq_norms
 
-    def _arrange(self) -> Work:
+    def _arrange(self, groups: list[dict[str, Any]], slot: int | None) -> Work:
         """Find the parameters with gradients, complete their states, and divide them."""
         _refuse_in_capture()
-        refuse_sparse(self.param_groups)
-        rows, num_layers = self._rows()
+        refuse_sparse(groups)
+        rows, num_layers = self._rows(slot)
         _check_gradients(rows)
         for row in rows:
             group, state = self.param_groups[row.group], self.state[row.param]
             self._states.allocate(state, group, row.param)
             self._states.follow(state, group, row.param)
         _check_states(rows, self.param_groups, self.state, self._options)
-        return Work(self.param_groups, self.state, rows, num_layers, self._states)
+        return Work(groups, self.state, rows, num_layers, self._states, self._pipeline)
 
-    def _rows(self) -> tuple[list[Row], int]:
+    def _groups_of(self, slot: int) -> list[dict[str, Any]]:
+        """The groups as they are, with the parameters of one slot only."""
+        raise NotImplementedError
+
+    def _rows(self, slot: int | None = None) -> tuple[list[Row], int]:
         """The parameters with gradients, and how many layers there are: each parameter is one."""
         members = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
         rows = [Row(index, p, seed, seed) for seed, (index, p) in enumerate(members) if p.grad is not None]
@@ -263,9 +274,9 @@ class AdamW(torch.optim.AdamW):
             if found != left:
                 self.state[p]["remainder"].zero_()
 
-    def _leave_work(self) -> None:
-        """Forget how the last step was divided, but not which versions of parameters it left."""
-        work, self._work = self._work, None
+    def _leave_work(self, slot: int | None = None) -> None:
+        """Forget how a step was divided, but not which versions of parameters it left."""
+        work = self._works.pop(slot, None)
         if work is not None and work.versions_written is not None:
             entries = zip(work.versions_written, work.remainder_addresses, strict=True)
             self._written.update(zip(work.with_remainder, entries, strict=True))
@@ -284,7 +295,7 @@ class AdamW(torch.optim.AdamW):
         # before loading, and before all that come after it.
         seen: list[dict[str, Any]] = []
         handles = [
-            self.register_load_state_dict_pre_hook(lambda _, given: seen.append(given)),
+            self.register_load_state_dict_pre_hook(lambda _, given: self._without_states(given, seen)),
             self.register_load_state_dict_post_hook(lambda _: self._restore(seen[-1]), prepend=True),
         ]
         try:
@@ -292,6 +303,11 @@ class AdamW(torch.optim.AdamW):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _without_states(self, given: dict[str, Any], seen: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """Keep the dict; torch is not to bring states to the device that do not live there."""
+        seen.append(given)
+        return None if self._states.home is None else {**given, "state": {}}
 
     def _restore(self, saved: dict[str, Any]) -> None:
         """Put moments and counters of a state dict, as they were saved, in place of what torch made of them."""

@@ -4,6 +4,7 @@ A gradient's way, in one direction: backward -> update and norm in one pass -> i
 device) -> at a refresh L floats to the host -> probabilities -> active set -> ``requires_grad``.
 """
 
+import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -17,17 +18,18 @@ from grass.config import GrassConfig
 from grass.errors import ConfigError, GrassError, ParameterError
 from grass.layer_scheduler import Change, LayerScheduler
 from grass.layers import LayerMap, Pattern
-from grass.optim.adamw import AdamW, refuse_sparse
-from grass.optim.checkpoint import check_complete, check_shapes, placeholder_state, split_method
+from grass.optim.adamw import refuse_sparse
 from grass.optim.embeddings import keep_graph_through_frozen_embeddings
 from grass.optim.freezing import Lease, trainable_flags
+from grass.optim.fused_backward import FusedBackward, tied_parameters
 from grass.optim.probe import Probe
+from grass.optim.saving import Saving
 from grass.optim.slots import assign_slots, count_elements, refuse_distributed, weight_norms
 from grass.optim.view import MethodView
 from grass.optim.work import Row
 
 
-class GrassAdamW(MethodView, AdamW):
+class GrassAdamW(MethodView, Saving):
     """AdamW that trains few layers at a time, chosen by their gradients; nothing but `step` is needed.
 
     The first ``probe_steps`` steps measure every layer's gradient and update nothing. Then
@@ -97,6 +99,8 @@ class GrassAdamW(MethodView, AdamW):
             raise ConfigError(
                 "GrassAdamW is neither differentiable nor capturable: its schedule is the host's"
             )
+        self._config = config if config is not None else GrassConfig()
+        self._config.check_options(max_grad_norm)
         refuse_distributed(model)
         super().__init__(
             params,
@@ -113,11 +117,11 @@ class GrassAdamW(MethodView, AdamW):
             stochastic_rounding=stochastic_rounding,
             max_grad_norm=max_grad_norm,
         )
-        self._config = config if config is not None else GrassConfig()
         self._layers = pattern if isinstance(pattern, LayerMap) else LayerMap.from_model(model, pattern)
         self._model_ref: weakref.ref[nn.Module] | None = weakref.ref(model)
         members = [p for _, p in self._members()]
         self._slots = dict(zip(members, self._slots_of(members), strict=True))
+        self._late = tied_parameters(model)
         flags = trainable_flags(members)
         if not any(flags):
             raise ParameterError("no parameter requires grad: there is nothing to train")
@@ -146,11 +150,21 @@ class GrassAdamW(MethodView, AdamW):
         self._scheduler = LayerScheduler(
             self._config, self._layers.names, count_elements(by_slot), device, weights
         )
+        self._offloading = self._make_offloading(flags)
+        self._trained = self._slots_trained(flags)
         self._lease = Lease(members, trainable)
         self._lease.bind(self)
         self._probe: Probe | None = None
+        self._fused: FusedBackward | None = None
         self._sq_norms: Tensor | None = None
         self._switch_parameters()
+
+    def _slots_trained(self, flags: dict[Tensor, bool]) -> list[bool]:
+        """Whether a slot has parameters that can train, for the layers and what is outside."""
+        trained = [False] * (len(self._layers) + 2)
+        for p, trainable in flags.items():
+            trained[self._slots[p]] |= trainable
+        return trained[:-1]
 
     def _by_slot(self, flags: dict[Tensor, bool]) -> list[list[Tensor]]:
         """Trainable parameters of each layer."""
@@ -203,18 +217,54 @@ class GrassAdamW(MethodView, AdamW):
         self._finish_step(sq_norms, observed, accumulated)
 
     def _take_adapt_step(self) -> None:
-        sq_norms = self._update()
-        if sq_norms is not None and self._work is not None:
-            layers = self._work.layers
-            observed = [layer in layers for layer in range(len(self._layers) + 1)]
+        if self._fused is not None:
+            self._refuse_scaler()
+            sq_norms, slots = self._fused.take(self._order())
+        else:
+            sq_norms = self._update()
+            work = self._works.get(None)
+            slots = [] if work is None else work.slots
+        if sq_norms is not None:
+            observed = [slot in slots for slot in range(len(self._layers) + 1)]
             self._finish_step(sq_norms, observed, accumulated=False)
 
-    def _rows(self) -> tuple[list[Row], int]:
+    def _refuse_scaler(self) -> None:
+        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+            raise GrassError(
+                "fused_backward and a GradScaler exclude each other: updates were made inside backward, with gradients "
+                "still scaled; train in bfloat16 without a scaler, or without fused_backward"
+            )
+
+    def _update_slot(self, slot: int) -> Tensor | None:
+        """Update one slot inside backward."""
+        self._refuse_if_ended()
+        return self._update(slot)
+
+    def accumulate(self) -> contextlib.AbstractContextManager[None]:
+        """Declare that the backwards inside are micro-batches before a step's last: with ``fused_backward``.
+
+        ::
+
+            with optimizer.accumulate():
+                model(first_half).loss.backward()
+            model(second_half).loss.backward()
+            optimizer.step()
+
+        Without ``fused_backward``, and while probing, it does nothing: gradients add up anyway.
+        """
+        return contextlib.nullcontext() if self._fused is None else self._fused.accumulate()
+
+    def _order(self) -> list[int]:
+        """The slots that train, in the order in which they are updated: backward's, what is in no layer last."""
+        layers = sorted(self._scheduler.active, reverse=True)
+        return [slot for slot in (*layers, len(self._layers)) if self._trained[slot]]
+
+    def _rows(self, slot: int | None = None) -> tuple[list[Row], int]:
         """The active parameters with gradients, and how many slots they are in."""
         rows = []
         members = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
         for seed, (index, p) in enumerate(members):
-            if p.grad is None:
+            if p.grad is None or (slot is not None and self._slots[p] != slot):
                 continue
             if self._trains(p):
                 rows.append(Row(index, p, self._slots[p], seed))
@@ -240,6 +290,12 @@ class GrassAdamW(MethodView, AdamW):
                     if self._slots[p] in change.left:
                         self._states.reset(self.state, p)
             self._switch_parameters()
+        if self._offloading is not None and not self._scheduler.probing:
+            self._offloading.pipeline.begin(self._order())
+            coming = self._scheduler.next_active
+            if coming is not None:
+                slots = sorted(coming, reverse=True)
+                self._offloading.pipeline.announce([slot for slot in slots if self._trained[slot]])
 
     def _trains(self, p: Tensor) -> bool:
         """Whether a parameter takes part in the step about to be taken (if it is trainable at all)."""
@@ -254,12 +310,25 @@ class GrassAdamW(MethodView, AdamW):
 
     def _switch_parameters(self) -> None:
         """Set ``requires_grad`` and the probe's hooks as the scheduler says."""
-        self._leave_work()
+        for slot in list(self._works):
+            self._leave_work(slot)
         self._lease.switch(self._trains)
         if self._probe is not None:
             self._probe.remove()
             self._probe = None
-        if self._scheduler.probing and not self._lease.ended:
+        if self._fused is not None:
+            self._fused.remove()
+            self._fused = None
+        if self._lease.ended:
+            return
+        if self._config.fused_backward and not self._scheduler.probing:
+            by_slot: dict[int, list[Tensor]] = {}
+            for _, p in self._members():
+                if p.requires_grad:
+                    by_slot.setdefault(self._slots[p], []).append(p)
+            self._fused = FusedBackward(by_slot, self._late, self._update_slot)
+            self._lease.handles.extend(self._fused.handles)
+        if self._scheduler.probing:
             measured = [p for _, p in self._members() if p.requires_grad]
             slots = [self._slots[p] for p in measured]
             self._probe = Probe(measured, slots, len(self._layers) + 1)
@@ -270,6 +339,8 @@ class GrassAdamW(MethodView, AdamW):
         super().zero_grad(set_to_none)
         if self._probe is not None:
             self._probe.discard()
+        if self._fused is not None:
+            self._fused.discard()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of further parameters of the model.
@@ -298,6 +369,10 @@ class GrassAdamW(MethodView, AdamW):
             raise
         self._scheduler.recount(counts)
         members = [p for _, p in self._members()]
+        if self._offloading is not None:
+            self._offloading.drain()
+            self._offloading = self._make_offloading(dict(zip(members, flags, strict=True)))
+        self._trained = self._slots_trained(dict(zip(members, flags, strict=True)))
         hooks = self._lease.handles
         self._lease.handles = []  # the old lease ends with the new one's beginning, its hooks go on
         self._lease = Lease(members, flags)
@@ -309,91 +384,3 @@ class GrassAdamW(MethodView, AdamW):
         """Give ``requires_grad`` back as it was at construction and remove all hooks."""
         self._lease.end()
         self._probe = None
-
-    # -- checkpoints and copies -----------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """State in torch's AdamW layout, with the whole method in ``param_groups[0]["grass"]``.
-
-        Layers that were never drawn appear with zero moments that take no memory: checkpoint libraries want
-        every parameter's state.
-        """
-        state_dict = super().state_dict()
-        state_dict["param_groups"][0]["grass"] = self._scheduler.state_dict()
-        for index, (group, p) in enumerate(self._members()):
-            if self._can_train(p) and "step" not in self.state.get(p, ()):
-                empty = placeholder_state(group, p, self._options)
-                state_dict["state"][index] = {**empty, **self.state.get(p, {})}
-        return state_dict
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken, in whatever phase.
-
-        A state dict of `torch.optim.AdamW` gives the moments; the method then starts at its beginning, with
-        one warning.
-
-        Raises:
-            StateMismatchError: of another model, another layer map or another `GrassConfig`; nothing has
-                been changed then.
-        """
-        given = state_dict
-        state_dict, method = split_method(given)
-        check_shapes(state_dict, self.param_groups)
-        if method is not None:
-            self._scheduler.check(method)
-            check_complete(given, self.param_groups, {p for _, p in self._members() if self._can_train(p)})
-        super().load_state_dict(state_dict)
-        if method is None:
-            warnings.warn(
-                "the state dict is plain AdamW's: moments are loaded, the method starts at its beginning",
-                stacklevel=2,
-            )
-            self._scheduler.load_state_dict(self._scheduler.beginning)
-        else:
-            self._scheduler.load_state_dict(method)
-        self._switch_parameters()
-
-    def __getstate__(self) -> dict[str, Any]:
-        members = [p for _, p in self._members()]
-        return {
-            **super().__getstate__(),
-            "grass_copy": {
-                "config": self._config,
-                "layers": self._layers,
-                "slots": [self._slots[p] for p in members],
-                "trainable": [self._lease.found(p) for p in members],
-                "method": self._scheduler.state_dict(),
-            },
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        copied = state.get("grass_copy")
-        super().__setstate__({key: value for key, value in state.items() if key != "grass_copy"})
-        if copied is None:  # torch's load_state_dict comes by here too
-            return
-        self._config, self._layers, self._model_ref = copied["config"], copied["layers"], None
-        members = [p for _, p in self._members()]
-        self._slots = dict(zip(members, copied["slots"], strict=True))
-        self._build(copied["trainable"])
-        self._scheduler.load_state_dict(copied["method"])
-        self._switch_parameters()
-
-    def _wants_only_state(self) -> bool:
-        """Whether this step is a checkpoint library's, which makes a fresh optimizer show its state.
-
-        `torch.distributed.checkpoint` sets zero gradients by hand and the learning rate to 0, steps once, and
-        then loads the state of whatever requires grad.
-        """
-        if self.step_count or any(float(group["lr"]) != 0 for group in self.param_groups):
-            return False
-        grads = [p.grad for _, p in self._members() if p.grad is not None]
-        if self._probe is not None:
-            return bool(grads) and not self._probe.fired
-        return bool(grads) and not any(bool(grad.any()) for grad in grads)
-
-    def _show_state(self) -> None:
-        """Make the state of all that can ever train, and let it require grad until the next switch."""
-        for group, p in self._members():
-            if self._can_train(p):
-                self._states.allocate(self.state[p], group, p)
-        self._lease.switch(lambda p: self._slots[p] <= len(self._layers))

@@ -1,6 +1,6 @@
 """The state of a parameter: which tensors it has, of what dtype and where; making, moving and restoring it."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -90,6 +90,22 @@ def step_device(group: dict[str, Any], p: Tensor, options: Options) -> torch.dev
     return p.device if on_device else torch.device("cpu")
 
 
+class Home(Protocol):
+    """Memory for states, elsewhere than beside their parameters."""
+
+    def __contains__(self, p: Tensor) -> bool:
+        """Whether it has a place for a parameter's states."""
+
+    def place(self, p: Tensor, kind: str) -> Tensor:
+        """The place of one state, in the parameter's shape and strides."""
+
+    def zeros(self, p: Tensor, kind: str) -> Tensor:
+        """The place of one state, zero."""
+
+    def write(self, p: Tensor, kind: str, value: Tensor) -> Tensor:
+        """The place of one state, with these values."""
+
+
 class StateMaker:
     """Makes and restores states. All that it makes share one version counter.
 
@@ -98,10 +114,11 @@ class StateMaker:
 
     Args:
         options: of the optimizer.
+        home: where states live that do not live beside their parameters.
     """
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    def __init__(self, options: Options, home: "Home | None" = None) -> None:
+        self.options, self.home = options, home
         self.counter = torch.empty(0, device="cpu")
 
     def _counted(self, t: Tensor) -> Tensor:
@@ -120,15 +137,18 @@ class StateMaker:
             state["step"] = self._counted(torch.zeros((), dtype=torch.float32, device=device))
         for key in moment_keys(group):
             if key not in state:
-                dtype = moment_dtype(p, options, differentiable)
-                zeros = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                zeros = self._zeros(p, key, moment_dtype(p, options, differentiable))
                 state[key] = zeros if differentiable else self._counted(zeros)
         if not has_remainder(p, options, differentiable):
             state.pop("remainder", None)  # the parameter is no longer bfloat16
         elif "remainder" not in state:
             # the exact value to begin with is the parameter's own
-            zeros = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
-            state["remainder"] = self._counted(zeros)
+            state["remainder"] = self._counted(self._zeros(p, "remainder", torch.int16))
+
+    def _zeros(self, p: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+        if self.home is not None and p in self.home:
+            return self.home.zeros(p, kind)
+        return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
     def reset(self, state: dict[Tensor, dict[str, Any]], p: Tensor) -> None:
         """Drop what starts from zero when the parameter returns; what it lacks of its exact value stays."""
@@ -147,7 +167,13 @@ class StateMaker:
             step = torch.as_tensor(step, dtype=torch.float32).to(device).reshape(())
             state["step"] = self._counted(step)
         for key, value in state.items():
-            if key != "step" and isinstance(value, Tensor) and value.device != p.device:
+            if key == "step" or not isinstance(value, Tensor):
+                continue
+            if self.home is not None and p in self.home:
+                place = self.home.place(p, key)
+                if (value.data_ptr(), value.shape, value.stride()) != (place.data_ptr(), p.shape, p.stride()):
+                    state[key] = self._counted(self.home.write(p, key, value))
+            elif value.device != p.device:
                 state[key] = self._counted(value.to(p.device))
 
     def restore(self, state: dict[str, Any], group: dict[str, Any], p: Tensor, saved: dict[str, Any]) -> None:
@@ -156,11 +182,16 @@ class StateMaker:
         for name in moment_keys(group):
             if name in saved:
                 dtype = moment_dtype(p, options, group["differentiable"])
-                state[name] = self._counted(saved[name].detach().to(device=p.device, dtype=dtype))
+                state[name] = self._counted(self._values(p, name, saved[name].detach(), dtype))
         state.pop("remainder", None)
         if "remainder" in saved and has_remainder(p, options, group["differentiable"]):
-            state["remainder"] = self._counted(saved["remainder"].to(device=p.device, dtype=torch.int16))
-        if "step" in state:
+            state["remainder"] = self._counted(self._values(p, "remainder", saved["remainder"], torch.int16))
+        if "step" in saved:
             step = torch.as_tensor(saved["step"], dtype=torch.float32)
             device = step_device(group, p, options)
             state["step"] = self._counted(step.to(device, copy=True).reshape(()))
+
+    def _values(self, p: Tensor, kind: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.home is not None and p in self.home:
+            return self.home.write(p, kind, value)
+        return value.to(device=p.device, dtype=dtype)

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 import grass_kernels
+from grass.offload.pipeline import Pipeline
+from grass.optim.in_units import Scales, run_units
 from grass.optim.work import Row, Work
 from grass_kernels import reference
 
@@ -20,7 +22,11 @@ class Scaler(NamedTuple):
 
 
 def update(
-    work: Work, groups: Sequence[dict[str, Any]], state: dict[Tensor, dict[str, Any]], scaler: Scaler
+    work: Work,
+    groups: Sequence[dict[str, Any]],
+    state: dict[Tensor, dict[str, Any]],
+    scaler: Scaler,
+    pipeline: Pipeline | None = None,
 ) -> tuple[Tensor, list[object]]:
     """Update all rows. The host waits for nothing, unless torch's functional AdamW does.
 
@@ -29,15 +35,19 @@ def update(
         groups: the optimizer's.
         state: the optimizer's.
         scaler: the GradScaler's part.
+        pipeline: if states live in a store: what brings them to the device.
 
     Returns:
         float32 [layers], the squared norms of the gradients by layer; and, if the step was captured in a graph,
         what must live as long as that.
     """
     kept = [planned.plan.upload(planned.of(work.grads), work.hyperparameters) for planned in work.planned]
+    kept = [entry for entry in kept if entry is not None]
     measured = None
     if work.options.max_grad_norm is not None:
         measured = _measure(work, scaler.grad_scale)
+    if pipeline is not None:
+        return _update_in_units(work, groups, state, scaler, measured, pipeline), kept
     sq_norms = measured
     for planned in work.planned:
         device = planned.plan.device
@@ -53,7 +63,7 @@ def update(
         others = _update_others(work, groups, state, scaler, measured)
         sq_norms = measured if others is None else _plus(sq_norms, others)
     assert sq_norms is not None
-    return sq_norms, [entry for entry in kept if entry is not None]
+    return sq_norms, kept
 
 
 @torch.no_grad()
@@ -86,12 +96,8 @@ def _update_others(
 ) -> Tensor | None:
     """Update what no plan does. Returns its squared norms by layer, unless they are in `measured`."""
     grad_scale, found_inf = scaler
-    clip_coef = skip = None
-    if measured is not None:
-        assert work.options.max_grad_norm is not None
-        clip_coef, skip = reference.clip_coefficient(measured, work.options.max_grad_norm)
-        clip_coef = clip_coef.float()
-        found_inf = skip if found_inf is None else skip | found_inf.to(skip.device).squeeze().bool()
+    clip_coef, skip = _clip(work, measured, found_inf)
+    found_inf = found_inf if measured is None else skip
     total: Tensor | None = None
     for (index, device), rows in work.by_function.items():
         norms = None
@@ -109,6 +115,20 @@ def _update_others(
         )
         if norms is not None:
             total = _plus(total, norms)
+    others = _update_by_torch_all(work, groups, state, measured, clip_coef, skip)
+    return total if others is None else _plus(total, others)
+
+
+def _update_by_torch_all(
+    work: Work,
+    groups: Sequence[dict[str, Any]],
+    state: dict[Tensor, dict[str, Any]],
+    measured: Tensor | None,
+    clip_coef: Tensor | None,
+    skip: Tensor | None,
+) -> Tensor | None:
+    """Update what only torch's functional AdamW can. Returns its squared norms by layer, unless in `measured`."""
+    total: Tensor | None = None
     for index, rows in work.by_torch.items():
         if measured is None:
             total = _plus(total, _sq_norms_of(rows, work.num_layers))
@@ -117,6 +137,54 @@ def _update_others(
         params = [row.param for row in rows]
         _update_by_torch(groups[index], params, [state[p] for p in params], clip_coef)
     return total
+
+
+def _clip(
+    work: Work, measured: Tensor | None, found_inf: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """What gradients are multiplied with to be clipped, and whether the step is skipped."""
+    if measured is None:
+        return None, found_inf
+    assert work.options.max_grad_norm is not None
+    clip_coef, skip = reference.clip_coefficient(measured, work.options.max_grad_norm)
+    if found_inf is not None:
+        skip = skip | found_inf.to(skip.device).squeeze().bool()
+    return clip_coef.float(), skip
+
+
+def _update_in_units(
+    work: Work,
+    groups: Sequence[dict[str, Any]],
+    state: dict[Tensor, dict[str, Any]],
+    scaler: Scaler,
+    measured: Tensor | None,
+    pipeline: Pipeline,
+) -> Tensor:
+    """`update` of states that live in a store; what torch updates has its states beside it."""
+    rest = []
+    for (_, device), rows in work.by_function.items() if measured is None else ():
+        norms = grass_kernels.layer_sq_norms(
+            [row.param.grad for row in rows],  # type: ignore[misc]
+            [row.layer for row in rows],
+            work.num_layers,
+            grad_scale=_to(scaler.grad_scale, device),
+        )
+        rest.append(norms)
+    clip_coef, skip = _clip(work, measured, scaler.found_inf)
+    scales = Scales(scaler.grad_scale, scaler.found_inf, measured, clip_coef, skip)
+    run_units(work, pipeline, groups, state, scales, norms=measured is None)
+    sq_norms = measured
+    if measured is None:  # added up in the order of `update`, for the same bits
+        for planned in work.planned:
+            planned.plan.finish(planned.sq_norms, scaler.grad_scale)
+            sq_norms = _plus(sq_norms, planned.sq_norms)
+        for norms in rest:
+            sq_norms = _plus(sq_norms, norms)
+    if work.by_torch:
+        others = _update_by_torch_all(work, groups, state, measured, clip_coef, skip)
+        sq_norms = measured if others is None else _plus(sq_norms, others)
+    assert sq_norms is not None
+    return sq_norms
 
 
 def _update_by_function(

@@ -5,6 +5,8 @@ from torch import Tensor
 from grass.config import GrassConfig
 from grass.layer_scheduler import LayerScheduler
 from grass.layers import LayerMap
+from grass.optim.fused_backward import FusedBackward
+from grass.optim.offloading import Offloading, TransferStats
 
 
 class MethodView:
@@ -13,6 +15,8 @@ class MethodView:
     _config: GrassConfig
     _layers: LayerMap
     _scheduler: LayerScheduler
+    _fused: FusedBackward | None
+    _offloading: Offloading | None
     _sq_norms: Tensor | None  # float32 [L + 1] on the device, of the last step
 
     @property
@@ -84,3 +88,17 @@ class MethodView:
     def grad_norm(self) -> Tensor | None:
         """float32 scalar on the device: norm of all gradients of the last step."""
         return None if self._sq_norms is None else self._sq_norms.sum().sqrt()
+
+    @property
+    def transfer_stats(self) -> TransferStats:
+        """Bytes moved to and from the device since construction, and held in the store and for it on the device."""
+        return TransferStats(0, 0, 0, 0) if self._offloading is None else self._offloading.stats
+
+    @property
+    def torn_layers(self) -> tuple[int, ...]:
+        """With ``fused_backward``: slots updated in a step that has not ended (L stands for what is in no layer).
+
+        Inside and after backward that is as it should be, until `step`. After a backward that failed, these are
+        one update ahead; each one's weights, moments and counters agree, and everything can be saved.
+        """
+        return () if self._fused is None else tuple(self._fused.done)

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 import grass_kernels
+from grass.offload.pipeline import Pipeline
+from grass.offload.units import Unit
 from grass.optim.states import StateMaker, has_remainder, takes_kernel
 from grass.optim.watching import Layouts, entries_of
-from grass_kernels import AdamWPlan, Hyperparameters, TensorLists, layout
+from grass_kernels import AdamWPlan, Hyperparameters, Part, TensorLists, layout
 from grass_kernels.inputs import split_lr
 
 _address = Tensor.data_ptr
@@ -59,8 +61,11 @@ class Work:
         rows: the parameters that have gradients.
         num_layers: layers of the rows.
         maker: of the states.
+        pipeline: if states live in a store: what brings them to the device.
 
     Attributes:
+        slots: the layers of the rows, in the order in which they are updated: backward's, what is in no layer last.
+        unit_numbers: the units of the rows' states, if there is a pipeline.
         planned: by plan, one a device.
         by_function: rows that take the kernels' function, by group and device.
         by_torch: rows that take torch's functional AdamW, by group.
@@ -80,8 +85,15 @@ class Work:
         rows: Sequence[Row],
         num_layers: int,
         maker: StateMaker,
+        pipeline: Pipeline | None = None,
     ) -> None:
         options = maker.options
+        self.slots = sorted({row.layer for row in rows}, key=lambda slot: (slot == num_layers - 1, -slot))
+        self.unit_numbers: dict[Unit, int] = {}
+        if pipeline is not None:
+            for slot in self.slots:
+                for unit in pipeline.units(slot):
+                    self.unit_numbers[unit] = len(self.unit_numbers)
         self.rows, self.num_layers, self.options = rows, num_layers, options
         self.params = [row.param for row in rows]
         self.by_function: dict[tuple[int, torch.device], list[Row]] = {}
@@ -159,9 +171,21 @@ class Work:
             seeds=[row.seed if self.options.stochastic_rounding else None for row in rows],
         )
         capturable = any(group["capturable"] for group in groups)
-        plan = AdamWPlan(lists, self.num_layers, device, [row.group for row in rows], len(groups), capturable)
+        parts = self.parts_of(rows) if self.unit_numbers else None
+        of = [row.group for row in rows]
+        plan = AdamWPlan(lists, self.num_layers, device, of, len(groups), capturable, parts)
         sq_norms = torch.empty(self.num_layers, dtype=torch.float32, device=device)
         return Planned(plan, None if len(places) == len(self.rows) else places, sq_norms)
+
+    def parts_of(self, rows: Sequence[Row]) -> list[Part]:
+        """How the units divide these rows; a row is a tensor."""
+        places = {row.param: place for place, row in enumerate(rows)}
+        return [
+            Part(places[piece.param], piece.first_chunk, piece.num_chunks, number)
+            for unit, number in self.unit_numbers.items()
+            for piece in unit.pieces
+            if piece.param in places
+        ]
 
     def versions(self) -> list[int]:
         """Version counters of the parameters with remainders: who writes to one advances it."""

@@ -46,14 +46,14 @@ def test_it_takes_a_gpus_path_and_launches_nothing():
     boundary = (_triton.launch, inputs.copy_to_device, grass_kernels.runs_triton, torch._fused_adamw_)
     with host.no_device():
         subject = host.Subject(grass.AdamW, 3)
-        work = subject.optimizer._work
+        work = subject.optimizer._works[None]
         (planned,) = work.planned
         assert planned.places is None  # all of them
         assert not work.by_function
         assert not work.by_torch
         before = [p.clone() for p in subject.params]
         subject.optimizer.step()
-        assert subject.optimizer._work is work
+        assert subject.optimizer._works[None] is work
         assert all(torch.equal(p, q) for p, q in zip(subject.params, before, strict=True))
     assert boundary == (_triton.launch, inputs.copy_to_device, grass_kernels.runs_triton, torch._fused_adamw_)
 
@@ -61,7 +61,7 @@ def test_it_takes_a_gpus_path_and_launches_nothing():
 def test_situations_are_what_they_are_called():
     with host.no_device():
         subject = host.Subject(grass.AdamW, 3)
-        plan = subject.optimizer._work.planned[0].plan
+        plan = subject.optimizer._works[None].planned[0].plan
 
         def prepare_and_step(situation):
             lr = subject.optimizer.param_groups[0]["lr"]
@@ -69,7 +69,7 @@ def test_situations_are_what_they_are_called():
             subject.prepare(situation)
             moved = [p.grad.data_ptr() for p in subject.params] != addresses
             subject.call()
-            assert subject.optimizer._work.planned[0].plan is plan
+            assert subject.optimizer._works[None].planned[0].plan is plan
             return moved, subject.optimizer.param_groups[0]["lr"] != lr
 
         assert prepare_and_step("in place") == (False, False)

@@ -91,6 +91,7 @@ def _adamw(dtypes: tuple[torch.dtype, ...], rounding: str, amsgrad: bool, norms:
             "coefficients_ptr": "*fp32",
             "partials_ptr": "*fp32" if norms else None,
             "chunks_start": "i32",
+            **dict.fromkeys(adamw_kernel.SHIFTS, "i64"),
             "PARAM_DTYPE": _triton.tl_dtype(param),
             "GRAD_DTYPE": _triton.tl_dtype(grad),
             "STATE_DTYPE": _triton.tl_dtype(moments),

@@ -1,0 +1,301 @@
+"""Pipelines: how units of states come to the device, are updated there, and go home.
+
+*Streamed*: every unit passes through a ring of few buffers in every step. While one is updated, the next is fetched
+and the last is written back. *Resident*: the slots that train keep their states on the device until others
+take their place; those are fetched before the switch.
+
+Every wait has the number of the hazard it is there for: see the table in docs/architecture.md.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from grass.offload.store import ALIGNMENT, Store
+from grass.offload.streams import COMPUTE, D2H, H2D, HOST, CopyEngine, Operation
+from grass.offload.units import Unit, cut
+
+Update = Callable[[Unit, dict[str, Tensor]], None]
+"""Updates a unit whose sections are in these 1-D tensors on the device, by work on the current stream."""
+
+
+class Buffer:
+    """Device memory that units take turns in.
+
+    Attributes:
+        tenant: the unit that is in it, or on its way.
+        ready, updated, freed: events: the tenant's fetch, its update, and the write-back of its predecessor.
+    """
+
+    def __init__(self, name: str, memory: Tensor) -> None:
+        self.name, self.memory = name, memory
+        self.tenant: Unit | None = None
+        self.ready: Any = None
+        self.updated: Any = None
+        self.freed: Any = None
+
+
+class Pipeline(Protocol):
+    """What an optimizer asks for. Slots are numbers, as in the store."""
+
+    def begin(self, slots: Sequence[int]) -> None:
+        """Say which slots are updated next, in which order; their states start to come."""
+
+    def announce(self, slots: Sequence[int]) -> None:
+        """Say which slots will be updated when those of now are done with."""
+
+    def units(self, slot: int) -> Sequence[Unit]:
+        """The units of a slot, in the order of updates."""
+
+    def run(self, slot: int, update: Update) -> None:
+        """Update a slot, by calling `update` for every unit."""
+
+    def drain(self) -> None:
+        """Let the host wait until the store holds all states as they are now."""
+
+    def forget(self) -> None:
+        """Let the host wait until it may write to the store; what it writes is fetched anew."""
+
+    @property
+    def stats(self) -> tuple[int, int, int]:
+        """Bytes fetched and written back so far, and bytes of device memory held."""
+
+
+class _Base:
+    def __init__(self, store: Store, engine: CopyEngine) -> None:
+        self._store, self._engine = store, engine
+        self._units: dict[int, list[Unit]] = {}
+        self._capacity: int | None = None
+        self._moved = [0, 0]  # bytes to and from the device
+
+    def units(self, slot: int) -> Sequence[Unit]:
+        """See `Pipeline`."""
+        if slot not in self._units:
+            self._units[slot] = cut(slot, self._store.slab(slot), self._capacity)
+        return self._units[slot]
+
+    def _fetch(self, unit: Unit, buffer: Buffer) -> None:
+        engine = self._engine
+        engine.wait(H2D, buffer.freed, "H3")  # the last tenant has gone home
+        engine.wait(H2D, unit.written, "H4")  # the unit itself has, from whichever buffer it was in
+        what = Operation("fetch", unit.label, (_home(unit),), (buffer.name,), unit.num_bytes)
+        engine.copy(H2D, _tensors(unit.views(buffer.memory)), _tensors(unit.host), what)
+        buffer.ready = engine.record(H2D, buffer.ready)
+        buffer.tenant = unit
+        self._moved[0] += unit.num_bytes
+
+    def _update(self, unit: Unit, buffer: Buffer, update: Update) -> None:
+        engine = self._engine
+        engine.wait(COMPUTE, buffer.ready, "H1")  # its states have come
+        update(unit, unit.views(buffer.memory))
+        engine.note(COMPUTE, Operation("update", unit.label, (buffer.name,), (buffer.name,)))
+        buffer.updated = engine.record(COMPUTE, buffer.updated)
+
+    def _write_back(self, unit: Unit, buffer: Buffer) -> None:
+        engine = self._engine
+        engine.wait(D2H, buffer.updated, "H2")  # it has been updated
+        what = Operation("write-back", unit.label, (buffer.name,), (_home(unit),), unit.num_bytes)
+        engine.copy(D2H, _tensors(unit.host), _tensors(unit.views(buffer.memory)), what)
+        unit.written = buffer.freed = engine.record(D2H, unit.written)
+        self._moved[1] += unit.num_bytes
+
+    def _wait_for_write_backs(self, hazard: str) -> None:
+        for units in self._units.values():
+            for unit in units:
+                self._engine.wait(HOST, unit.written, hazard)
+
+
+class StreamedPipeline(_Base):
+    """States visit the device in every step.
+
+    Args:
+        store: their home.
+        engine: copies.
+        device: where buffers are; all are made here.
+        buffer_bytes: of each.
+        buffer_count: at least 2, for anything to overlap.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        engine: CopyEngine,
+        device: torch.device,
+        buffer_bytes: int,
+        buffer_count: int,
+    ) -> None:
+        super().__init__(store, engine)
+        self._capacity = buffer_bytes
+        self._free = [
+            Buffer(f"slot {i}", torch.empty(buffer_bytes, dtype=torch.uint8, device=device))
+            for i in range(buffer_count)
+        ]  # those without a tenant, the longest free first
+        for buffer in self._free:
+            buffer.freed = engine.record(COMPUTE, None)  # the allocator's memory may still be in use there
+        self._taken: dict[Unit, Buffer] = {}
+        self._coming: list[Unit] = []  # in the order in which they are expected
+        self._ring_bytes = buffer_bytes * buffer_count
+
+    def begin(self, slots: Sequence[int]) -> None:
+        """See `Pipeline`. What was fetched and is not expected first makes room."""
+        self._coming = [unit for slot in slots for unit in self.units(slot)]
+        expected = set(self._coming[: len(self._free) + len(self._taken)])
+        for unit in [unit for unit in self._taken if unit not in expected]:
+            self._give_up(unit)
+        self._fetch_ahead()
+
+    def announce(self, slots: Sequence[int]) -> None:
+        """See `Pipeline`. The ring has no room for a set to come."""
+
+    def run(self, slot: int, update: Update) -> None:
+        """See `Pipeline`. A slot may come out of turn: buffers that wait for others then make room."""
+        for unit in self.units(slot):
+            if unit in self._coming:
+                self._coming.remove(unit)
+            if unit not in self._taken:
+                if not self._free:
+                    self._give_up(next(reversed(self._taken)))
+                self._take(unit)
+            self._fetch_ahead()
+            buffer = self._taken[unit]
+            self._update(unit, buffer, update)
+            self._write_back(unit, buffer)
+            self._give_up(unit)
+            self._fetch_ahead()
+
+    def _take(self, unit: Unit) -> None:
+        buffer = self._free.pop(0)
+        self._fetch(unit, buffer)
+        self._taken[unit] = buffer
+
+    def _give_up(self, unit: Unit) -> None:
+        buffer = self._taken.pop(unit)
+        buffer.tenant = None
+        self._free.append(buffer)
+
+    def _fetch_ahead(self) -> None:
+        for unit in self._coming:
+            if not self._free:
+                break
+            if unit not in self._taken:
+                self._take(unit)
+
+    def drain(self) -> None:
+        """See `Pipeline`."""
+        self._wait_for_write_backs("H5")
+        self._engine.note(HOST, Operation("host read", "", _homes(self._units), ()))
+
+    def forget(self) -> None:
+        """See `Pipeline`. What is expected next is fetched by the next `begin`."""
+        self._wait_for_write_backs("H6")
+        for unit, buffer in list(self._taken.items()):
+            self._engine.wait(HOST, buffer.ready, "H6")  # a fetch still reads what the host will write
+            self._give_up(unit)
+        self._coming = []
+        self._engine.note(HOST, Operation("host write", "", (), _homes(self._units)))
+
+    @property
+    def stats(self) -> tuple[int, int, int]:
+        """See `Pipeline`."""
+        return self._moved[0], self._moved[1], self._ring_bytes
+
+
+class ResidentPipeline(_Base):
+    """States stay on the device as long as their slots train.
+
+    A buffer holds a slot. Buffers are kept and used again: as many as two sets have that share nothing (H10).
+
+    Args:
+        store: their home.
+        engine: copies.
+        device: where buffers are.
+    """
+
+    def __init__(self, store: Store, engine: CopyEngine, device: torch.device) -> None:
+        super().__init__(store, engine)
+        self._device = device
+        self._buffers: list[Buffer] = []
+        self._held: dict[int, Buffer] = {}
+        self._changed: set[int] = set()  # slots whose home is behind
+        self._wanted: set[int] = set()
+
+    def begin(self, slots: Sequence[int]) -> None:
+        """See `Pipeline`. Who is not in the set goes home."""
+        self._wanted = set(slots)
+        for slot in [slot for slot in self._held if slot not in self._wanted]:
+            self._send_home(slot)
+            self._held.pop(slot).tenant = None
+        for slot in slots:
+            self._bring(slot)
+
+    def announce(self, slots: Sequence[int]) -> None:
+        """See `Pipeline`. A slot of both sets does not move."""
+        for slot in slots:
+            self._bring(slot)
+
+    def run(self, slot: int, update: Update) -> None:
+        """See `Pipeline`."""
+        self._bring(slot)
+        for unit in self.units(slot):
+            self._update(unit, self._held[slot], update)
+            self._changed.add(slot)
+
+    def _bring(self, slot: int) -> None:
+        for unit in self.units(slot):
+            if slot in self._held:
+                continue
+            size = sum(-(-t.numel() * t.itemsize // ALIGNMENT) * ALIGNMENT for t in unit.host.values())
+            fitting = [b for b in self._buffers if b.tenant is None and b.memory.numel() >= size]
+            if fitting:
+                buffer = min(fitting, key=lambda b: b.memory.numel())
+            else:
+                memory = torch.empty(size, dtype=torch.uint8, device=self._device)
+                buffer = Buffer(f"slab {len(self._buffers)}", memory)
+                self._buffers.append(buffer)
+                buffer.freed = self._engine.record(COMPUTE, None)  # as in the ring
+            self._fetch(unit, buffer)
+            self._held[slot] = buffer
+
+    def _send_home(self, slot: int) -> None:
+        if slot in self._changed:
+            for unit in self.units(slot):
+                self._write_back(unit, self._held[slot])
+            self._changed.discard(slot)
+
+    def drain(self) -> None:
+        """See `Pipeline`. What trains stays, and a copy goes home."""
+        for slot in self._held:
+            self._send_home(slot)
+        self._wait_for_write_backs("H5")
+        self._engine.note(HOST, Operation("host read", "", _homes(self._units), ()))
+
+    def forget(self) -> None:
+        """See `Pipeline`."""
+        self._changed.clear()
+        self._wait_for_write_backs("H6")
+        for buffer in self._held.values():
+            self._engine.wait(HOST, buffer.ready, "H6")
+            self._engine.wait(HOST, buffer.updated, "H3")  # for whoever comes into the buffer next
+            buffer.tenant = None
+        self._held.clear()
+        self._engine.note(HOST, Operation("host write", "", (), _homes(self._units)))
+
+    @property
+    def stats(self) -> tuple[int, int, int]:
+        """See `Pipeline`."""
+        held = sum(buffer.memory.numel() for buffer in self._buffers)
+        return self._moved[0], self._moved[1], held
+
+
+def _tensors(views: dict[str, Tensor]) -> list[Tensor]:
+    return list(views.values())
+
+
+def _home(unit: Unit) -> str:
+    return f"store {unit.label}"
+
+
+def _homes(units: dict[int, list[Unit]]) -> tuple[str, ...]:
+    return tuple(_home(unit) for members in units.values() for unit in members)

@@ -1,0 +1,194 @@
+"""Store: the home of optimizer states, in host memory.
+
+A slot of parameters (a layer, or all that is in no layer) has one slab: a stretch of memory with a section for each
+kind of state, in which every parameter has the same place, counted in elements. So a range of elements is one
+copy a section, whatever parameters it holds.
+"""
+
+import contextlib
+import ctypes
+import mmap
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from grass.errors import OffloadError
+from grass_kernels import layout
+
+ALIGNMENT = 256
+"""Bytes to which every parameter's segment is aligned in every section: what a copy engine likes, and kernels need."""
+_ELEMENTS = 128
+"""The same in elements of two bytes, the smallest that a section has."""
+
+
+class _Memory(mmap.mmap):
+    """Anonymous pages: zero, not rounded up, and none of it taken before it is written; pinned if asked for."""
+
+    _address = 0
+
+    def pin(self) -> None:
+        if self._address:
+            return
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self))
+        error = torch.cuda.cudart().cudaHostRegister(address, len(self), 0)
+        if int(error) != 0:
+            raise OffloadError(
+                f"{len(self):,} bytes of host memory could not be pinned (CUDA error {int(error)}): raise the limit "
+                "of locked memory (ulimit -l), or use a machine with more memory"
+            )
+        self._address = address
+
+    def __del__(self) -> None:
+        if self._address:
+            torch.cuda.cudart().cudaHostUnregister(self._address)
+
+
+_MEMORIES: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictionary()  # by address
+
+
+def _map_memory(num_bytes: int, pinned: bool) -> Tensor:
+    memory = _Memory(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if pinned:
+        memory.pin()
+    tensor = torch.frombuffer(memory, dtype=torch.uint8)  # which keeps the memory alive, and so do its views
+    _MEMORIES[tensor.data_ptr()] = memory
+    return tensor
+
+
+_allocate: Callable[[int, bool], Tensor] = _map_memory
+
+
+@contextlib.contextmanager
+def allocating(function: Callable[[int, bool], Tensor]) -> Iterator[None]:
+    """Let slabs be allocated by another function meanwhile: from bytes, and whether pinned, to zeroed uint8."""
+    global _allocate
+    before, _allocate = _allocate, function
+    try:
+        yield
+    finally:
+        _allocate = before
+
+
+class Slab:
+    """The states of one slot.
+
+    Args:
+        params: dense parameters, each with the kinds of its states.
+        dtypes: of the sections, by kind.
+        pinned: see `Store`.
+
+    Attributes:
+        starts: element of the sections at which each parameter begins.
+        numel: elements of every section.
+        sections: 1-D, by kind.
+        num_bytes: of all sections.
+    """
+
+    def __init__(self, params: Sequence[Tensor], dtypes: Mapping[str, torch.dtype], pinned: bool) -> None:
+        self.starts, self.numel = place(params)
+        self.num_bytes = self.numel * sum(dtype.itemsize for dtype in dtypes.values())
+        self._memory = _allocate(max(1, self.num_bytes), pinned)
+        self.sections: dict[str, Tensor] = {}
+        self._given: set[tuple[Tensor, str]] = set()
+        offset = 0
+        for kind, dtype in dtypes.items():
+            size = self.numel * dtype.itemsize
+            self.sections[kind] = self._memory[offset : offset + size].view(dtype)
+            offset += size
+
+    def view(self, p: Tensor, kind: str) -> Tensor:
+        """The place of a parameter's state, in the parameter's shape and strides."""
+        section = self.sections[kind]
+        self._given.add((p, kind))
+        return section.as_strided(p.shape, p.stride(), section.storage_offset() + self.starts[p])
+
+    def pin(self) -> None:
+        """Let copy engines read and write it without the host."""
+        memory = _MEMORIES.get(self._memory.data_ptr())
+        if memory is not None:
+            memory.pin()
+
+    def was_given(self, p: Tensor, kind: str) -> bool:
+        """Whether `view` was called for it: what never was is still zero."""
+        return (p, kind) in self._given
+
+
+def place(params: Sequence[Tensor]) -> tuple[dict[Tensor, int], int]:
+    """Where each parameter begins in a section, and how many elements a section has."""
+    starts, numel = {}, 0
+    for p in params:
+        if not layout.is_dense(p):
+            raise OffloadError(
+                f"a parameter of shape {tuple(p.shape)} and strides {p.stride()} has gaps in memory, and its states "
+                "could not be copied in one piece: make it contiguous, or use offload='none'"
+            )
+        starts[p] = numel
+        numel += -(-p.numel() // _ELEMENTS) * _ELEMENTS
+    return starts, numel
+
+
+class Store:
+    """The slabs of an optimizer, each made when it is first asked for.
+
+    Args:
+        members: the parameters of each slot, all that can ever train.
+        dtypes_of: from a slot's parameters to the dtypes of its states, by kind.
+        pinned: let copy engines read and write it without the host.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Sequence[Tensor]],
+        dtypes_of: Callable[[Sequence[Tensor]], Mapping[str, torch.dtype]],
+        pinned: bool,
+    ) -> None:
+        self._members = [list(params) for params in members]
+        self._dtypes_of = dtypes_of
+        self._slot = {p: slot for slot, params in enumerate(members) for p in params}
+        self._slabs: dict[int, Slab] = {}
+        self._pinned = pinned
+
+    def __contains__(self, p: Tensor) -> bool:
+        return p in self._slot
+
+    def slot_of(self, p: Tensor) -> int:
+        """The slot a parameter is in."""
+        return self._slot[p]
+
+    def slab(self, slot: int) -> Slab:
+        """The slab of a slot; its memory is taken at the first call."""
+        if slot not in self._slabs:
+            params = self._members[slot]
+            self._slabs[slot] = Slab(params, self._dtypes_of(params), self._pinned)
+        return self._slabs[slot]
+
+    def view(self, p: Tensor, kind: str) -> Tensor:
+        """Where a parameter's state lives."""
+        return self.slab(self._slot[p]).view(p, kind)
+
+    def pin(self) -> None:
+        """Pin what there is and what is to come: the parameters have moved to a GPU."""
+        self._pinned = True
+        for slab in self._slabs.values():
+            slab.pin()
+
+    def is_fresh(self, p: Tensor, kind: str) -> bool:
+        """Whether nothing was ever written to a parameter's state: it is zero."""
+        return not self.slab(self._slot[p]).was_given(p, kind)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes taken so far."""
+        return sum(slab.num_bytes for slab in self._slabs.values())
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes when every slot has been drawn."""
+        total = 0
+        for params in self._members:
+            if params:
+                widths = sum(dtype.itemsize for dtype in self._dtypes_of(params).values())
+                total += place(params)[1] * widths
+        return total

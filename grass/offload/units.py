@@ -1,0 +1,107 @@
+"""Units: what passes through one device buffer at a time.
+
+A unit is a run of chunks of a slot: the same range of elements of every section of its slab. Cuts are at chunk
+boundaries only, so that norms and roundings, which go by chunks, do not depend on the size of a buffer.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grass.errors import ConfigError
+from grass.offload.store import ALIGNMENT, Slab
+from grass_kernels.table import CHUNK
+
+
+class Piece(NamedTuple):
+    """Some chunks of a parameter."""
+
+    param: Tensor
+    first_chunk: int
+    num_chunks: int
+    start: int  # element of the slab's sections
+    numel: int
+
+
+class Unit:
+    """A range of a slab.
+
+    Attributes:
+        slot: of the slab.
+        label: for logs: "3.1" is the second unit of slot 3.
+        pieces: what is in it.
+        start: first element of the sections.
+        host: 1-D views of the sections, by kind.
+        num_bytes: that a copy moves.
+        written: event of its last write-back.
+    """
+
+    def __init__(self, slot: int, index: int, slab: Slab, pieces: Sequence[Piece]) -> None:
+        self.slot, self.label, self.pieces = slot, f"{slot}.{index}", tuple(pieces)
+        self.start = pieces[0].start
+        stop = pieces[-1].start + pieces[-1].numel
+        self.host = {kind: section[self.start : stop] for kind, section in slab.sections.items()}
+        self.num_bytes = sum(t.numel() * t.itemsize for t in self.host.values())
+        self.written: object = None
+
+    def views(self, memory: Tensor) -> dict[str, Tensor]:
+        """Where its sections are in a buffer, uint8, each at a multiple of `ALIGNMENT`."""
+        views, offset = {}, 0
+        for kind, section in self.host.items():
+            size = section.numel() * section.itemsize
+            views[kind] = memory[offset : offset + size].view(section.dtype)
+            offset += -(-size // ALIGNMENT) * ALIGNMENT
+        return views
+
+
+def cut(slot: int, slab: Slab, capacity: int | None) -> list[Unit]:
+    """Cut a slab into units.
+
+    Args:
+        slot: of the slab.
+        slab: whose parameters lie one after another.
+        capacity: bytes of a buffer; None is one unit.
+    """
+    dtypes = {kind: section.dtype for kind, section in slab.sections.items()}
+    limit = slab.numel if capacity is None else elements_in(capacity, dtypes)
+    units: list[Unit] = []
+    pieces: list[Piece] = []
+
+    def close() -> None:
+        if pieces:
+            units.append(Unit(slot, len(units), slab, pieces))
+            pieces.clear()
+
+    for p, start in slab.starts.items():
+        done, total = 0, -(-p.numel() // CHUNK)
+        while done < total:
+            begin = start + done * CHUNK
+            room = limit - (begin - pieces[0].start if pieces else 0)
+            rest = p.numel() - done * CHUNK
+            taken = rest if rest <= room else room // CHUNK * CHUNK
+            if taken <= 0:
+                close()
+                continue
+            pieces.append(Piece(p, done, -(-taken // CHUNK), begin, taken))
+            done += -(-taken // CHUNK)
+    close()
+    return units
+
+
+def elements_in(capacity: int, dtypes: Mapping[str, torch.dtype]) -> int:
+    """How many elements of all sections a buffer of so many bytes holds.
+
+    Raises:
+        ConfigError: less than a chunk.
+    """
+    width = sum(dtype.itemsize for dtype in dtypes.values())
+    elements = (capacity - len(dtypes) * ALIGNMENT) // width
+    if elements < CHUNK:
+        least = CHUNK * width + len(dtypes) * ALIGNMENT
+        raise ConfigError(
+            f"buffer_mb holds {capacity:,} bytes, and the smallest unit of states has {least:,}: pass buffer_mb of at "
+            f"least {least / 2**20:.2g}"
+        )
+    return elements

@@ -1,0 +1,172 @@
+"""Offloading: an optimizer's store and pipeline, and how they follow its parameters."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grass.config import GrassConfig
+from grass.errors import OffloadError
+from grass.offload.host import check_host_memory
+from grass.offload.pipeline import Pipeline, ResidentPipeline, StreamedPipeline
+from grass.offload.store import Store
+from grass.offload.streams import CopyEngine, engine_for
+from grass.offload.units import elements_in
+from grass.optim.states import KERNEL_DTYPES, Options, has_remainder, moment_keys
+
+MEBIBYTE = 2**20
+
+
+class TransferStats(NamedTuple):
+    """What offloading has moved and holds, in bytes."""
+
+    h2d_bytes: int
+    """Copied to the device since construction."""
+    d2h_bytes: int
+    """Copied from the device since construction."""
+    store_bytes: int
+    """Of the store in host memory, so far."""
+    ring_bytes: int
+    """Of device memory for states."""
+
+    def keys(self) -> tuple[str, ...]:
+        """Names of the figures, so that ``dict(stats)`` works."""
+        return self._fields
+
+    def __getitem__(self, key: Any) -> Any:
+        return getattr(self, key) if isinstance(key, str) else tuple.__getitem__(self, key)
+
+    def __iter__(self) -> Iterator[Any]:
+        return tuple.__iter__(self)
+
+
+class Offloading:
+    """The home of an optimizer's states, and their way to the device.
+
+    Args:
+        members: the parameters of each slot that can ever train. Complex and float64 ones, which only torch updates,
+            keep their states beside them.
+        groups: of each parameter.
+        options: of the optimizer.
+        config: ``offload``, ``buffer_mb`` and ``buffer_count``.
+        engine: copies; None is the device's own.
+
+    Raises:
+        OffloadError: parameters on several devices, or less host memory than the store may need.
+        ConfigError: a buffer that holds less than a chunk.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Sequence[Tensor]],
+        groups: Mapping[Tensor, dict[str, Any]],
+        options: Options,
+        config: GrassConfig,
+        engine: Callable[[torch.device], CopyEngine] = engine_for,
+    ) -> None:
+        self._config, self._make_engine = config, engine
+        members = [[p for p in params if p.dtype in KERNEL_DTYPES] for params in members]
+
+        def dtypes_of(params: Sequence[Tensor]) -> dict[str, torch.dtype]:
+            kinds = sorted({kind for p in params for kind in moment_keys(groups[p])})
+            dtypes = dict.fromkeys(kinds, options.state_dtype or torch.float32)
+            if any(has_remainder(p, options) for p in params):
+                dtypes["remainder"] = torch.int16
+            return dtypes
+
+        self._params = [p for params in members for p in params]
+        self._device = self._common_device()
+        self.store = Store(members, dtypes_of, pinned=self._device.type == "cuda")
+        if config.offload == "streamed":
+            for params in members:
+                if params:
+                    elements_in(self._buffer_bytes, dtypes_of(params))
+        check_host_memory(self.store.most_bytes)
+        self._moved_before = (0, 0)  # by pipelines of devices that the parameters have left
+        self._pipeline: Pipeline | None = None
+
+    @property
+    def _buffer_bytes(self) -> int:
+        return int(self._config.buffer_mb * MEBIBYTE)
+
+    def _common_device(self) -> torch.device:
+        devices = {p.device for p in self._params}
+        if len(devices) > 1:
+            raise OffloadError(
+                f"the parameters are on several devices ({', '.join(sorted(map(str, devices)))}), and states are "
+                "fetched to one: put the model on one device, or use offload='none'"
+            )
+        return devices.pop() if devices else torch.device("cpu")
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The pipeline to the device where the parameters are."""
+        if self._pipeline is None:
+            store, engine = self.store, self._make_engine(self._device)
+            if self._config.offload == "resident":
+                self._pipeline = ResidentPipeline(store, engine, self._device)
+            else:
+                self._pipeline = StreamedPipeline(
+                    store, engine, self._device, self._buffer_bytes, self._config.buffer_count
+                )
+        return self._pipeline
+
+    def follow(self) -> None:
+        """Go where the parameters have gone: a model may be moved after its optimizer was made.
+
+        Raises:
+            OffloadError: to several devices.
+        """
+        device = self._common_device()
+        if device == self._device:
+            return
+        if self._pipeline is not None:
+            self._pipeline.drain()
+            h2d, d2h, _ = self._pipeline.stats
+            self._moved_before = (self._moved_before[0] + h2d, self._moved_before[1] + d2h)
+            self._pipeline = None
+        self._device = device
+        if device.type == "cuda":
+            self.store.pin()
+
+    @property
+    def stats(self) -> TransferStats:
+        """What has moved, and what is held."""
+        h2d, d2h, held = self.pipeline.stats
+        before = self._moved_before
+        return TransferStats(before[0] + h2d, before[1] + d2h, self.store.num_bytes, held)
+
+    def drain(self) -> None:
+        """Let the store hold all states as they are now."""
+        if self._pipeline is not None:
+            self._pipeline.drain()
+
+    def forget(self) -> None:
+        """Let the host write to the store."""
+        if self._pipeline is not None:
+            self._pipeline.forget()
+
+    # -- the home of states, as `StateMaker` knows it ---------------------------------------------------------
+
+    def __contains__(self, p: Tensor) -> bool:
+        return p in self.store
+
+    def place(self, p: Tensor, kind: str) -> Tensor:
+        """See `grass.optim.states.Home`."""
+        return self.store.view(p, kind)
+
+    def zeros(self, p: Tensor, kind: str) -> Tensor:
+        """See `grass.optim.states.Home`. Memory that was never written is zero, and stays untouched."""
+        if self.store.is_fresh(p, kind):
+            return self.store.view(p, kind)
+        self.forget()
+        return self.store.view(p, kind).zero_()
+
+    def write(self, p: Tensor, kind: str, value: Tensor) -> Tensor:
+        """See `grass.optim.states.Home`."""
+        self.forget()
+        place = self.store.view(p, kind)
+        if value.untyped_storage().data_ptr() == place.untyped_storage().data_ptr():
+            value = value.clone()  # the same memory, in another order
+        return place.copy_(value)
