@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from grass.finetune.data import Chat, Instruction
 from grass.finetune.encoding import IGNORED, Collator, Encoder, Example
+from grass.finetune.loss import chunked_loss
 
 _NUMBER = re.compile(r"(?<!\d)-?\d[\d,]*(?:\.\d+)?")
 _MAX_CHOICES = 20  # more distinct answers than this are no multiple choice
@@ -35,7 +36,11 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def heldout_loss(
-    model: PreTrainedModel, examples: Sequence[Example], batch_size: int, pad_token_id: int
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    batch_size: int,
+    pad_token_id: int,
+    chunked: bool = False,
 ) -> float:
     """Mean cross-entropy of all learnt tokens, each token with the same weight.
 
@@ -44,6 +49,7 @@ def heldout_loss(
         examples: held-out examples; labels `IGNORED` do not count.
         batch_size: examples in a forward pass; does not change the result beyond rounding.
         pad_token_id: what to pad with.
+        chunked: by `chunked_loss`.
     """
     collate = Collator(pad_token_id)
     ordered = sorted(examples, key=lambda example: len(example.input_ids))  # little padding
@@ -52,7 +58,8 @@ def heldout_loss(
         for start in range(0, len(ordered), batch_size):
             batch = {k: v.to(model.device) for k, v in collate(ordered[start : start + batch_size]).items()}
             learnt = int((batch["labels"][:, 1:] != IGNORED).sum())
-            total += float(model(**batch, use_cache=False).loss) * learnt
+            loss = chunked_loss(model, batch) if chunked else model(**batch, use_cache=False).loss
+            total += float(loss) * learnt
             count += learnt
     return total / count
 

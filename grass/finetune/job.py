@@ -19,6 +19,7 @@ from grass.finetune.data import Chat, Instruction, Record, file_digest, read_rec
 from grass.finetune.demo import demo_model, demo_tokenizer, make_demo, one_thread
 from grass.finetune.encoding import Encoded, Encoder, Example
 from grass.finetune.evaluation import Answer, answer_records, heldout_loss
+from grass.finetune.loss import use_chunked_loss
 from grass.finetune.model import check_method, context_of, load_model, pad_token_id
 from grass.finetune.options import FinetuneOptions
 from grass.finetune.picture import draw_picture
@@ -47,6 +48,7 @@ class Prepared:
     heldout: list[Example]
     questions: list[Instruction | Chat]  # held-out records to answer
     layers: LayerMap | None
+    chunked: bool  # how losses are computed
 
     @property
     def pad_token_id(self) -> int:
@@ -77,7 +79,9 @@ def start_run(
     check_is_free(path)
     prepared = None
     if options.is_demo:
-        check_method(demo_model(demo_tokenizer(), config.seed), options, config)
+        model = demo_model(demo_tokenizer(), config.seed)
+        check_method(model, options, config)
+        use_chunked_loss(model, options.loss, screen.say)
     else:
         prepared = prepare(options, config, screen)
     files = [file for file in (options.data, options.eval) if file]
@@ -144,6 +148,8 @@ def prepare(options: FinetuneOptions, config: GrassConfig, screen: Screen) -> Pr
         screen.say(f"looking for {options.model} on the hub")
     model, tokenizer = load_model(options.model, options.dtype)
     layers = check_method(model, options, config)
+    _to_device(model)
+    chunked = use_chunked_loss(model, options.loss, screen.say)
     encoder = Encoder(tokenizer, options.template, context_of(model, options.context))
     train_set = encoder.encode(records, options.data)
     _tell_cuts(train_set, "training", encoder.context, screen)
@@ -159,7 +165,7 @@ def prepare(options: FinetuneOptions, config: GrassConfig, screen: Screen) -> Pr
     questions = [r for r in heldout_records if isinstance(r, (Instruction, Chat)) and r.answer is not None]
     if len(questions) > options.eval_answers:
         questions = random.Random(config.seed).sample(questions, options.eval_answers)
-    return Prepared(model, encoder, train_set.examples, heldout.examples, questions, layers)
+    return Prepared(model, encoder, train_set.examples, heldout.examples, questions, layers, chunked)
 
 
 def _tell_cuts(encoded: Encoded, kind: str, context: int, screen: Screen) -> None:
@@ -206,7 +212,17 @@ def _train_and_evaluate(
     else:
         if run.layers is not None:
             screen.say(f"fine-tuning by GRASS, {config.active_layers} of {len(run.layers)} layers at a time")
-        train(run.model, run.encoder.tokenizer, run.examples, run.heldout, options, config, folder, screen)
+        train(
+            run.model,
+            run.encoder.tokenizer,
+            run.examples,
+            run.heldout,
+            options,
+            config,
+            folder,
+            screen,
+            chunked=run.chunked,
+        )
     training = folder.record["training"]
     after, answers = evaluate(run, options, screen, "evaluating after training")
     (folder.path / "answers.jsonl").unlink(missing_ok=True)
@@ -231,11 +247,10 @@ def evaluate(
     """Held-out loss and accuracy, as far as there are held-out records; and the answers."""
     result: dict[str, Any] = {}
     answers: list[Answer] = []
-    if torch.cuda.is_available():
-        run.model.to("cuda")  # type: ignore[arg-type]  # transformers' own signature
+    _to_device(run.model)
     if run.heldout:
         result["heldout_loss"] = heldout_loss(
-            run.model, run.heldout, options.eval_batch_size, run.pad_token_id
+            run.model, run.heldout, options.eval_batch_size, run.pad_token_id, run.chunked
         )
     if run.questions:
         screen.start(title, len(run.questions), unit="answer")
@@ -252,6 +267,11 @@ def evaluate(
         result["accuracy"] = sum(answer.correct for answer in answers) / len(answers)
         result["answers"] = len(answers)
     return result, answers
+
+
+def _to_device(model: PreTrainedModel) -> None:
+    if torch.cuda.is_available():
+        model.to("cuda")  # type: ignore[arg-type]  # transformers' own signature
 
 
 def _saved_evaluation(folder: RunFolder, when: str) -> dict[str, Any] | None:

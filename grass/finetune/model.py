@@ -86,4 +86,9 @@ def check_method(model: PreTrainedModel, options: FinetuneOptions, config: Grass
         return None
     layers = LayerMap.from_model(model, layer_pattern(options))
     config.check_layers(len(layers))
+    if config.fused_backward and options.max_grad_norm:
+        raise ConfigError(
+            "--fused-backward updates layers before the norm of all gradients is known, so nothing can be clipped: "
+            "pass --max-grad-norm 0 with it"
+        )
     return layers

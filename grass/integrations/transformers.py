@@ -21,6 +21,7 @@ def trainer_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     pattern: LayerMap | Pattern | None = None,
+    **more: Any,
 ) -> tuple[Factory, dict[str, Any]]:
     """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes to train by GRASS.
 
@@ -32,6 +33,10 @@ def trainer_optimizer(
             ``learning_rate`` and ``weight_decay`` on, so give ``lr=args.learning_rate`` and so on.
         config: settings of the method.
         pattern: as for `grass.GrassAdamW`.
+        more: its other keywords, such as ``master_weights``.
+
+    With ``GrassConfig(fused_backward=True)`` give Trainer ``max_grad_norm=0``: it clips after backward, when gradients
+    are gone, and would clip nothing without a word.
 
     Example:
         >>> Trainer(model, args, optimizer_cls_and_kwargs=trainer_optimizer(lr=1e-5, config=GrassConfig()), ...)
@@ -43,6 +48,7 @@ def trainer_optimizer(
         "betas": betas,
         "eps": eps,
         "pattern": pattern,
+        **more,
     }
     return _make_factory, options
 

@@ -219,12 +219,12 @@ class ResidentPipeline(_Base):
         self._buffers: list[Buffer] = []
         self._held: dict[int, Buffer] = {}
         self._changed: set[int] = set()  # slots whose home is behind
-        self._wanted: set[int] = set()
+        self._announced: set[int] = set()
 
     def begin(self, slots: Sequence[int]) -> None:
-        """See `Pipeline`. Who is not in the set goes home."""
-        self._wanted = set(slots)
-        for slot in [slot for slot in self._held if slot not in self._wanted]:
+        """See `Pipeline`. Who is neither in this set nor in the announced one goes home."""
+        wanted = self._announced.union(slots)
+        for slot in [slot for slot in self._held if slot not in wanted]:
             self._send_home(slot)
             self._held.pop(slot).tenant = None
         for slot in slots:
@@ -232,6 +232,7 @@ class ResidentPipeline(_Base):
 
     def announce(self, slots: Sequence[int]) -> None:
         """See `Pipeline`. A slot of both sets does not move."""
+        self._announced = set(slots)
         for slot in slots:
             self._bring(slot)
 
@@ -274,6 +275,7 @@ class ResidentPipeline(_Base):
     def forget(self) -> None:
         """See `Pipeline`."""
         self._changed.clear()
+        self._announced.clear()
         self._wait_for_write_backs("H6")
         for buffer in self._held.values():
             self._engine.wait(HOST, buffer.ready, "H6")

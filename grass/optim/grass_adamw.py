@@ -51,7 +51,11 @@ class GrassAdamW(MethodView, Saving):
     accelerate and Trainer. While probing, ``step`` changes no weight but counts as a step: a learning-rate
     schedule moves on, and a logged gradient norm is near zero, as gradients are freed once measured.
 
+    With ``offload`` states live in host memory: read them by `state_dict`, which waits for what is under way, and
+    change them by `load_state_dict`.
+
     Raises:
+        OffloadError: less host memory than all layers' states need, or parameters on several devices.
         ParameterError: no parameters, or some that are not the model's.
         ConfigError: a configuration that does not fit the model, or a distributed run.
         LayerDiscoveryError: the model's layers cannot be told.

@@ -133,7 +133,7 @@ class Offloading:
     @property
     def stats(self) -> TransferStats:
         """What has moved, and what is held."""
-        h2d, d2h, held = self.pipeline.stats
+        h2d, d2h, held = (0, 0, 0) if self._pipeline is None else self._pipeline.stats
         before = self._moved_before
         return TransferStats(before[0] + h2d, before[1] + d2h, self.store.num_bytes, held)
 
