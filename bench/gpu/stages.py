@@ -15,6 +15,7 @@ TEST_FILES = (  # the most important first
     "tests/gpu/test_graphs.py",
     "tests/gpu/test_streams.py",
     "tests/gpu/test_optimizer_on_device.py",
+    "tests/gpu/test_offload.py",
 )
 SANITIZER_ERROR = 86
 """What compute-sanitizer exits with if it has found something."""

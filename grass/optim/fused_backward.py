@@ -131,7 +131,6 @@ class FusedBackward:
         """Take the hooks off."""
         for handle in self.handles:
             handle.remove()
-        self.handles.clear()
 
 
 def tied_parameters(model: nn.Module | None) -> set[Tensor]:

@@ -160,6 +160,7 @@ class GrassAdamW(MethodView, Saving):
         self._lease.bind(self)
         self._probe: Probe | None = None
         self._fused: FusedBackward | None = None
+        self._order_seen: list[int] = []
         self._sq_norms: Tensor | None = None
         self._switch_parameters()
 
@@ -224,6 +225,7 @@ class GrassAdamW(MethodView, Saving):
         if self._fused is not None:
             self._refuse_scaler()
             sq_norms, slots = self._fused.take(self._order())
+            self._order_seen = slots
         else:
             sq_norms = self._update()
             work = self._works.get(None)
@@ -259,9 +261,10 @@ class GrassAdamW(MethodView, Saving):
         return contextlib.nullcontext() if self._fused is None else self._fused.accumulate()
 
     def _order(self) -> list[int]:
-        """The slots that train, in the order in which they are updated: backward's, what is in no layer last."""
+        """The slots that train, in the order of updates: backward's, as seen last or, what is in no layer last."""
         layers = sorted(self._scheduler.active, reverse=True)
-        return [slot for slot in (*layers, len(self._layers)) if self._trained[slot]]
+        slots = [slot for slot in (*layers, len(self._layers)) if self._trained[slot]]
+        return self._order_seen if sorted(self._order_seen) == sorted(slots) else slots
 
     def _rows(self, slot: int | None = None) -> tuple[list[Row], int]:
         """The active parameters with gradients, and how many slots they are in."""
@@ -322,6 +325,7 @@ class GrassAdamW(MethodView, Saving):
             self._probe = None
         if self._fused is not None:
             self._fused.remove()
+            self._lease.handles = [h for h in self._lease.handles if h not in self._fused.handles]
             self._fused = None
         if self._lease.ended:
             return
