@@ -74,7 +74,7 @@ class Figure:
 
 def figures() -> list[Figure]:
     """All of them, the most important first."""
-    return [*_bandwidth(), *_against_torch(), *_frozen(), *_host(), *_memory()]
+    return [*_bandwidth(), *_against_torch(), *_frozen(), *_offload(), *_training(), *_host(), *_memory()]
 
 
 def figure_cases(largest: int = LARGE.numel) -> list[Case]:
@@ -258,3 +258,61 @@ def _memory() -> Iterator[Figure]:
 
     yield Figure(part, "kept beside the moments, of them", "<= 0.1 %", beside_moments)
     yield Figure(part, "needed on top during a step, of the moments", "<= 0.1 %", in_a_step)
+
+
+# -- states in host memory --------------------------------------------------------------------------------
+
+
+def _offload() -> Iterator[Figure]:
+    part = "States in host memory"
+
+    def step_by_floor(source: str) -> Callable[[Rows], Reading | None]:
+        def read(rows: Rows) -> Reading | None:
+            row = rows.find(suite="offload", variant="overlapped", source=source)
+            if row is None or row["seconds"] is None:
+                return None
+            ratio = row["seconds"] / row["floor_seconds"]
+            return Reading(f"{ratio:.3f}x ({1e3 * row['seconds']:.0f} ms)", ratio <= 1.05)
+
+        return read
+
+    def resident(rows: Rows) -> Reading | None:
+        ours, none = (_trained(rows, name) for name in ("grass-resident", "grass"))
+        if ours is None or none is None:
+            return None
+        ratio = ours["seconds_median"] / none["seconds_median"]
+        return Reading(f"{ratio:.3f}x", ratio <= 1.02)
+
+    name = "a streamed step, by the larger of compute and transfer"
+    yield Figure(part, name, "<= 1.05x", step_by_floor("device"))
+    yield Figure(part, "a resident step, by one without offload", "<= 1.02x", resident)
+
+
+def _training() -> Iterator[Figure]:
+    part = "A 7B at batch 4 x 1024"
+
+    def peak(method: str) -> Callable[[Rows], Reading | None]:
+        def read(rows: Rows) -> Reading | None:
+            row = _trained(rows, method)
+            if row is None:
+                return None
+            ratio = row["peak_gib"] / row["predicted_peak_gib"]
+            speed = f"{row['tokens_per_second']:.0f} tokens/s"
+            return Reading(f"{row['peak_gib']:.2f} GiB ({ratio:.3f}x; {speed})", abs(ratio - 1) <= 0.05)
+
+        return read
+
+    for method in (
+        "grass-streamed-fused",
+        "grass-streamed",
+        "grass-resident",
+        "grass",
+        "lisa",
+        "lora-r128",
+        "full",
+    ):
+        yield Figure(part, f"{method}: peak by the predicted one", "within 5 %", peak(method))
+
+
+def _trained(rows: Rows, method: str) -> Row | None:
+    return rows.find(suite="training", method=method, seq=1024)

@@ -117,16 +117,34 @@ def _benchmarks(out: Path) -> list[Stage]:
     def module(name: str, *arguments: str) -> tuple[str, ...]:
         return (sys.executable, "-m", name, *arguments)
 
-    files = {name: out / f"{name}.jsonl" for name in ("figures", "host", "kernels")}
+    names = ("figures", "training", "offload", "host", "kernels")
+    files = {name: out / f"{name}.jsonl" for name in names}
     chart = () if _not_installed("matplotlib") else ("--plot", str(out / "chart.png"))
     return [
         Stage(
             "figures",
             "the cases that the promised figures are read from",
             "bench",
-            0.35,
+            0.25,
             module("bench.gpu.measure", "--seconds", "{seconds}", "--out", str(files["figures"])),
             files["figures"],
+        ),
+        Stage(
+            "training",
+            "a 7B, method by method: peak and speed, beside what was predicted",
+            "bench",
+            0.35,
+            module("bench.gpu.training", "--seconds", "{seconds}", "--out", str(files["training"])),
+            files["training"],
+            missing=_not_installed("transformers"),
+        ),
+        Stage(
+            "offload",
+            "states through the ring: measured beside simulated; the bus each way and both ways",
+            "bench",
+            0.15,
+            module("grass", "bench", "offload", "--out", str(files["offload"])),
+            files["offload"],
         ),
         Stage(
             "host",

@@ -6,6 +6,7 @@ from grass.errors import ConfigError
 
 METHODS = ("grass", "full")
 DTYPES = ("auto", "float32", "bfloat16")
+LOSSES = ("auto", "full", "chunked")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 
 
@@ -32,6 +33,8 @@ class FinetuneOptions:
         weight_decay: of AdamW, not on biases and norms.
         max_grad_norm: length to which gradients are clipped; 0 leaves them.
         dtype: of the weights while training: auto (as stored), float32 or bfloat16.
+        loss: "chunked" keeps the logits of a whole batch out of memory; "full" is the model's own; "auto" is chunked
+            where the vocabulary is large and the model allows it.
         activation_checkpointing: recompute activations in the backward pass, to save memory.
         log_steps: steps between two rows of metrics.jsonl.
         save_steps: steps between two checkpoints; the newest is kept. 0 saves none but at Ctrl-C.
@@ -63,6 +66,7 @@ class FinetuneOptions:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     dtype: str = "auto"
+    loss: str = "auto"
     activation_checkpointing: bool = False
     log_steps: int = 10
     save_steps: int = 500
@@ -75,6 +79,7 @@ class FinetuneOptions:
     def __post_init__(self) -> None:
         _choice("method", self.method, METHODS)
         _choice("dtype", self.dtype, DTYPES)
+        _choice("loss", self.loss, LOSSES)
         _choice("scheduler", self.scheduler, SCHEDULERS)
         for name in ("batch_size", "gradient_accumulation", "log_steps", "eval_batch_size", "max_new_tokens"):
             _at_least(name, getattr(self, name), 1)

@@ -7,6 +7,7 @@ from math import ceil
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -14,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 from grass.config import GrassConfig
 from grass.finetune.encoding import Collator, Example
 from grass.finetune.evaluation import heldout_loss
+from grass.finetune.loss import chunked_loss
 from grass.finetune.model import layer_pattern, pad_token_id
 from grass.finetune.options import FinetuneOptions
 from grass.finetune.recording import Recorder
@@ -63,17 +65,40 @@ def optimizer_state_bytes(optimizer: Optimizer, *, active_only: bool = False) ->
 class _HeldoutLoss(TrainerCallback):
     """Writes the held-out loss every `eval_steps` steps."""
 
-    def __init__(self, recorder: Recorder, examples: Sequence[Example], options: FinetuneOptions) -> None:
-        self.recorder, self.examples, self.options = recorder, examples, options
+    def __init__(
+        self, recorder: Recorder, examples: Sequence[Example], options: FinetuneOptions, chunked: bool
+    ) -> None:
+        self.recorder, self.examples, self.options, self.chunked = recorder, examples, options, chunked
 
     def on_step_end(self, args: Any, state: Any, control: Any, **context: Any) -> None:
         if state.global_step % self.options.eval_steps or state.global_step >= state.max_steps:
             return
         loss = heldout_loss(
-            context["model"], self.examples, self.options.eval_batch_size, self.recorder.collator.pad_token_id
+            context["model"],
+            self.examples,
+            self.options.eval_batch_size,
+            self.recorder.collator.pad_token_id,
+            self.chunked,
         )
         append_row(self.recorder.folder.metrics, {"step": state.global_step, "heldout_loss": loss})
         self.recorder.skip_time()
+
+
+class ChunkedLossTrainer(Trainer):
+    """Trainer that never holds a batch's logits."""
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Return `chunked_loss`, normalised over the micro-batches of a step as Trainer does."""
+        if return_outputs or not isinstance(model, PreTrainedModel):  # a wrapper wants its own forward
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.accelerator.autocast():  # accelerate puts it around the forward that is not called here
+            return chunked_loss(model, inputs, num_items_in_batch)
 
 
 def train(
@@ -86,6 +111,7 @@ def train(
     folder: RunFolder,
     screen: Screen,
     title: str = "training",
+    chunked: bool = False,
 ) -> TrainingSummary:
     """Train a model, from the folder's newest checkpoint if it has one, and save it as ``model/``.
 
@@ -98,6 +124,7 @@ def train(
         folder: of the run.
         screen: shows progress.
         title: of the progress bar.
+        chunked: compute losses by `chunked_loss`.
 
     Raises:
         Stopped: the user asked to stop; a checkpoint of the last step has been saved.
@@ -108,10 +135,10 @@ def train(
     recorder = Recorder(folder, collator, screen, title, stop)
     callbacks: list[TrainerCallback] = [recorder]
     if options.eval_steps and heldout:
-        callbacks.append(_HeldoutLoss(recorder, heldout, options))
+        callbacks.append(_HeldoutLoss(recorder, heldout, options, chunked))
     if options.activation_checkpointing:
         _checkpoint_activations(model)
-    trainer = Trainer(
+    trainer = (ChunkedLossTrainer if chunked else Trainer)(
         model=model,
         args=_arguments(options, config, folder, steps),
         data_collator=collator,
