@@ -48,7 +48,7 @@ NARROW_BLOCK = 2 * THREADS
 """Elements a program holds at a time where it must mask."""
 MAX_REGISTERS = 80
 """Of a thread: three programs of 256 threads fit a multiprocessor's 65,536."""
-MORE_REGISTERS = 96
+MORE_REGISTERS = 128
 """Two programs: for the kernels with most to hold, which would spill under some versions of Triton."""
 
 

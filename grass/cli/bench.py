@@ -1,4 +1,4 @@
-"""`grass bench kernels`: the benchmarks of the source tree, which is where they live.
+"""`grass bench kernels` and `grass bench offload`: the benchmarks of the source tree, which is where they live.
 
 The package `bench` stands beside `grass` in a clone and is not installed with it.
 """
@@ -6,10 +6,12 @@ The package `bench` stands beside `grass` in a clone and is not installed with i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import math
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +31,20 @@ examples:
   grass bench kernels
   grass bench kernels --sizes 1e6,1e8 --seconds 120 --out rows.jsonl --plot chart.png
   grass bench kernels --list
+"""
+
+
+_OFFLOAD_DESCRIPTION = """\
+Time a training step whose moments live in host memory, with updates inside backward: one unit of states after
+the other, and overlapped. Measured where there is a CUDA device, beside a simulation of the same steps; on
+other machines the simulation alone. Copies and updates are real, forward and backward stood in for.
+"""
+
+_OFFLOAD_EXAMPLES = """\
+examples:
+  grass bench offload
+  grass bench offload --model llama3-8b --pcie-gbs 24 --duplex-factor 0.5 --plot step.png
+  grass bench offload --model 32x4096x11008x32000 --buffer-count 3 --out rows.jsonl
 """
 
 
@@ -62,52 +78,146 @@ def add_parser(subparsers: Any) -> None:
     )
     kernels.add_argument(
         "--seconds",
-        type=_seconds,
+        type=_positive,
         metavar="N",
         help="time for the whole run, the most telling cases first [1200; 60 on a CPU]",
     )
-    kernels.add_argument("--out", metavar="FILE", help="write a JSON object a line, as soon as it is known")
-    kernels.add_argument("--plot", metavar="FILE", help="draw a chart (PNG): size against %% of the copy")
-    kernels.add_argument("--json", action="store_true", help="print the rows as a JSON list, not a table")
+    _add_output_options(kernels, plot="draw a chart (PNG): size against %% of the copy")
     kernels.add_argument("--list", action="store_true", help="print cases and variants, and run nothing")
     kernels.set_defaults(run=run_kernels)
+    offload = suites.add_parser(
+        "offload",
+        help="a step with moments in host memory: measured, simulated, and what is the least",
+        description=_OFFLOAD_DESCRIPTION,
+        epilog=_OFFLOAD_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_offload_options(offload)
+    _add_output_options(offload, plot="draw a step (PNG): compute and both copies over time")
+    offload.set_defaults(run=run_offload)
+
+
+def _add_offload_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default="llama2-7b",
+        metavar="MODEL",
+        help="tinyllama-1.1b, llama2-7b, llama3-8b, llama2-13b, or layers x hidden x intermediate x vocab, such as "
+        "32x4096x11008x32000 [llama2-7b]",
+    )
+    parser.add_argument("--active-layers", type=_count, default=2, metavar="N", help="layers that train [2]")
+    parser.add_argument("--tokens", type=_count, default=4096, metavar="N", help="in a step [4096]")
+    parser.add_argument(
+        "--tflops", type=_positive, default=200.0, metavar="X", help="that forward and backward reach [200]"
+    )
+    parser.add_argument(
+        "--pcie-gbs",
+        type=_positive,
+        metavar="X",
+        help="GB/s of the link to simulate, each way [measured; without a CUDA device 50]",
+    )
+    parser.add_argument(
+        "--duplex-factor",
+        type=_share,
+        metavar="X",
+        help="share of it that each direction has while both copy, 0.5 if they take turns [measured; 1]",
+    )
+    parser.add_argument(
+        "--hbm-gbs", type=_positive, metavar="X", help="GB/s of the device's memory [measured; 2000]"
+    )
+    parser.add_argument("--buffer-mb", type=_positive, default=64.0, metavar="X", help="MiB of a buffer [64]")
+    parser.add_argument("--buffer-count", type=_count, default=2, metavar="N", help="buffers [2]")
+    parser.add_argument(
+        "--split-outside",
+        action="store_true",
+        help="update the head when its gradients are complete, not with the embedding",
+    )
+
+
+def _add_output_options(parser: argparse.ArgumentParser, *, plot: str) -> None:
+    parser.add_argument("--out", metavar="FILE", help="write a JSON object a line, as soon as it is known")
+    parser.add_argument("--plot", metavar="FILE", help=plot)
+    parser.add_argument("--json", action="store_true", help="print the rows as a JSON list, not a table")
 
 
 def run_kernels(arguments: argparse.Namespace) -> int:
     """Run `grass bench kernels`; the exit code."""
-    out: IO[str] | None = None
+    return _guarded(arguments, _kernels)
+
+
+def run_offload(arguments: argparse.Namespace) -> int:
+    """Run `grass bench offload`; the exit code."""
+    return _guarded(arguments, _offload)
+
+
+def _guarded(arguments: argparse.Namespace, command: Callable[[argparse.Namespace], int]) -> int:
     try:
-        plans = _import_from_the_source("bench.kernels.plan")
-        sizes = sorted({size for group in arguments.sizes or () for size in group})
-        plan = plans.make_plan(sizes or None)
-        if arguments.list:
-            _print_plan(plan, as_json=arguments.json)
-            return 0
-        plot = None if arguments.plot is None else _writable(arguments.plot, "--plot")
-        if plot is not None:
-            _require_matplotlib()
-        if arguments.out is not None:
-            out = _writable(arguments.out, "--out").open("w", encoding="utf-8")
-        return _run(plans, plan, arguments, out, plot)
+        return command(arguments)
     except (GrassError, OSError) as error:
         print(f"grass bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("grass bench: stopped", file=sys.stderr)
         return STOPPED
-    finally:
-        if out is not None:
-            out.close()
 
 
-def _run(plans: Any, plan: Any, arguments: argparse.Namespace, out: IO[str] | None, plot: Path | None) -> int:
+@contextlib.contextmanager
+def _outputs(arguments: argparse.Namespace) -> Iterator[tuple[Callable[[dict[str, Any]], None], Path | None]]:
+    """Where rows go, one by one, and where the picture; both are known to be writable before anything runs."""
+    plot = None if arguments.plot is None else _writable(arguments.plot, "--plot")
+    if plot is not None:
+        _require_matplotlib()
+    with contextlib.ExitStack() as stack:
+        out: IO[str] | None = None
+        if arguments.out is not None:
+            out = stack.enter_context(_writable(arguments.out, "--out").open("w", encoding="utf-8"))
+
+        def write(row: dict[str, Any]) -> None:
+            if out is not None:
+                out.write(json.dumps(row, allow_nan=False) + "\n")
+                out.flush()
+
+        yield write, plot
+
+
+def _offload(arguments: argparse.Namespace) -> int:
+    rows = _import_from_the_source("bench.offload.rows")
+    task, link, hbm = _import_from_the_source("bench.offload.arguments").read(arguments)
+    with _outputs(arguments) as (write, plot):
+        outcome = rows.run(task, link, hbm, report=write)
+        if arguments.json:
+            print(json.dumps(outcome.rows, allow_nan=False, indent=1))
+        else:
+            print("\n".join(_import_from_the_source("bench.offload.table").lines_of(outcome.rows)))
+        if plot is not None:
+            _import_from_the_source("bench.offload.picture").draw(outcome, plot)
+    return 0
+
+
+def _kernels(arguments: argparse.Namespace) -> int:
+    plans = _import_from_the_source("bench.kernels.plan")
+    sizes = sorted({size for group in arguments.sizes or () for size in group})
+    plan = plans.make_plan(sizes or None)
+    if arguments.list:
+        _print_plan(plan, as_json=arguments.json)
+        return 0
+    with _outputs(arguments) as (write, plot):
+        return _run(plans, plan, arguments, write, plot)
+
+
+def _run(
+    plans: Any,
+    plan: Any,
+    arguments: argparse.Namespace,
+    write: Callable[[dict[str, Any]], None],
+    plot: Path | None,
+) -> int:
     text = _import_from_the_source("bench.kernels.table")
     table = text.Table()
 
     def report(row: dict[str, Any]) -> None:
-        if out is not None:
-            out.write(json.dumps(row, allow_nan=False) + "\n")
-            out.flush()
+        write(row)
         if not arguments.json:
             for line in table.lines(row):
                 print(line, flush=True)
@@ -158,13 +268,30 @@ def _sizes(text: str) -> list[int]:
     return sizes
 
 
-def _seconds(text: str) -> float:
+def _positive(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not (math.isfinite(value) and value > 0):
         raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
+    return value
+
+
+def _count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if not 1 <= value <= LARGEST_SIZE:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return value
+
+
+def _share(text: str) -> float:
+    value = _positive(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"must be at most 1, not {text}")
     return value
 
 

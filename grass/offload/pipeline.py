@@ -7,18 +7,19 @@ take their place; those are fetched before the switch.
 Every wait has the number of the hazard it is there for: see the table in docs/architecture.md.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from grass.offload.store import ALIGNMENT, Store
-from grass.offload.streams import COMPUTE, D2H, H2D, HOST, CopyEngine, Operation
+from grass.offload.streams import COMPUTE, D2H, H2D, HOST, UPDATE, CopyEngine, Operation
 from grass.offload.units import Unit, cut
 
 Update = Callable[[Unit, dict[str, Tensor]], None]
-"""Updates a unit whose sections are in these 1-D tensors on the device, by work on the current stream."""
+"""Updates a unit whose sections are in these 1-D tensors on the device, by work on the current stream: `UPDATE`."""
 
 
 class Buffer:
@@ -49,8 +50,17 @@ class Pipeline(Protocol):
     def units(self, slot: int) -> Sequence[Unit]:
         """The units of a slot, in the order of updates."""
 
+    def updating(self) -> contextlib.AbstractContextManager[None]:
+        """Where `run` is called: work of now goes beside the current stream, after what that has been given."""
+
     def run(self, slot: int, update: Update) -> None:
         """Update a slot, by calling `update` for every unit."""
+
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """Let the memory of tensors be free only when the updates of now are done with it."""
+
+    def join(self) -> None:
+        """Let the current stream wait for all updates."""
 
     def drain(self) -> None:
         """Let the host wait until the store holds all states as they are now."""
@@ -69,12 +79,32 @@ class _Base:
         self._units: dict[int, list[Unit]] = {}
         self._capacity: int | None = None
         self._moved = [0, 0]  # bytes to and from the device
+        self._given: Any = None  # events: gradients are complete; updates are done
+        self._done: Any = None
 
     def units(self, slot: int) -> Sequence[Unit]:
         """See `Pipeline`."""
         if slot not in self._units:
             self._units[slot] = cut(slot, self._store.slab(slot), self._capacity)
         return self._units[slot]
+
+    @contextlib.contextmanager
+    def updating(self) -> Iterator[None]:
+        """See `Pipeline`."""
+        engine = self._engine
+        self._given = engine.record(COMPUTE, self._given)
+        engine.wait(UPDATE, self._given, "H7")  # gradients are complete
+        with engine.on(UPDATE):
+            yield
+        self._done = engine.record(UPDATE, self._done)
+
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """See `Pipeline`."""
+        self._engine.keep(UPDATE, tensors)
+
+    def join(self) -> None:
+        """See `Pipeline`."""
+        self._engine.wait(COMPUTE, self._done, "H8")  # the next forward reads what was updated
 
     def _fetch(self, unit: Unit, buffer: Buffer) -> None:
         engine = self._engine
@@ -88,10 +118,11 @@ class _Base:
 
     def _update(self, unit: Unit, buffer: Buffer, update: Update) -> None:
         engine = self._engine
-        engine.wait(COMPUTE, buffer.ready, "H1")  # its states have come
+        engine.wait(UPDATE, buffer.ready, "H1")  # its states have come
         update(unit, unit.views(buffer.memory))
-        engine.note(COMPUTE, Operation("update", unit.label, (buffer.name,), (buffer.name,)))
-        buffer.updated = engine.record(COMPUTE, buffer.updated)
+        reads, writes = (buffer.name, f"gradients {unit.slot}"), (buffer.name, f"weights {unit.slot}")
+        engine.note(UPDATE, Operation("update", unit.label, reads, writes, unit.num_bytes))
+        buffer.updated = engine.record(UPDATE, buffer.updated)
 
     def _write_back(self, unit: Unit, buffer: Buffer) -> None:
         engine = self._engine
@@ -190,8 +221,9 @@ class StreamedPipeline(_Base):
     def forget(self) -> None:
         """See `Pipeline`. What is expected next is fetched by the next `begin`."""
         self._wait_for_write_backs("H6")
-        for unit, buffer in list(self._taken.items()):
+        for buffer in (*self._free, *self._taken.values()):
             self._engine.wait(HOST, buffer.ready, "H6")  # a fetch still reads what the host will write
+        for unit in list(self._taken):
             self._give_up(unit)
         self._coming = []
         self._engine.note(HOST, Operation("host write", "", (), _homes(self._units)))
@@ -274,12 +306,12 @@ class ResidentPipeline(_Base):
 
     def forget(self) -> None:
         """See `Pipeline`."""
-        self._changed.clear()
         self._announced.clear()
+        for slot in self._held:
+            self._send_home(slot)
         self._wait_for_write_backs("H6")
-        for buffer in self._held.values():
+        for buffer in self._buffers:
             self._engine.wait(HOST, buffer.ready, "H6")
-            self._engine.wait(HOST, buffer.updated, "H3")  # for whoever comes into the buffer next
             buffer.tenant = None
         self._held.clear()
         self._engine.note(HOST, Operation("host write", "", (), _homes(self._units)))

@@ -8,7 +8,6 @@ copy a section, whatever parameters it holds.
 import contextlib
 import ctypes
 import mmap
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -45,19 +44,23 @@ class _Memory(mmap.mmap):
             torch.cuda.cudart().cudaHostUnregister(self._address)
 
 
-_MEMORIES: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictionary()  # by address
-
-
-def _map_memory(num_bytes: int, pinned: bool) -> Tensor:
+def _map_memory(num_bytes: int, pinned: bool) -> _Memory:
     memory = _Memory(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if pinned:
         memory.pin()
-    tensor = torch.frombuffer(memory, dtype=torch.uint8)  # which keeps the memory alive, and so do its views
-    _MEMORIES[tensor.data_ptr()] = memory
-    return tensor
+    return memory
 
 
-_allocate: Callable[[int, bool], Tensor] = _map_memory
+def _section(memory: _Memory | Tensor, offset: int, numel: int, dtype: torch.dtype) -> Tensor:
+    """A part of memory, which it keeps alive; a storage of its own, as files have one dtype a storage."""
+    if numel == 0:
+        return torch.empty(0, dtype=dtype, device="cpu")
+    if isinstance(memory, Tensor):
+        return memory[offset : offset + numel * dtype.itemsize].view(dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=numel, offset=offset)
+
+
+_allocate: Callable[[int, bool], _Memory | Tensor] = _map_memory
 
 
 @contextlib.contextmanager
@@ -94,9 +97,8 @@ class Slab:
         self._given: set[tuple[Tensor, str]] = set()
         offset = 0
         for kind, dtype in dtypes.items():
-            size = self.numel * dtype.itemsize
-            self.sections[kind] = self._memory[offset : offset + size].view(dtype)
-            offset += size
+            self.sections[kind] = _section(self._memory, offset, self.numel, dtype)
+            offset += self.numel * dtype.itemsize
 
     def view(self, p: Tensor, kind: str) -> Tensor:
         """The place of a parameter's state, in the parameter's shape and strides."""
@@ -106,9 +108,8 @@ class Slab:
 
     def pin(self) -> None:
         """Let copy engines read and write it without the host."""
-        memory = _MEMORIES.get(self._memory.data_ptr())
-        if memory is not None:
-            memory.pin()
+        if isinstance(self._memory, _Memory):
+            self._memory.pin()
 
     def was_given(self, p: Tensor, kind: str) -> bool:
         """Whether `view` was called for it: what never was is still zero."""

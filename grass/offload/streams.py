@@ -5,21 +5,22 @@ are streams; on a CPU all is done at once; `grass.offload.recording` writes it d
 that conflicts is unordered.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-H2D, D2H, COMPUTE, HOST = "h2d", "d2h", "compute", "host"
-"""The queues: copies to the device, copies from it, the user's current stream, and the host itself."""
+H2D, D2H, UPDATE, COMPUTE, HOST = "h2d", "d2h", "update", "compute", "host"
+"""The queues: copies to the device, copies from it, updates, the user's current stream, and the host itself."""
 
 
 class Operation(NamedTuple):
     """One thing that is done to states.
 
     `reads` and `writes` name memory: ``"slot 0"`` of the ring, ``"store 3.1"`` of unit 1 of slot 3 in the store,
-    ``"slab 3"`` of a resident slot on the device.
+    ``"slab 3"`` of a resident slot on the device, ``"gradients 3"`` and ``"weights 3"`` of slot 3.
     """
 
     kind: str  # "fetch", "update", "write-back", "host read" or "host write"
@@ -38,7 +39,13 @@ class CopyEngine(Protocol):
         """Queue copies of 1-D tensors of equal lengths and dtypes."""
 
     def note(self, queue: str, operation: Operation) -> None:
-        """Say that somebody has queued an operation on `COMPUTE`, or done one on `HOST`."""
+        """Say that somebody has queued an operation on a stream, or done one on `HOST`."""
+
+    def on(self, queue: str) -> AbstractContextManager[Any]:
+        """Let what is queued meanwhile go to a queue."""
+
+    def keep(self, queue: str, tensors: Iterable[Tensor]) -> None:
+        """Do not give away the memory of tensors of `COMPUTE` before what a queue has been given so far is done."""
 
     def record(self, queue: str, event: Any) -> Any:
         """Mark this moment of a queue, in `event` if it is not None; returns the event."""
@@ -54,7 +61,7 @@ class CopyEngine(Protocol):
 
 
 class CudaEngine:
-    """Copies on two side streams of a device, created once.
+    """Three side streams of a device, created once.
 
     Args:
         device: a CUDA device.
@@ -62,7 +69,7 @@ class CudaEngine:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._streams = {H2D: torch.cuda.Stream(device), D2H: torch.cuda.Stream(device)}
+        self._streams = {queue: torch.cuda.Stream(device) for queue in (H2D, D2H, UPDATE)}
 
     def _stream(self, queue: str) -> torch.cuda.Stream:
         return self._streams[queue] if queue in self._streams else torch.cuda.current_stream(self._device)
@@ -77,6 +84,15 @@ class CudaEngine:
 
     def note(self, queue: str, operation: Operation) -> None:
         """Nothing: streams keep their own order."""
+
+    def on(self, queue: str) -> AbstractContextManager[Any]:
+        """See `CopyEngine`."""
+        return torch.cuda.stream(self._stream(queue))
+
+    def keep(self, queue: str, tensors: Iterable[Tensor]) -> None:
+        """See `CopyEngine`."""
+        for t in tensors:
+            t.record_stream(self._stream(queue))
 
     def record(self, queue: str, event: Any) -> Any:
         """See `CopyEngine`."""
@@ -106,6 +122,13 @@ class InlineEngine:
 
     def note(self, queue: str, operation: Operation) -> None:
         """Nothing."""
+
+    def on(self, queue: str) -> AbstractContextManager[Any]:
+        """There is one queue."""
+        return nullcontext()
+
+    def keep(self, queue: str, tensors: Iterable[Tensor]) -> None:
+        """All is done."""
 
     def record(self, queue: str, event: Any) -> Any:
         """There are no events where nothing is queued."""

@@ -4,6 +4,7 @@ A unit is a run of chunks of a slot: the same range of elements of every section
 boundaries only, so that norms and roundings, which go by chunks, do not depend on the size of a buffer.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -64,6 +65,8 @@ def cut(slot: int, slab: Slab, capacity: int | None) -> list[Unit]:
         slab: whose parameters lie one after another.
         capacity: bytes of a buffer; None is one unit.
     """
+    if not slab.starts:
+        return []
     dtypes = {kind: section.dtype for kind, section in slab.sections.items()}
     limit = slab.numel if capacity is None else elements_in(capacity, dtypes)
     units: list[Unit] = []
@@ -102,6 +105,6 @@ def elements_in(capacity: int, dtypes: Mapping[str, torch.dtype]) -> int:
         least = CHUNK * width + len(dtypes) * ALIGNMENT
         raise ConfigError(
             f"buffer_mb holds {capacity:,} bytes, and the smallest unit of states has {least:,}: pass buffer_mb of at "
-            f"least {least / 2**20:.2g}"
+            f"least {math.ceil(100 * least / 2**20) / 100}"
         )
     return elements

@@ -246,7 +246,13 @@ class AdamW(torch.optim.AdamW):
             self._states.allocate(state, group, row.param)
             self._states.follow(state, group, row.param)
         _check_states(rows, self.param_groups, self.state, self._options)
-        return Work(groups, self.state, rows, num_layers, self._states, self._pipeline)
+        return Work(
+            groups, self.state, rows, num_layers, self._states, self._pipeline, self._slots_of_states(rows)
+        )
+
+    def _slots_of_states(self, rows: list[Row]) -> list[int]:
+        """Where in a store, for subclasses that have one, the states of rows are; in the order of updates."""
+        return []
 
     def _groups_of(self, slot: int) -> list[dict[str, Any]]:
         """The groups as they are, with the parameters of one slot only."""

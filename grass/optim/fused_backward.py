@@ -23,7 +23,7 @@ class FusedBackward:
     Args:
         members: the parameters of each slot, all that train.
         late: parameters whose gradients may come in several parts; their slots wait for `step`.
-        update: updates a slot, whose parameters have gradients; returns float32 squared norms by slot.
+        update: updates a slot, whose parameters have gradients; returns float32 squared norms by layer.
 
     Attributes:
         handles: of the hooks.
@@ -41,7 +41,7 @@ class FusedBackward:
             update
         )  # parameters hold their hooks, and must not hold the optimizer
         self._arrived: dict[int, set[Tensor]] = {slot: set() for slot in members}
-        self._sq_norms: Tensor | None = None
+        self._sq_norms: list[Tensor] = []
         self._accumulating = 0
         self.done: list[int] = []
         self.handles: list[RemovableHandle] = []
@@ -88,28 +88,28 @@ class FusedBackward:
         for p in self._members[slot]:
             p.grad = None
         if sq_norms is not None:
-            self._sq_norms = sq_norms if self._sq_norms is None else self._sq_norms + sq_norms
+            self._sq_norms.append(sq_norms)
 
-    def take(self, order: Sequence[int]) -> tuple[Tensor | None, list[int]]:
+    def take(self, order: Sequence[int]) -> tuple[list[Tensor], list[int]]:
         """Update what backward has not, and end the step.
 
         Args:
             order: of the slots.
 
         Returns:
-            float32 squared norms by slot, None if there were no gradients; and the slots that had some.
+            float32 squared norms by layer, whose sum is the step's, on their way; and the slots that had gradients.
         """
         for slot in order:
             params = self._members.get(slot, [])
             if slot not in self.done and any(p.grad is not None for p in params):
                 self._run(slot)
-        taken = self._sq_norms, list(self.done)
+        taken = list(self._sq_norms), list(self.done)
         self.discard()
         return taken
 
     def discard(self) -> None:
         """Begin a new step; updates that were made stay."""
-        self._sq_norms = None
+        self._sq_norms.clear()
         self.done.clear()
         for arrived in self._arrived.values():
             arrived.clear()

@@ -126,6 +126,7 @@ class GrassAdamW(MethodView, Saving):
         members = [p for _, p in self._members()]
         self._slots = dict(zip(members, self._slots_of(members), strict=True))
         self._late = tied_parameters(model)
+        self._offloading = None
         flags = trainable_flags(members)
         if not any(flags):
             raise ParameterError("no parameter requires grad: there is nothing to train")
@@ -154,22 +155,13 @@ class GrassAdamW(MethodView, Saving):
         self._scheduler = LayerScheduler(
             self._config, self._layers.names, count_elements(by_slot), device, weights
         )
-        self._offloading = self._make_offloading(flags)
-        self._trained = self._slots_trained(flags)
+        self._move_in(flags)
         self._lease = Lease(members, trainable)
         self._lease.bind(self)
         self._probe: Probe | None = None
         self._fused: FusedBackward | None = None
-        self._order_seen: list[int] = []
         self._sq_norms: Tensor | None = None
         self._switch_parameters()
-
-    def _slots_trained(self, flags: dict[Tensor, bool]) -> list[bool]:
-        """Whether a slot has parameters that can train, for the layers and what is outside."""
-        trained = [False] * (len(self._layers) + 2)
-        for p, trainable in flags.items():
-            trained[self._slots[p]] |= trainable
-        return trained[:-1]
 
     def _by_slot(self, flags: dict[Tensor, bool]) -> list[list[Tensor]]:
         """Trainable parameters of each layer."""
@@ -224,12 +216,15 @@ class GrassAdamW(MethodView, Saving):
     def _take_adapt_step(self) -> None:
         if self._fused is not None:
             self._refuse_scaler()
-            sq_norms, slots = self._fused.take(self._order())
-            self._order_seen = slots
+            parts, self._order_seen = self._fused.take(self._order(self._scheduler.active))
+            if self._offloading is not None:
+                self._offloading.pipeline.join()
+            sq_norms = torch.stack(parts).sum(0) if parts else None
+            slots = {min(home, len(self._layers)) for home in self._order_seen}
         else:
             sq_norms = self._update()
             work = self._works.get(None)
-            slots = [] if work is None else work.slots
+            slots = set() if work is None else work.layers
         if sq_norms is not None:
             observed = [slot in slots for slot in range(len(self._layers) + 1)]
             self._finish_step(sq_norms, observed, accumulated=False)
@@ -241,10 +236,19 @@ class GrassAdamW(MethodView, Saving):
                 "still scaled; train in bfloat16 without a scaler, or without fused_backward"
             )
 
-    def _update_slot(self, slot: int) -> Tensor | None:
-        """Update one slot inside backward."""
+    def _update_home(self, home: int) -> Tensor | None:
+        """Update what has one home, inside backward; the gradients will be freed."""
         self._refuse_if_ended()
-        return self._update(slot)
+        sq_norms = self._update(home)
+        if self._offloading is not None:
+            work = self._works[home]
+            self._offloading.pipeline.keep(
+                [row.param.grad for row in work.rows if row.param.grad is not None]
+            )
+            # The stream that backward was called on goes on when the updates are done, step or no step.
+            if torch._C._current_graph_task_id() != -1:  # inside backward; `step` joins by itself
+                torch.autograd.Variable._execution_engine.queue_callback(self._offloading.pipeline.join)
+        return sq_norms
 
     def accumulate(self) -> contextlib.AbstractContextManager[None]:
         """Declare that the backwards inside are micro-batches before a step's last: with ``fused_backward``.
@@ -260,18 +264,12 @@ class GrassAdamW(MethodView, Saving):
         """
         return contextlib.nullcontext() if self._fused is None else self._fused.accumulate()
 
-    def _order(self) -> list[int]:
-        """The slots that train, in the order of updates: backward's, as seen last or, what is in no layer last."""
-        layers = sorted(self._scheduler.active, reverse=True)
-        slots = [slot for slot in (*layers, len(self._layers)) if self._trained[slot]]
-        return self._order_seen if sorted(self._order_seen) == sorted(slots) else slots
-
-    def _rows(self, slot: int | None = None) -> tuple[list[Row], int]:
+    def _rows(self, home: int | None = None) -> tuple[list[Row], int]:
         """The active parameters with gradients, and how many slots they are in."""
         rows = []
         members = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
         for seed, (index, p) in enumerate(members):
-            if p.grad is None or (slot is not None and self._slots[p] != slot):
+            if p.grad is None or (home is not None and self._homes.get(p) != home):
                 continue
             if self._trains(p):
                 rows.append(Row(index, p, self._slots[p], seed))
@@ -298,11 +296,9 @@ class GrassAdamW(MethodView, Saving):
                         self._states.reset(self.state, p)
             self._switch_parameters()
         if self._offloading is not None and not self._scheduler.probing:
-            self._offloading.pipeline.begin(self._order())
-            coming = self._scheduler.next_active
-            if coming is not None:
-                slots = sorted(coming, reverse=True)
-                self._offloading.pipeline.announce([slot for slot in slots if self._trained[slot]])
+            self._offloading.pipeline.begin(self._order(self._scheduler.active))
+            if self._scheduler.next_active is not None:
+                self._offloading.pipeline.announce(self._order(self._scheduler.next_active))
 
     def _trains(self, p: Tensor) -> bool:
         """Whether a parameter takes part in the step about to be taken (if it is trainable at all)."""
@@ -330,11 +326,11 @@ class GrassAdamW(MethodView, Saving):
         if self._lease.ended:
             return
         if self._config.fused_backward and not self._scheduler.probing:
-            by_slot: dict[int, list[Tensor]] = {}
+            by_home: dict[int, list[Tensor]] = {}
             for _, p in self._members():
                 if p.requires_grad:
-                    by_slot.setdefault(self._slots[p], []).append(p)
-            self._fused = FusedBackward(by_slot, self._late, self._update_slot)
+                    by_home.setdefault(self._homes[p], []).append(p)
+            self._fused = FusedBackward(by_home, self._late, self._update_home)
             self._lease.handles.extend(self._fused.handles)
         if self._scheduler.probing:
             measured = [p for _, p in self._members() if p.requires_grad]
@@ -366,21 +362,19 @@ class GrassAdamW(MethodView, Saving):
         params = [entry[1] if isinstance(entry, tuple) else entry for entry in given]
         members = [p for _, p in self._members()]
         flags = [self._lease.found(p) for p in members] + trainable_flags(params)
-        known = self._slots
+        known, groups = self._slots, len(self.param_groups)
         self._slots = {**known, **dict(zip(params, self._slots_of(params), strict=True))}
         try:
             counts = count_elements(self._by_slot(dict(zip([*members, *params], flags, strict=True))))
             self._config.check_layers(sum(count > 0 for count in counts))
             super().add_param_group({**param_group, "params": given})
+            members = [p for _, p in self._members()]
+            self._move_in(dict(zip(members, flags, strict=True)))
         except Exception:
             self._slots = known
+            del self.param_groups[groups:]
             raise
         self._scheduler.recount(counts)
-        members = [p for _, p in self._members()]
-        if self._offloading is not None:
-            self._offloading.drain()
-            self._offloading = self._make_offloading(dict(zip(members, flags, strict=True)))
-        self._trained = self._slots_trained(dict(zip(members, flags, strict=True)))
         hooks = self._lease.handles
         self._lease.handles = []  # the old lease ends with the new one's beginning, its hooks go on
         self._lease = Lease(members, flags)

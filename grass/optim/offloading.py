@@ -137,6 +137,10 @@ class Offloading:
         before = self._moved_before
         return TransferStats(before[0] + h2d, before[1] + d2h, self.store.num_bytes, held)
 
+    def go_on_from(self, other: "Offloading") -> None:
+        """Count on from what another one has moved."""
+        self._moved_before = other.stats[:2]
+
     def drain(self) -> None:
         """Let the store hold all states as they are now."""
         if self._pipeline is not None:

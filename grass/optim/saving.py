@@ -50,7 +50,8 @@ class Saving(StoredAdamW):
         state_dict = super().state_dict()
         method = state_dict["param_groups"][0]["grass"] = self._scheduler.state_dict()
         if self._fused is not None:
-            method["torn"] = self._fused.as_tensor(self._config.active_layers + 1)
+            outside = sum(home >= len(self._layers) for home in self._homes.values())
+            method["torn"] = self._fused.as_tensor(self._config.active_layers + outside)
         for index, (group, p) in enumerate(self._members()):
             if self._can_train(p) and "step" not in self.state.get(p, ()):
                 empty = placeholder_state(group, p, self._options)

@@ -11,7 +11,7 @@ import grass_kernels
 from grass.offload.pipeline import Pipeline
 from grass.optim.in_units import Scales, run_units
 from grass.optim.work import Row, Work
-from grass_kernels import reference
+from grass_kernels import layout, reference
 
 
 class Scaler(NamedTuple):
@@ -41,13 +41,14 @@ def update(
         float32 [layers], the squared norms of the gradients by layer; and, if the step was captured in a graph,
         what must live as long as that.
     """
+    if pipeline is not None:
+        with pipeline.updating():
+            return _update_in_units(work, groups, state, scaler, pipeline), []
     kept = [planned.plan.upload(planned.of(work.grads), work.hyperparameters) for planned in work.planned]
     kept = [entry for entry in kept if entry is not None]
     measured = None
     if work.options.max_grad_norm is not None:
         measured = _measure(work, scaler.grad_scale)
-    if pipeline is not None:
-        return _update_in_units(work, groups, state, scaler, measured, pipeline), kept
     sq_norms = measured
     for planned in work.planned:
         device = planned.plan.device
@@ -157,14 +158,16 @@ def _update_in_units(
     groups: Sequence[dict[str, Any]],
     state: dict[Tensor, dict[str, Any]],
     scaler: Scaler,
-    measured: Tensor | None,
     pipeline: Pipeline,
 ) -> Tensor:
     """`update` of states that live in a store; what torch updates has its states beside it."""
+    for planned in work.planned:
+        planned.plan.upload(planned.of(work.grads), work.hyperparameters)
+    measured = None if work.options.max_grad_norm is None else _measure(work, scaler.grad_scale)
     rest = []
     for (_, device), rows in work.by_function.items() if measured is None else ():
         norms = grass_kernels.layer_sq_norms(
-            [row.param.grad for row in rows],  # type: ignore[misc]
+            layout.Layout([row.param for row in rows]).read([row.param.grad for row in rows]),  # type: ignore[misc]
             [row.layer for row in rows],
             work.num_layers,
             grad_scale=_to(scaler.grad_scale, device),

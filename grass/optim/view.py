@@ -96,9 +96,13 @@ class MethodView:
 
     @property
     def torn_layers(self) -> tuple[int, ...]:
-        """With ``fused_backward``: slots updated in a step that has not ended (L stands for what is in no layer).
+        """With ``fused_backward``: layers updated in a step that has not ended (L stands for what is in no layer).
 
         Inside and after backward that is as it should be, until `step`. After a backward that failed, these are
         one update ahead; each one's weights, moments and counters agree, and everything can be saved.
         """
-        return () if self._fused is None else tuple(self._fused.done)
+        return (
+            ()
+            if self._fused is None
+            else tuple(dict.fromkeys(min(home, len(self._layers)) for home in self._fused.done))
+        )

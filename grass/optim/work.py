@@ -62,9 +62,9 @@ class Work:
         num_layers: layers of the rows.
         maker: of the states.
         pipeline: if states live in a store: what brings them to the device.
+        slots: of the store, that have states of the rows, in the order of updates.
 
     Attributes:
-        slots: the layers of the rows, in the order in which they are updated: backward's, what is in no layer last.
         unit_numbers: the units of the rows' states, if there is a pipeline.
         planned: by plan, one a device.
         by_function: rows that take the kernels' function, by group and device.
@@ -86,9 +86,10 @@ class Work:
         num_layers: int,
         maker: StateMaker,
         pipeline: Pipeline | None = None,
+        slots: Sequence[int] = (),
     ) -> None:
         options = maker.options
-        self.slots = sorted({row.layer for row in rows}, key=lambda slot: (slot == num_layers - 1, -slot))
+        self.slots = slots
         self.unit_numbers: dict[Unit, int] = {}
         if pipeline is not None:
             for slot in self.slots:

@@ -181,7 +181,17 @@ def test_the_stages_are_listed_without_a_gpu(tmp_path, capsys, monkeypatch):
     assert main(["--dry-run", "--out", str(tmp_path / "results"), "--minutes", "10"]) == 0
     listing = capsys.readouterr().out
     names = [name for name in (s.name for s in make_stages(tmp_path)) if f"  {name} " in listing]
-    assert names == ["tests", "tests-torch", "memcheck", "racecheck", "figures", "host", "kernels"]
+    assert names == [
+        "tests",
+        "tests-torch",
+        "memcheck",
+        "racecheck",
+        "figures",
+        "training",
+        "offload",
+        "host",
+        "kernels",
+    ]
     assert "at most 210 s" in listing
     assert list(tmp_path.iterdir()) == []
 

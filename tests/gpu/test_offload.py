@@ -50,7 +50,7 @@ def train(device: torch.device, mode: dict, steps: int, save_at: int | None = No
         opt.step()
         opt.zero_grad()
         if step == save_at:  # at once: whatever is under way must be waited for
-            saved = {k: v for k, v in opt.state_dict().items()}
+            saved = opt.state_dict()
             saved["state"] = {
                 key: {name: t.clone() for name, t in state.items()} for key, state in saved["state"].items()
             }
@@ -109,7 +109,12 @@ def test_device_memory_for_states_is_the_ring(cuda: torch.device, rows: int) -> 
 def test_a_streamed_step_waits_for_nothing(cuda: torch.device) -> None:
     model = Blocks(3, 4096).to(cuda)
     config = grass.GrassConfig(
-        active_layers=1, probe_steps=0, sample_interval=50, update_interval=50, offload="streamed", buffer_mb=1.0
+        active_layers=1,
+        probe_steps=0,
+        sample_interval=50,
+        update_interval=50,
+        offload="streamed",
+        buffer_mb=1.0,
     )
     opt = grass.GrassAdamW(model, config=config, pattern="blocks.*")
     ids = torch.arange(8, device=cuda)

@@ -1,0 +1,219 @@
+"""Fine-tuning a 7B on a device, method by method: measured peak and speed beside what `grass plan` predicts.
+
+    python -m bench.gpu.training --seconds 150 --out FILE [--model llama2-7b] [--seq 1024 512 2048] [--predict]
+
+Weights are random: memory and time do not depend on them. With ``--predict`` nothing is measured, and no device is
+needed. Rows are of suite "training"; one whose method ran out of memory says so.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import grass
+from bench.gpu.figures import Row
+from bench.kernels.rows import describe_environment
+from bench.kernels.timing import quantile
+from grass.plan import methods
+from grass.plan.losses import loss_of
+from grass.plan.models import build, checkpoint_activations
+from grass.plan.prediction import METHODS, PROBING, Case, predict
+
+MODEL, BATCH, SEQUENCES = "llama2-7b", 4, (1024, 512, 2048)
+PERIOD = 25
+GIBIBYTE = 2**30
+
+
+class Trainable(NamedTuple):
+    """A model on a device, with its optimizer."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+def make(name: str, case: Case, device: torch.device) -> Trainable:
+    """Build what a row of the plan stands for; GRASS has drawn every layer before, unless it probes.
+
+    Args:
+        name: of the row.
+        case: as planned.
+        device: where to train.
+    """
+    meta = build(case.model, case.dtype)
+    if name.startswith("lora"):
+        meta = methods.wrap_in_lora(meta)
+    model = materialise(meta, device)
+    if case.checkpointing:
+        checkpoint_activations(model)
+    if not name.startswith(("grass", "lisa")):
+        params = [p for p in model.parameters() if p.requires_grad]
+        return Trainable(model, torch.optim.AdamW(params, lr=1e-6, fused=True))
+    place, probing = name.removesuffix(PROBING), name.endswith(PROBING)
+    config = grass.GrassConfig(
+        active_layers=case.active_layers,
+        probe_steps=1_000 if probing else 0,
+        sampler="adaptive" if place != "lisa" else "uniform",
+        moments="keep" if place != "lisa" else "reset",
+        sample_interval=PERIOD,
+        update_interval=PERIOD,
+        offload="resident" if "resident" in place else "streamed" if "streamed" in place else "none",
+        buffer_mb=case.buffer_mb,
+        buffer_count=case.buffer_count,
+        fused_backward="fused" in place,
+    )
+    dtype = case.dtype if place == "lisa" else case.state_dtype
+    optimizer = grass.GrassAdamW(model, lr=1e-6, config=config, state_dtype=dtype)
+    if place == "grass" and not probing:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                optimizer._states.allocate(optimizer.state[p], group, p)
+    return Trainable(model, optimizer)
+
+
+def materialise(meta: nn.Module, device: torch.device) -> nn.Module:
+    """Give a model on the meta device small random weights, and its buffers their values."""
+    buffers = {name: None for name, _ in meta.named_buffers()}
+    model = meta.to_empty(device=device)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0.0, 0.02)
+        for module in model.modules():
+            if isinstance(getattr(module, "inv_freq", None), Tensor):  # of rotary embeddings
+                with device:
+                    fresh = type(module)(module.config)  # type: ignore[operator]
+                for name, buffer in fresh.named_buffers():
+                    module.get_buffer(name).copy_(buffer)
+                    buffers = {key: 0 for key in buffers if not key.endswith(name)}  # type: ignore[misc]
+    for name in buffers:
+        model.get_buffer(name).zero_()
+    return model
+
+
+def measure(name: str, case: Case, device: torch.device, steps: int = 8) -> Row:
+    """Peak memory and time of steady steps.
+
+    Args:
+        name: of the row.
+        case: as planned.
+        device: of type cuda.
+        steps: that are timed, after three that are not.
+    """
+    row: Row = {
+        "suite": "training",
+        "model": case.model,
+        "method": name,
+        "batch": case.batch,
+        "seq": case.seq,
+    }
+    row.update(loss=case.loss, measured=False, **describe_environment(device))
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    trained: Trainable | None = None
+    try:
+        trained = make(name, case, device)
+        ids = torch.randint(0, 1000, (case.batch, case.seq), device=device)
+        times = []
+        for step in range(3 + steps):
+            if step == 3:
+                torch.cuda.reset_peak_memory_stats(device)
+            torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            loss_of(trained.model, ids, case.loss).backward()
+            trained.optimizer.step()
+            trained.optimizer.zero_grad()
+            torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+        median = quantile(times[3:], 0.5)
+        row.update(
+            measured=True,
+            peak_gib=(torch.cuda.max_memory_allocated(device) - before) / GIBIBYTE,
+            seconds_median=median,
+            seconds_p20=quantile(times[3:], 0.2),
+            seconds_p80=quantile(times[3:], 0.8),
+            tokens_per_second=case.batch * case.seq / median,
+        )
+        if isinstance(trained.optimizer, grass.GrassAdamW):
+            row.update(
+                {f"transfer_{key}": value for key, value in dict(trained.optimizer.transfer_stats).items()}
+            )
+    except (torch.OutOfMemoryError, grass.errors.GrassError) as error:
+        row["reason"] = str(error).split("\n")[0]
+    del trained
+    gc.collect()
+    torch.cuda.empty_cache()
+    return row
+
+
+def rows_of(
+    case: Case,
+    names: Sequence[str],
+    sequences: Sequence[int],
+    device: torch.device | None,
+    ends: Callable[[], bool],
+) -> Iterator[Row]:
+    """Measured beside predicted, the first sequence length first.
+
+    Args:
+        case: of which the length is replaced.
+        names: of methods.
+        sequences: lengths in tokens.
+        device: of type cuda; None predicts only.
+        ends: whether time is up.
+    """
+    for seq in sequences:
+        at = replace(case, seq=seq)
+        for name in names:
+            if ends():
+                return
+            predicted = next(iter(predict(at, [name])))
+            row: Row = {"suite": "training", "model": at.model, "method": name, "batch": at.batch, "seq": seq}
+            row.update(loss=at.loss, measured=False, **describe_environment(torch.device("cpu")))
+            if device is not None:
+                row = measure(name, at, device)
+            yield {**row, "predicted_peak_gib": predicted.peak_gib}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, and write rows as they come."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.training", description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=150.0, help="for all [150]")
+    parser.add_argument("--out", metavar="FILE", help="for the rows, JSON lines; replaced if it is there")
+    parser.add_argument("--model", default=MODEL, help=f"as for `grass plan` [{MODEL}]")
+    parser.add_argument("--batch", type=int, default=BATCH, help=f"sequences of a step [{BATCH}]")
+    parser.add_argument(
+        "--seq", type=int, nargs="+", default=list(SEQUENCES), help="their lengths [1024 512 2048]"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="rows [all]"
+    )
+    parser.add_argument("--predict", action="store_true", help="only predict; needs no device")
+    options = parser.parse_args(arguments)
+    if not options.predict and not torch.cuda.is_available():
+        parser.error("no CUDA device: pass --predict")
+    loss = "chunked" if hasattr(nn, "LinearCrossEntropyOptions") else "full"
+    case = Case(options.model, batch=options.batch, loss=loss)
+    device = None if options.predict else torch.device("cuda", torch.cuda.current_device())
+    end = time.monotonic() + options.seconds
+    with open(options.out, "w") if options.out else contextlib.nullcontext() as out:
+        for row in rows_of(case, options.methods, options.seq, device, lambda: time.monotonic() > end):
+            peak = f"{row['peak_gib']:.2f} GiB" if row["measured"] else row.get("reason", "not measured")
+            predicted = f"{row['predicted_peak_gib']:.2f} GiB"
+            print(f"{row['method']:<30} {row['seq']:>6}  {peak}, predicted {predicted}", flush=True)
+            if out is not None:
+                out.write(json.dumps(row) + "\n")
+                out.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

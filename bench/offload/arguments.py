@@ -1,0 +1,35 @@
+"""What `grass bench offload` was asked, as a task and the rates to simulate."""
+
+import argparse
+
+from bench.offload.rows import DEFAULT_LINK
+from bench.offload.shapes import Compute, shape_of
+from bench.offload.steps import MOMENTS, Task, spread
+from grass.errors import ConfigError
+from grass.offload.timeline import Link
+from grass.offload.units import elements_in
+
+
+def read(arguments: argparse.Namespace) -> tuple[Task, Link | None, float | None]:
+    """The task, the link and the bytes a second of the device's memory; None is what the machine has.
+
+    Raises:
+        ConfigError: an unknown model, more active layers than it has, a buffer too small for a chunk.
+    """
+    shape = shape_of(arguments.model)
+    if arguments.active_layers > shape.layers:
+        raise ConfigError(f"{shape.name} has {shape.layers} layers: pass --active-layers of at most as many")
+    task = Task(
+        shape,
+        Compute(arguments.tokens, arguments.tflops * 1e12),
+        spread(shape.layers, arguments.active_layers),
+        int(arguments.buffer_mb * 2**20),
+        arguments.buffer_count,
+        arguments.split_outside,
+    )
+    elements_in(task.buffer_bytes, MOMENTS)
+    link = None
+    if arguments.pcie_gbs is not None or arguments.duplex_factor is not None:
+        rate = DEFAULT_LINK.h2d if arguments.pcie_gbs is None else arguments.pcie_gbs * 1e9
+        link = Link(rate, rate, arguments.duplex_factor or DEFAULT_LINK.duplex_factor)
+    return task, link, None if arguments.hbm_gbs is None else arguments.hbm_gbs * 1e9

@@ -1,0 +1,127 @@
+"""Rows: what a run says about each way to take a step, measured and simulated, in the same keys always."""
+
+import datetime
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.kernels.rows import describe_environment
+from bench.offload import measure
+from bench.offload.steps import Step, Task, log_of, seconds_of, simulated, steady
+from grass.offload.streams import COMPUTE, D2H, H2D
+from grass.offload.timeline import Link
+
+Row = dict[str, Any]
+
+VARIANTS = ("vanilla", "overlapped")
+NEEDS_CUDA = "needs a CUDA device"
+KEYS = (
+    "suite", "model", "layers", "active_layers", "tokens", "flops", "buffer_bytes", "buffer_count",
+    "split_outside", "variant", "source", "measured", "reason", "seconds", "floor_seconds", "above_floor",
+    "compute_seconds", "h2d_seconds", "d2h_seconds", "exposed_seconds", "hidden_share", "h2d_bytes", "d2h_bytes",
+    "h2d_bytes_per_second", "d2h_bytes_per_second", "duplex_factor", "hbm_bytes_per_second", "link_measured", "device",
+    "driver", "torch", "triton", "python", "commit", "dirty", "timestamp",
+)  # fmt: skip
+"""Every row's keys, in this order.
+
+`source` is "device" or "simulation". `above_floor` is seconds / floor_seconds - 1. Exposed is the time in which nothing
+is computed; `hidden_share` is what of the copies' own time, as short as it can be, lies behind compute.
+"""
+
+
+DEFAULT_LINK = Link(50e9, 50e9)
+DEFAULT_HBM = 2e12
+
+
+class Outcome(NamedTuple):
+    """What a run found.
+
+    Args:
+        rows: of all variants and sources.
+        steps: those that there are, by (variant, source).
+    """
+
+    rows: list[Row]
+    steps: dict[tuple[str, str], Step]
+
+
+def run(
+    task: Task,
+    link: Link | None = None,
+    hbm: float | None = None,
+    report: Callable[[Row], None] = lambda row: None,
+) -> Outcome:
+    """Measure what can be measured here, and simulate all of it.
+
+    Args:
+        task: what to train.
+        link: to simulate; None is this machine's, and without a CUDA device `DEFAULT_LINK`.
+        hbm: bytes a second of the device's memory to simulate, likewise.
+        report: told each row as soon as it is known.
+    """
+    has_device = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if has_device else torch.device("cpu")
+    link_measured = has_device and link is None
+    link = link or (measure.measure_link(device) if has_device else DEFAULT_LINK)
+    hbm = hbm or (measure.measure_hbm(device) if has_device else DEFAULT_HBM)
+    shared = {
+        "suite": "offload",
+        "model": task.shape.name,
+        "layers": task.shape.layers,
+        "active_layers": list(task.active),
+        "tokens": task.compute.tokens,
+        "flops": task.compute.flops,
+        "buffer_bytes": task.buffer_bytes,
+        "buffer_count": task.buffer_count,
+        "split_outside": task.split_outside,
+        "h2d_bytes_per_second": link.h2d,
+        "d2h_bytes_per_second": link.d2h,
+        "duplex_factor": link.duplex_factor,
+        "hbm_bytes_per_second": hbm,
+        "link_measured": link_measured,
+        **describe_environment(device),
+    }
+    outcome = Outcome([], {})
+    for variant in VARIANTS:
+        vanilla = variant == "vanilla"
+        found: dict[str, Step | None] = {"device": None}
+        if has_device:
+            seconds = seconds_of(task, log_of(task, vanilla=vanilla), hbm)
+            spans = measure.measure_steps(task, device, vanilla=vanilla)
+            found["device"] = steady(spans, link, seconds)
+        found["simulation"] = simulated(task, link, hbm, vanilla=vanilla)
+        for source, step in found.items():
+            row = _row(shared, link, variant, source, step)
+            if step is not None:
+                outcome.steps[variant, source] = step
+            outcome.rows.append(row)
+            report(row)
+    return outcome
+
+
+def _row(shared: Row, link: Link, variant: str, source: str, step: Step | None) -> Row:
+    row: Row = dict.fromkeys(KEYS)
+    row.update(
+        shared,
+        variant=variant,
+        source=source,
+        measured=source == "device" and step is not None,
+        reason=NEEDS_CUDA if step is None else None,
+        timestamp=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    )
+    if step is not None:
+        copies = link.least_seconds(step.num_bytes[H2D], step.num_bytes[D2H])
+        row.update(
+            seconds=step.seconds,
+            floor_seconds=step.floor,
+            above_floor=step.seconds / step.floor - 1,
+            compute_seconds=step.busy[COMPUTE],
+            h2d_seconds=step.busy[H2D],
+            d2h_seconds=step.busy[D2H],
+            exposed_seconds=step.exposed,
+            hidden_share=max(0.0, 1 - step.exposed / copies),
+            h2d_bytes=step.num_bytes[H2D],
+            d2h_bytes=step.num_bytes[D2H],
+        )
+    return row

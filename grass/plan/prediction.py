@@ -1,0 +1,218 @@
+"""Prediction: a training step of every method, on fake tensors, as a row of figures."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from grass.config import GrassConfig
+from grass.errors import GrassError
+from grass.plan import methods
+from grass.plan.losses import loss_of
+from grass.plan.methods import Method, Setting
+from grass.plan.models import (
+    PlanError,
+    build,
+    checkpoint_activations,
+    configuration,
+    copy_as_fake,
+    first_line,
+)
+from grass.plan.tracker import ACTIVATIONS, DEVICE_STATES, GRADIENTS, WEIGHTS, MemoryTracker
+from grass_kernels import operators
+
+GIBIBYTE = 2**30
+
+METHODS: dict[str, Method] = {
+    "full": methods.full,
+    f"lora-r{methods.LORA_RANK}": methods.lora,
+    "lisa": methods.lisa,
+    "grass": methods.grass(),
+    "grass-resident": methods.grass("resident"),
+    "grass-streamed": methods.grass("streamed"),
+    "grass-streamed-fused": methods.grass("streamed", fused=True),
+    "grass-probing": methods.grass(probing=True),
+    "grass-resident-probing": methods.grass("resident", probing=True),
+    "grass-streamed-probing": methods.grass("streamed", probing=True),
+    "grass-streamed-fused-probing": methods.grass("streamed", fused=True, probing=True),
+}
+PROBING = "-probing"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is planned.
+
+    Args:
+        model: preset, folder or hub name.
+        batch: sequences of a step.
+        seq: tokens of a sequence.
+        dtype: of the weights.
+        checkpointing: keep only the layers' inputs for backward, and compute the rest again.
+        loss: ``"chunked"`` or ``"full"``.
+        active_layers: of the GRASS and LISA rows.
+        state_dtype: of the moments in the GRASS rows; the others have the weights' own.
+        sample_interval: steps of a period, over which resident states are brought once.
+        buffer_mb, buffer_count: device buffers of streamed states, MiB each.
+        gpu_gib: device memory, GiB.
+        host_gib: host memory for states, GiB; None is enough.
+        pcie_gbs: of the bus, each way, 1e9 bytes a second.
+        tflops: of the device in the weights' dtype, 1e12 floating-point operations a second.
+    """
+
+    model: str
+    batch: int = 4
+    seq: int = 1024
+    dtype: torch.dtype = torch.bfloat16
+    checkpointing: bool = True
+    loss: str = "chunked"
+    active_layers: int = GrassConfig.active_layers
+    state_dtype: torch.dtype = torch.float32
+    sample_interval: int = GrassConfig.sample_interval
+    buffer_mb: float = GrassConfig.buffer_mb
+    buffer_count: int = GrassConfig.buffer_count
+    gpu_gib: float = 24.0
+    host_gib: float | None = None
+    pcie_gbs: float = 25.0
+    tflops: float = 150.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method's step. Memory at the moment of the peak, GiB; what crosses the bus, GiB a step on average.
+
+    Attributes:
+        method: name.
+        peak_gib: the most device memory that tensors take: the sum of the four that follow it.
+        weights_gib: parameters, with adapters, and buffers.
+        gradients_gib: those complete, or on their way.
+        states_device_gib: moments, step counters, and the buffers of streamed and resident states.
+        states_host_gib: what the store takes when every layer has been drawn.
+        activations_gib: all else: what backward needs, temporaries, inputs.
+        h2d_gib_per_step: states brought to the device.
+        d2h_gib_per_step: states taken back.
+        step_floor_ms: no step is faster: the longest of arithmetic and the two ways of the bus.
+        fits: the peak is no more than the device has.
+    """
+
+    method: str
+    peak_gib: float
+    weights_gib: float
+    gradients_gib: float
+    states_device_gib: float
+    states_host_gib: float
+    activations_gib: float
+    h2d_gib_per_step: float
+    d2h_gib_per_step: float
+    step_floor_ms: float
+    fits: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values by name, in the order of the columns."""
+        return asdict(self)
+
+
+def predict(case: Case, names: Sequence[str] = tuple(METHODS)) -> Iterator[Row]:
+    """Rows of methods, one by one as they are known.
+
+    Args:
+        case: what is planned.
+        names: of methods.
+
+    Raises:
+        PlanError: the model cannot be built, or a method cannot train it.
+        ConfigError: settings that do not fit the model.
+    """
+    model = build(case.model, case.dtype)
+    most = positions(case)
+    if most is not None and case.seq > most:
+        raise PlanError(f"{case.model} has {most} positions: --seq can be at most that, not {case.seq}")
+    probing: Row | None = None
+    for name in names:
+        if name.endswith(PROBING):  # there are no states yet, wherever they will live
+            probing = probing or _predict(case, name, model)
+            yield replace(probing, method=name)
+        else:
+            yield _predict(case, name, model)
+
+
+def positions(case: Case) -> int | None:
+    """How many tokens a sequence of the model can have; None if its configuration does not say."""
+    most = getattr(configuration(case.model).get_text_config(), "max_position_embeddings", None)
+    return None if most is None else int(most)
+
+
+def _predict(case: Case, name: str, meta: nn.Module) -> Row:
+    mode, tracker = FakeTensorMode(), _tracker()
+    if METHODS[name] is methods.lora:
+        meta = methods.wrap_in_lora(meta)
+    model: Any = copy_as_fake(meta, mode)
+    if case.checkpointing:
+        checkpoint_activations(model)
+    tensors = [*model.parameters(), *model.buffers()]
+    for t in tensors:
+        tracker.mark(t, WEIGHTS)
+    for p in model.parameters():  # before any hook of an optimizer, which may free the gradient
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda p: tracker.mark(p.grad, GRADIENTS))
+    setting = Setting(
+        case.active_layers, case.buffer_mb, case.buffer_count, case.state_dtype, case.sample_interval
+    )
+    with warnings.catch_warnings():
+        # addresses of fake tensors are 0, which is what the optimizer should find there
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        prepared = METHODS[name](model, mode, tracker, setting)
+        tracker.restart()
+        tracker.flops = 0
+        try:
+            with mode, tracker:
+                ids = torch.zeros(case.batch, case.seq, dtype=torch.int64)
+                loss_of(prepared.model, ids, case.loss).backward()
+                prepared.step()
+        except GrassError:
+            raise
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise PlanError(f"{case.model} cannot be trained on fake tensors ({name}): {what}") from error
+    peak, traffic = tracker.peak(), prepared.traffic()
+    parts = [peak[label] / GIBIBYTE for label in (WEIGHTS, GRADIENTS, DEVICE_STATES, ACTIVATIONS)]
+    seconds = max(
+        tracker.flops / (case.tflops * 1e12),
+        traffic.h2d / (case.pcie_gbs * 1e9),
+        traffic.d2h / (case.pcie_gbs * 1e9),
+    )
+    return Row(
+        method=name,
+        peak_gib=sum(parts),
+        weights_gib=parts[0],
+        gradients_gib=parts[1],
+        states_device_gib=parts[2],
+        states_host_gib=traffic.host / GIBIBYTE,
+        activations_gib=parts[3],
+        h2d_gib_per_step=traffic.h2d / GIBIBYTE,
+        d2h_gib_per_step=traffic.d2h / GIBIBYTE,
+        step_floor_ms=seconds * 1e3,
+        fits=sum(parts) <= case.gpu_gib,
+    )
+
+
+def _tracker() -> MemoryTracker:
+    """A tracker that knows what the kernels hold beside their results."""
+
+    def of_update(params: list[Tensor], *args: Any, sq_norms: Tensor | None, **options: Any) -> int:
+        return _num_bytes(operators._workspace(params, 1 if sq_norms is None else sq_norms.numel(), 1))
+
+    def of_norms(grads: list[Tensor], layer_index: list[int], num_layers: int, **options: Any) -> int:
+        return _num_bytes(operators._workspace(grads, num_layers, 0))
+
+    return MemoryTracker(
+        {"grass_kernels::masked_adamw_": of_update, "grass_kernels::layer_sq_norms": of_norms}
+    )
+
+
+def _num_bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.nbytes for t in tensors)

@@ -1,0 +1,616 @@
+"""Would catch: gradients that live longer than their layer's update; updates in another order than backward's, before
+the last micro-batch, or from half a gradient (tied weights, checkpointing); a second backward that updates twice
+without a word; a backward that failed and left weights, moments and counters that do not agree, a state that cannot
+be saved, or an optimizer that cannot go on; settings under which it cannot work and does not say so; hooks left behind.
+"""
+
+import copy
+import gc
+import io
+import re
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ragged
+import tiny
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import grass
+from grass.errors import BackwardError
+from grass.integrations.transformers import trainer_optimizer
+
+FUSED: dict[str, Any] = {"fused_backward": True}
+MODES = {
+    "none": {},
+    "streamed": {"offload": "streamed", "buffer_mb": 0.2},
+    "resident": {"offload": "resident"},
+}
+STEPS = 11
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def stack(**options: Any) -> tuple[nn.Module, grass.GrassAdamW]:
+    """Past the probe, so that every backward updates."""
+    model = tiny.stack()
+    opt = grass.GrassAdamW(model, lr=1e-2, config=tiny.config(probe_steps=1, **{**FUSED, **options}))
+    tiny.train(model, opt, 0, 1)
+    assert opt.phase == "adapt"
+    return model, opt
+
+
+def backward(model: nn.Module, index: int) -> None:
+    tiny.loss_of(model, tiny.batch(index)).backward()
+
+
+def watch(model: nn.Module, look: Callable[[Tensor], None]) -> None:
+    """Call a function when a gradient is complete, also of what is frozen now."""
+    for p in model.parameters():
+        on = p.requires_grad
+        p.requires_grad_(True).register_post_accumulate_grad_hook(look)
+        p.requires_grad_(on)
+
+
+def compare(model: nn.Module, opt: grass.GrassAdamW, twin: nn.Module, other: grass.GrassAdamW) -> None:
+    tiny.assert_identical(ragged.outcome(model, opt, []), ragged.outcome(twin, other, []))
+
+
+# -- what is where, and when -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offload", MODES)
+@pytest.mark.parametrize("always", ["outside", "none"])
+def test_gradients_are_freed_layer_by_layer(always: str, offload: str) -> None:
+    model, opt = stack(active_layers=4, always_active=always, **MODES[offload])
+    outside = 0 if always == "none" else model.embed.weight.numel()  # the head is not larger
+    a_layer = sum(p.numel() for p in model.blocks[0].parameters())
+    alive: list[int] = []
+
+    def look(p: Tensor) -> None:
+        alive.append(sum(q.grad.numel() for q in model.parameters() if q.grad is not None))
+
+    watch(model, look)
+    for index in range(1, 8):
+        alive.clear()
+        backward(model, index)
+        assert len(alive) >= 4 * 6
+        assert max(alive) <= max(a_layer, outside)
+        assert all(p.grad is None for p in model.parameters()), "all was updated"
+        opt.step()
+        opt.zero_grad()
+
+
+def test_updates_come_in_the_order_of_backward() -> None:
+    """The head, layers from above, the embedding: each when its gradients are complete."""
+    model, opt = stack(active_layers=3)
+    seen: list[tuple[int, ...]] = []
+    changes: list[str] = []
+    names = {p: name for name, p in model.named_parameters()}
+
+    def look(p: Tensor) -> None:
+        seen.append(opt.torn_layers)
+        fresh = [
+            name for q, name in names.items() if name not in changes and not torch.equal(q, before[name])
+        ]
+        changes.extend(sorted(fresh))
+
+    watch(model, look)
+    for index in range(1, 8):
+        layers = sorted(opt.active_layers, reverse=True)
+        seen.clear(), changes.clear()
+        before = tiny.weights(model)
+        assert opt.torn_layers == ()
+        backward(model, index)
+        look(model.head.weight)  # whichever hook came last
+        assert opt.torn_layers == (5, *layers), "5 stands for all that is in no layer"
+        assert seen == sorted(seen, key=len)
+        assert all(done == (5, *layers)[: len(done)] for done in seen)
+        members = {layer: sorted(n for n in before if n.startswith(f"blocks.{layer}.")) for layer in layers}
+        expected = ["head.weight", *(name for layer in layers for name in members[layer]), "embed.weight"]
+        assert changes == expected
+        opt.step()
+        assert opt.torn_layers == ()
+        opt.zero_grad()
+
+
+@pytest.mark.parametrize("offload", MODES)
+def test_weights_change_inside_backward_and_step_only_counts(offload: str) -> None:
+    model, opt = stack(**MODES[offload])
+    before, count = tiny.weights(model), opt.step_count
+    backward(model, 1)
+    after = tiny.weights(model)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name in before if not torch.equal(before[name], after[name])} == trained
+    assert opt.step_count == count
+    opt.step()
+    tiny.assert_identical(tiny.weights(model), after)
+    assert opt.step_count == count + 1
+    opt.step()  # nothing came since
+    assert opt.step_count == count + 1
+
+
+def test_norms_are_those_of_a_plain_step() -> None:
+    (model, opt), (twin, other) = stack(), stack(fused_backward=False)
+    for index in range(1, STEPS):
+        for m, o in ((model, opt), (twin, other)):
+            backward(m, index)
+            o.step()
+            o.zero_grad()
+        assert opt.layer_grad_norms.count_nonzero() == 2
+        assert torch.equal(opt.layer_grad_norms, other.layer_grad_norms)
+        torch.testing.assert_close(opt.grad_norm, other.grad_norm, rtol=1e-6, atol=0)
+        assert torch.equal(opt.importance, other.importance)
+    assert opt.num_refreshes == other.num_refreshes > 1
+
+
+# -- micro-batches ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offload", MODES)
+def test_micro_batches_that_are_declared_add_up(offload: str) -> None:
+    (model, opt), (twin, other) = stack(**MODES[offload]), stack(fused_backward=False)
+    for index in range(1, STEPS):
+        before = tiny.weights(model)
+        with opt.accumulate():
+            backward(model, 10 * index)
+            with opt.accumulate():
+                backward(model, 10 * index + 1)
+            backward(model, 10 * index + 2)
+        tiny.assert_identical(tiny.weights(model), before)
+        assert opt.torn_layers == ()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        if index % 3:
+            backward(model, 10 * index + 3)
+            assert opt.torn_layers
+        for micro in range(3 + bool(index % 3)):
+            backward(twin, 10 * index + micro)
+        for o in (opt, other):
+            o.step()
+            o.zero_grad()
+    compare(model, opt, twin, other)
+
+
+def test_a_declaration_ends_with_an_error_inside() -> None:
+    model, opt = stack()
+    with pytest.raises(ZeroDivisionError), opt.accumulate():
+        1 / 0  # noqa: B018
+    opt.zero_grad()
+    backward(model, 1)
+    assert len(opt.torn_layers) == 3
+
+
+def test_without_fused_backward_and_in_the_probe_a_declaration_does_nothing() -> None:
+    runs = []
+    for fused in (False, True):
+        model = tiny.stack()
+        opt = grass.GrassAdamW(model, config=tiny.config(fused_backward=fused))
+        for index in range(6):
+            with opt.accumulate():
+                backward(model, 2 * index)
+            backward(model, 2 * index + 1)
+            opt.step()
+            opt.zero_grad()
+        runs.append((model, opt))
+    compare(*runs[0], *runs[1])
+
+
+@pytest.mark.parametrize("always", ["outside", "none"])
+def test_a_second_backward_that_was_not_declared_is_an_error_at_its_first_hook(always: str) -> None:
+    model, opt = stack(always_active=always, active_layers=3)
+    backward(model, 1)
+    after, counters = tiny.weights(model), {p: float(s["step"]) for p, s in opt.state.items()}
+    arrived: list[Tensor] = []
+    watch(model, arrived.append)
+    with pytest.raises(BackwardError, match=r"that update stays.*with optimizer\.accumulate\(\)") as raised:
+        backward(model, 2)
+    assert "step(), which counts what was updated, or zero_grad()" in str(raised.value)
+    assert isinstance(raised.value, grass.GrassError)
+    assert not arrived, "a hook behind the first one's layer was reached"
+    assert all(p.grad is None for p in model.parameters())
+    tiny.assert_identical(tiny.weights(model), after)
+    assert {p: float(s["step"]) for p, s in opt.state.items()} == counters
+    # and on: step() ends the step as if the second backward had not been
+    twin, other = stack(always_active=always, active_layers=3)
+    backward(twin, 1)
+    for o in (opt, other):
+        o.step()
+        o.zero_grad()
+    tiny.train(model, opt, 3, STEPS)
+    tiny.train(twin, other, 3, STEPS)
+    compare(model, opt, twin, other)
+
+
+@pytest.mark.parametrize("offload", MODES)
+def test_accelerate_says_which_micro_batch_is_the_last(offload: str) -> None:
+    results = []
+    for fused in (True, False):
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        model = tiny.stack()
+        mode = {**MODES[offload], **FUSED} if fused else {}
+        opt = grass.GrassAdamW(model, lr=1e-2, config=tiny.config(probe_steps=1, **mode))
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        prepared, wrapped = accelerator.prepare(model, opt)
+        for index in range(2 * STEPS):
+            with accelerator.accumulate(prepared):
+                accelerator.backward(tiny.loss_of(prepared, tiny.batch(index)))
+                if fused and opt.phase == "adapt":
+                    assert bool(opt.torn_layers) == accelerator.sync_gradients == bool(index % 2)
+                wrapped.step()
+                wrapped.zero_grad()
+        assert opt.step_count == STEPS
+        results.append((model, opt))
+    compare(*results[0], *results[1])
+
+
+# -- gradients that come in parts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offload", MODES)
+def test_tied_weights_wait_for_the_step(offload: str) -> None:
+    def run(**mode: Any) -> tuple[nn.Module, grass.GrassAdamW]:
+        model = tiny.llama(layers=4, tied=True)
+        opt = grass.GrassAdamW(model, lr=1e-2, config=tiny.config(probe_steps=1, **mode))
+        for index in range(STEPS):
+            before = tiny.weights(model)
+            backward(model, index)
+            if mode and opt.phase == "adapt":
+                assert set(opt.torn_layers) == {*opt.active_layers, 4}, "the final norm need not wait"
+                assert model.model.norm.weight.grad is None
+                assert model.lm_head.weight.grad is not None
+                assert torch.equal(model.lm_head.weight, before["model.embed_tokens.weight"])
+            opt.step()
+            opt.zero_grad()
+        return model, opt
+
+    compare(*run(**MODES[offload], **FUSED), *run())
+
+
+def test_a_weight_shared_by_two_layers_waits_too() -> None:
+    def run(**mode: Any) -> tuple[nn.Module, grass.GrassAdamW]:
+        model = tiny.stack()
+        model.blocks[3].up.weight = model.blocks[1].up.weight
+        opt = grass.GrassAdamW(model, lr=1e-2, config=tiny.config(probe_steps=1, **mode), pattern="blocks.*")
+        tiny.train(model, opt, 0, STEPS)
+        return model, opt
+
+    compare(*run(**FUSED), *run())
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("always", ["outside", "none"])
+def test_activation_checkpointing(always: str, reentrant: bool, tied: bool) -> None:
+    def run(**mode: Any) -> tuple[nn.Module, grass.GrassAdamW]:
+        model = tiny.llama(layers=4, tied=tied)
+        tiny.checkpoint_activations(model, reentrant)
+        settings = tiny.config(probe_steps=1, always_active=always, **mode)
+        opt = grass.GrassAdamW(model, lr=1e-2, config=settings)
+        for index in range(8):
+            with opt.accumulate():
+                backward(model, 2 * index)
+            backward(model, 2 * index + 1)
+            opt.step()
+            opt.zero_grad()
+        return model, opt
+
+    compare(*run(**MODES["streamed"], **FUSED), *run())
+
+
+class Twice(nn.Module):
+    """A block that is used twice under one name, in two reentrant segments: its hooks fire for each."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=True)
+        return x
+
+
+def test_a_gradient_that_comes_after_its_update_is_not_lost_in_silence() -> None:
+    model = tiny.stack()
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = Twice(block)
+    opt = grass.GrassAdamW(
+        model, lr=1e-2, config=tiny.config(probe_steps=0, active_layers=5, **FUSED), pattern="blocks.*"
+    )
+    with pytest.raises(BackwardError, match="a second gradient"):
+        backward(model, 1)
+    assert opt.torn_layers
+
+
+# -- a backward that fails ---------------------------------------------------------------------------------------------
+
+
+class BackwardFailedError(RuntimeError):
+    pass
+
+
+def failing(model: nn.Module, index: int, layer: int) -> None:
+    """A backward that ends with an error where a block's output gets its gradient."""
+
+    def fail(grad: Tensor) -> None:
+        raise BackwardFailedError
+
+    def arm(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(fail)
+
+    handle = model.blocks[layer].register_forward_hook(arm)
+    loss = tiny.loss_of(model, tiny.batch(index))
+    handle.remove()
+    with pytest.raises(BackwardFailedError):
+        loss.backward()
+
+
+def torn(offload: str = "none", **options: Any) -> tuple[nn.Module, grass.GrassAdamW]:
+    """The head and two layers updated, the third not, nor the embedding."""
+    model, opt = stack(**{"active_layers": 3, "seed": 0, "sample_interval": 6, **MODES[offload], **options})
+    tiny.train(model, opt, 1, 3)
+    failing(model, 3, min(opt.active_layers))
+    return model, opt
+
+
+@pytest.mark.parametrize("offload", MODES)
+def test_a_torn_step_is_whole_in_every_layer(offload: str) -> None:
+    model, opt = stack(active_layers=3, **MODES[offload])
+    tiny.train(model, opt, 1, 3)
+    *finished, lowest = sorted(opt.active_layers, reverse=True)
+    # torch's own AdamW, with the states of before, for one more step on the same gradients
+    twin = copy.deepcopy(model)
+    own = dict(twin.named_parameters())
+    independent = torch.optim.AdamW(
+        [q for q in twin.parameters() if q.requires_grad], lr=1e-2, foreach=False, fused=False
+    )
+    opt.state_dict()  # brings resident states home
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            independent.state[own[name]] = {key: value.clone() for key, value in opt.state[p].items()}
+    backward(twin, 3)
+    independent.step()
+    before = tiny.weights(model)
+    counters = {name: float(opt.state[p]["step"]) for name, p in model.named_parameters() if p.requires_grad}
+
+    failing(model, 3, lowest)
+    assert opt.torn_layers == (5, *finished)
+    assert opt.step_count == 3
+    opt.state_dict()
+    owner = tiny.layer_names(model, opt)
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            assert torch.equal(p, before[name])
+        elif owner[name] in finished or name == "head.weight":
+            assert float(opt.state[p]["step"]) == counters[name] + 1
+            torch.testing.assert_close(p, own[name], rtol=1e-5, atol=1e-7)
+            assert not torch.equal(p, before[name])
+            for key in ("exp_avg", "exp_avg_sq"):
+                expected = independent.state[own[name]][key]
+                torch.testing.assert_close(opt.state[p][key], expected, rtol=1e-5, atol=1e-9)
+        else:
+            assert torch.equal(p, before[name])
+            assert float(opt.state[p]["step"]) == counters[name]
+
+
+@pytest.mark.parametrize("resume", [{}, MODES["streamed"], {**MODES["resident"], **FUSED}, FUSED], ids=str)
+@pytest.mark.parametrize("offload", MODES)
+def test_a_torn_state_is_saved_and_loading_it_warns(offload: str, resume: dict[str, Any]) -> None:
+    model, opt = torn(offload)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": opt.state_dict()}, file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    twin = tiny.stack(seed=7)
+    settings = tiny.config(probe_steps=1, active_layers=3, sample_interval=6, **resume)
+    other = grass.GrassAdamW(twin, lr=1e-2, config=settings)
+    twin.load_state_dict(state["model"])
+    with pytest.warns(UserWarning, match=r"inside a step that did not end: .* one update ahead"):
+        other.load_state_dict(state["optimizer"])
+    assert other.torn_layers == ()
+    opt.zero_grad()
+    tiny.train(model, opt, 4, STEPS)
+    tiny.train(twin, other, 4, STEPS)
+    compare(model, opt, twin, other)
+
+
+def test_the_warning_names_what_torn_layers_names() -> None:
+    _, opt = torn()
+    names = list(opt.torn_layers)
+    assert names[0] == 5, "what is in no layer, by the number after the last layer's"
+    with pytest.warns(UserWarning, match=re.escape(str(names))):
+        torn()[1].load_state_dict(opt.state_dict())
+
+
+def test_a_state_that_is_not_torn_does_not_warn() -> None:
+    model, opt = stack()
+    tiny.train(model, opt, 1, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stack()[1].load_state_dict(opt.state_dict())
+
+
+@pytest.mark.parametrize("offload", MODES)
+@pytest.mark.parametrize("how", ["step", "zero_grad"])
+def test_after_a_failure_training_goes_on(how: str, offload: str) -> None:
+    model, opt = torn(offload)
+    count, slots = opt.step_count, opt.torn_layers
+    if how == "step":
+        opt.step()
+        norms = opt.layer_grad_norms
+        assert all(norms[slot] > 0 for slot in slots if slot < 5)
+    opt.zero_grad()
+    assert opt.torn_layers == ()
+    assert all(p.grad is None for p in model.parameters())
+    assert opt.step_count == count + (how == "step")
+    tiny.train(model, opt, 4, STEPS)
+    assert opt.step_count == count + (how == "step") + STEPS - 4
+    assert opt.importance.isfinite().all()
+    # with or without offloading: the same
+    twin, other = torn()
+    if how == "step":
+        other.step()
+    other.zero_grad()
+    tiny.train(twin, other, 4, STEPS)
+    compare(model, opt, twin, other)
+
+
+def test_a_backward_tried_again_after_a_failure_is_refused() -> None:
+    model, opt = torn()
+    top = max(opt.active_layers)
+    count = float(opt.state[model.blocks[top].up.weight]["step"])
+    with pytest.raises(BackwardError, match="After a backward that failed call step"):
+        backward(model, 3)
+    assert float(opt.state[model.blocks[top].up.weight]["step"]) == count
+
+
+# -- what it excludes -----------------------------------------------------------------------------------------------
+
+
+def test_a_scaler_is_refused_with_the_reason() -> None:
+    model, opt = stack()
+    amp = torch.amp.GradScaler("cpu", init_scale=8.0)
+    amp.scale(tiny.loss_of(model, tiny.batch(1))).backward()
+    with pytest.raises(
+        grass.GrassError, match=r"fused_backward and a GradScaler exclude each other: .* still scaled"
+    ):
+        amp.step(opt)
+
+
+def test_a_scaler_that_is_switched_off_is_none() -> None:
+    (model, opt), (twin, other) = stack(), stack()
+    amp = torch.amp.GradScaler("cpu", enabled=False)
+    for index in range(1, STEPS):
+        amp.scale(tiny.loss_of(model, tiny.batch(index))).backward()
+        amp.step(opt)
+        amp.update()
+        opt.zero_grad()
+    tiny.train(twin, other, 1, STEPS)
+    compare(model, opt, twin, other)
+
+
+# -- hooks and lives ------------------------------------------------------------------------------------------------
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())
+
+
+def test_hooks_are_on_what_trains_and_go_with_the_optimizer() -> None:
+    for how in ("release", "garbage"):
+        model, opt = stack()
+        for index in range(1, 12):
+            trained = sum(p.requires_grad for p in model.parameters())
+            assert hooks(model) == trained
+            tiny.train(model, opt, index, index + 1)
+        backward(model, 12)
+        if how == "release":
+            opt.release()
+        ref = weakref.ref(opt)
+        del opt
+        gc.collect()
+        assert ref() is None
+        assert hooks(model) == 0
+        assert all(p.requires_grad for p in model.parameters())
+        backward(model, 13)
+        assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_newer_optimizer_updates_alone() -> None:
+    model, older = stack()
+    newer = grass.GrassAdamW(model, lr=1e-2, config=tiny.config(probe_steps=0, seed=3, **FUSED))
+    twin = tiny.stack()
+    twin.load_state_dict(model.state_dict())
+    alone = grass.GrassAdamW(twin, lr=1e-2, config=tiny.config(probe_steps=0, seed=3, **FUSED))
+    tiny.train(model, newer, 0, 8)
+    tiny.train(twin, alone, 0, 8)
+    compare(model, newer, twin, alone)
+    with pytest.raises(grass.GrassError, match="newer one"):
+        older.step()
+
+
+def test_parameters_added_while_training_are_updated_inside_backward() -> None:
+    model = tiny.stack()
+    late = list(model.blocks[0].parameters())
+    early = [p for p in model.parameters() if not any(p is q for q in late)]
+    opt = grass.GrassAdamW(early, lr=1e-2, model=model, config=tiny.config(probe_steps=1, **FUSED))
+    tiny.train(model, opt, 0, 2)
+    opt.add_param_group({"params": late})
+    assert hooks(model) == sum(p.requires_grad for p in model.parameters())
+    for index in range(2, 20):
+        backward(model, index)
+        assert all(p.grad is None for p in model.parameters())
+        opt.step()
+        opt.zero_grad()
+    assert opt.draw_counts[0] > 0
+
+
+# -- Trainer ----------------------------------------------------------------------------------------------------------
+
+
+class Ids(Dataset):
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = tiny.batch(index, size=1)[0]
+        return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_run_of_trainer(tmp_path: Path, micro_batches: int) -> None:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Watch(TrainerCallback):
+        """Backward has updated when the step begins, and in no micro-batch before the last."""
+
+        def __init__(self) -> None:
+            self.torn: list[bool] = []
+
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            assert method_of(kwargs["optimizer"]).torn_layers == ()
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.torn.append(bool(method_of(kwargs["optimizer"]).torn_layers))
+
+    def method_of(opt: Any) -> grass.GrassAdamW:
+        return getattr(opt, "optimizer", opt)
+
+    def run(name: str, **mode: Any) -> tuple[nn.Module, grass.GrassAdamW, list[bool]]:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        model = tiny.llama(layers=4)
+        args = TrainingArguments(
+            output_dir=str(tmp_path / name), max_steps=8, per_device_train_batch_size=2, max_grad_norm=0,
+            gradient_accumulation_steps=micro_batches, learning_rate=1e-2, warmup_steps=3, save_strategy="no",
+            report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, seed=1,
+        )  # fmt: skip
+        given = trainer_optimizer(lr=1e-2, weight_decay=0.1, config=tiny.config(probe_steps=2, **mode))
+        watch = Watch()
+        trainer = Trainer(model, args, train_dataset=Ids(), optimizer_cls_and_kwargs=given, callbacks=[watch])
+        trainer.train()
+        return model, method_of(trainer.optimizer), watch.torn
+
+    model, opt, updated = run("fused", **FUSED, **MODES["streamed"])
+    twin, other, _ = run("plain")
+    assert opt.step_count == other.step_count == 8
+    assert updated == [False] * 2 + [True] * 6
+    compare(model, opt, twin, other)

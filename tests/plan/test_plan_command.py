@@ -1,0 +1,155 @@
+"""Failures these tests catch: rows or keys other than what scripts read, a traceback or several lines where one is due,
+a wrong exit code, a picture that is not drawn or is left half made, a network asked for a preset that is mistyped.
+"""
+
+import argparse
+import json
+import sys
+
+import pytest
+
+from grass.cli.plan import add_parser
+from grass.plan.prediction import METHODS
+
+pytest.importorskip("transformers", reason="plans are of transformers models")
+
+KEYS = [
+    "method", "peak_gib", "weights_gib", "gradients_gib", "states_device_gib", "states_host_gib", "activations_gib",
+    "h2d_gib_per_step", "d2h_gib_per_step", "step_floor_ms", "fits",
+]  # fmt: skip
+SMALL = ("--batch", "1", "--seq", "16")
+
+
+def grass(*arguments):
+    parser = argparse.ArgumentParser(prog="grass")
+    add_parser(parser.add_subparsers(required=True))
+    args = parser.parse_args([str(argument) for argument in arguments])
+    return args.run(args)
+
+
+def test_json(folder, capsys):
+    assert grass("plan", "--model", folder, *SMALL, "--gpu-gib", "0.006", "--json") == 0
+    captured = capsys.readouterr()
+    rows = json.loads(captured.out)
+    assert captured.err == ""
+    assert [row["method"] for row in rows] == list(METHODS)
+    for row in rows:
+        assert list(row) == KEYS
+        assert row["fits"] is (row["peak_gib"] <= 0.006)
+    assert {row["fits"] for row in rows} == {True, False}
+
+
+def test_table_and_advice(folder, capsys):
+    assert grass("plan", "--model", folder, *SMALL, "--host-gib", "0.001", "--active-layers", "1") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{folder}: batch 1 x 16, bfloat16, checkpointed, chunked loss, 1 active")
+    table = {line.split()[0]: line for line in lines[3:-2]}
+    assert list(table) == list(METHODS)
+    assert len({len(line) for line in lines[3:-2] if line.endswith("yes")}) == 1
+    assert table["grass-streamed"].endswith("yes, not the host")
+    assert lines[-1].startswith("Take grass: ")
+
+
+def test_a_second_time_gives_the_same(folder, capsys):
+    outputs = []
+    for _ in range(2):
+        assert grass("plan", "--model", folder, *SMALL, "--no-checkpointing", "--loss", "full", "--json") == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+
+
+def test_plot(folder, capsys, tmp_path):
+    pytest.importorskip("matplotlib", reason="the chart needs it")
+    path = tmp_path / "memory.png"
+    assert grass("plan", "--model", folder, *SMALL, "--plot", path) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_that_cannot_be_written_is_known_at_once(folder, capsys, tmp_path):
+    assert grass("plan", "--model", folder, "--plot", tmp_path / "no" / "file.png") == 1
+    assert_one_line(capsys, "cannot be written")
+
+
+@pytest.mark.parametrize("name", ["llama9", "./no/such/model", "/no/such/model", "a/b/c"])
+def test_name_that_leads_nowhere_is_one_line_with_what_is_possible(capsys, monkeypatch, name):
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda name: pytest.fail("asked the hub"))
+    assert grass("plan", "--model", name) == 1
+    assert_one_line(capsys, name, "llama2-7b", "folder", "hub")
+
+
+@pytest.mark.parametrize(
+    "content", [None, "{", "{}", '{"model_type": "no-such-type"}', '{"model_type": "vit"}']
+)
+def test_folder_without_a_usable_configuration(tmp_path, capsys, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    assert grass("plan", "--model", tmp_path) == 1
+    assert_one_line(capsys, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        (("--seq", "513"), "512 positions"),
+        (("--active-layers", "9"), "only 5 layers"),
+        (("--buffer-mb", "0.01"), "buffer_mb"),
+    ],
+)
+def test_what_does_not_fit_the_model(folder, capsys, option, told):
+    assert grass("plan", "--model", folder, "--batch", "1", "--seq", "16", *option) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("grass plan: ")
+    assert told in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("--model", "llama2-7b", "--seq", "0"),
+        ("--model", "llama2-7b", "--batch", "x"),
+        ("--model", "llama2-7b", "--gpu-gib", "-1"),
+        ("--model", "llama2-7b", "--tflops", "nan"),
+        ("--model", "llama2-7b", "--loss", "none"),
+        ("--model", "llama2-7b", "--dtype", "int8"),
+    ],
+)
+def test_wrong_usage_is_two(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        grass("plan", *arguments)
+    assert caught.value.code == 2
+
+
+def test_help_has_examples_and_presets(capsys):
+    with pytest.raises(SystemExit) as caught:
+        grass("plan", "--help")
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert "grass plan --model llama2-7b --batch 4 --seq 1024" in out
+    assert "tinyllama-1.1b" in out
+
+
+def test_without_transformers_the_extra_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert grass("plan", "--model", "llama2-7b") == 1
+    assert "pip install grass-optim[transformers]" in capsys.readouterr().err
+
+
+def test_without_peft_the_other_rows_are_there(folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert grass("plan", "--model", folder, *SMALL, "--json") == 0
+    captured = capsys.readouterr()
+    assert [row["method"] for row in json.loads(captured.out)] == [
+        name for name in METHODS if "lora" not in name
+    ]
+    assert "peft is not installed" in captured.err
+
+
+def assert_one_line(capsys, *parts):
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("grass plan: ")
+    assert captured.err.count("\n") == 1
+    for part in parts:
+        assert part in captured.err
