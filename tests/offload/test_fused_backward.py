@@ -494,6 +494,19 @@ def test_a_scaler_is_refused_with_the_reason() -> None:
         amp.step(opt)
 
 
+def test_after_a_scaler_was_refused_training_goes_on_without() -> None:
+    """It had left its scale on the optimizer, to be read by a step that did not come."""
+    model, opt = stack()
+    amp = torch.amp.GradScaler("cpu", init_scale=8.0)
+    amp.scale(tiny.loss_of(model, tiny.batch(1))).backward()
+    with pytest.raises(grass.GrassError, match="GradScaler"):
+        amp.step(opt)
+    opt.zero_grad()
+    count = opt.step_count
+    tiny.train(model, opt, 2, 5)
+    assert opt.step_count == count + 3
+
+
 def test_a_scaler_that_is_switched_off_is_none() -> None:
     (model, opt), (twin, other) = stack(), stack()
     amp = torch.amp.GradScaler("cpu", enabled=False)
