@@ -72,6 +72,18 @@ class CpuClock:
         step()
 
 
+def cycles_per_second() -> float:
+    """Of the clock that ``torch.cuda._sleep`` counts."""
+    cycles = 20_000_000
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(cycles)  # the first wakes the clocks
+    start.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    end.synchronize()
+    return cycles / (start.elapsed_time(end) / 1e3)
+
+
 class CudaClock:
     """Time between events on the device, with the host ahead.
 
@@ -87,21 +99,11 @@ class CudaClock:
         self.device = torch.device("cuda", torch.cuda.current_device())
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size
         self._buffer = torch.zeros(max(256 << 20, 3 * cache) // 4, dtype=torch.int32, device=self.device)
-        self._cycles_per_second = self._calibrate()
+        self._cycles_per_second = cycles_per_second()
 
     def flush(self) -> None:
         """Displace what caches hold."""
         self._buffer.zero_()
-
-    def _calibrate(self) -> float:
-        cycles = 20_000_000
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(cycles)  # the first wakes the clocks
-        start.record()
-        torch.cuda._sleep(cycles)
-        end.record()
-        end.synchronize()
-        return cycles / (start.elapsed_time(end) / 1e3)
 
     def sample(self, step: Callable[[], object], previous: Sample | None = None) -> Sample:
         """Flush the caches and time one step, of which `previous` was the last sample."""

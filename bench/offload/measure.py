@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import grass_kernels
+from bench.kernels.timing import cycles_per_second
 from bench.offload.steps import Part, Task, drive, make_pipeline
 from grass.offload.streams import COMPUTE, HOST, UPDATE, CudaEngine, Operation
 from grass.offload.timeline import Link, Span
@@ -126,7 +127,7 @@ def measure_steps(task: Task, device: torch.device, *, vanilla: bool) -> list[Sp
     """
     engine = TracingEngine(device, serial=vanilla)
     pipeline = make_pipeline(task, engine, device)
-    cycles = _cycles_per_second()
+    cycles = cycles_per_second()
     most = max(
         p.start - unit.start + p.numel
         for s in task.order()
@@ -152,14 +153,3 @@ def measure_steps(task: Task, device: torch.device, *, vanilla: bool) -> list[Sp
     drive(task, pipeline, compute, update, ahead=not vanilla)
     pipeline.drain()
     return engine.spans()
-
-
-def _cycles_per_second() -> float:
-    cycles = 100_000_000
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(cycles)  # the first wakes the clocks
-    start.record()
-    torch.cuda._sleep(cycles)
-    end.record()
-    end.synchronize()
-    return cycles / (start.elapsed_time(end) / 1e3)

@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.offload.shapes import Compute, Shape
 from grass.offload.pipeline import StreamedPipeline, Update
 from grass.offload.recording import Log, RecordingEngine
-from grass.offload.store import Store, allocating
+from grass.offload.store import Slot, Store, allocating
 from grass.offload.streams import COMPUTE, D2H, H2D, HOST, CopyEngine, Operation
 from grass.offload.timeline import Link, Seconds, Span, busy_seconds, floor_seconds, simulate
 
@@ -148,7 +148,9 @@ class OneByOne(RecordingEngine):
 
 def make_pipeline(task: Task, engine: CopyEngine, device: torch.device) -> StreamedPipeline:
     """The pipeline of a task; on the meta device without memory anywhere."""
-    store = Store(task.members(), lambda params: MOMENTS, pinned=device.type == "cuda")
+    store = Store(
+        [Slot(list(members), dict(MOMENTS)) for members in task.members()], pinned=device.type == "cuda"
+    )
     return StreamedPipeline(store, engine, device, task.buffer_bytes, task.buffer_count)
 
 

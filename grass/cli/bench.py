@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from grass.cli.values import count, positive, require_matplotlib, writable
 from grass.errors import GrassError
 
 STOPPED = 130  # what shells report for a command that Ctrl-C ended
@@ -78,7 +79,7 @@ def add_parser(subparsers: Any) -> None:
     )
     kernels.add_argument(
         "--seconds",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="time for the whole run, the most telling cases first [1200; 60 on a CPU]",
     )
@@ -106,14 +107,14 @@ def _add_offload_options(parser: argparse.ArgumentParser) -> None:
         help="tinyllama-1.1b, llama2-7b, llama3-8b, llama2-13b, or layers x hidden x intermediate x vocab, such as "
         "32x4096x11008x32000 [llama2-7b]",
     )
-    parser.add_argument("--active-layers", type=_count, default=2, metavar="N", help="layers that train [2]")
-    parser.add_argument("--tokens", type=_count, default=4096, metavar="N", help="in a step [4096]")
+    parser.add_argument("--active-layers", type=count, default=2, metavar="N", help="layers that train [2]")
+    parser.add_argument("--tokens", type=count, default=4096, metavar="N", help="in a step [4096]")
     parser.add_argument(
-        "--tflops", type=_positive, default=200.0, metavar="X", help="that forward and backward reach [200]"
+        "--tflops", type=positive, default=200.0, metavar="X", help="that forward and backward reach [200]"
     )
     parser.add_argument(
         "--pcie-gbs",
-        type=_positive,
+        type=positive,
         metavar="X",
         help="GB/s of the link to simulate, each way [measured; without a CUDA device 50]",
     )
@@ -124,10 +125,10 @@ def _add_offload_options(parser: argparse.ArgumentParser) -> None:
         help="share of it that each direction has while both copy, 0.5 if they take turns [measured; 1]",
     )
     parser.add_argument(
-        "--hbm-gbs", type=_positive, metavar="X", help="GB/s of the device's memory [measured; 2000]"
+        "--hbm-gbs", type=positive, metavar="X", help="GB/s of the device's memory [measured; 2000]"
     )
-    parser.add_argument("--buffer-mb", type=_positive, default=64.0, metavar="X", help="MiB of a buffer [64]")
-    parser.add_argument("--buffer-count", type=_count, default=2, metavar="N", help="buffers [2]")
+    parser.add_argument("--buffer-mb", type=positive, default=64.0, metavar="X", help="MiB of a buffer [64]")
+    parser.add_argument("--buffer-count", type=count, default=2, metavar="N", help="buffers [2]")
     parser.add_argument(
         "--split-outside",
         action="store_true",
@@ -165,13 +166,13 @@ def _guarded(arguments: argparse.Namespace, command: Callable[[argparse.Namespac
 @contextlib.contextmanager
 def _outputs(arguments: argparse.Namespace) -> Iterator[tuple[Callable[[dict[str, Any]], None], Path | None]]:
     """Where rows go, one by one, and where the picture; both are known to be writable before anything runs."""
-    plot = None if arguments.plot is None else _writable(arguments.plot, "--plot")
+    plot = None if arguments.plot is None else writable(arguments.plot, "--plot")
     if plot is not None:
-        _require_matplotlib()
+        require_matplotlib()
     with contextlib.ExitStack() as stack:
         out: IO[str] | None = None
         if arguments.out is not None:
-            out = stack.enter_context(_writable(arguments.out, "--out").open("w", encoding="utf-8"))
+            out = stack.enter_context(writable(arguments.out, "--out").open("w", encoding="utf-8"))
 
         def write(row: dict[str, Any]) -> None:
             if out is not None:
@@ -268,52 +269,11 @@ def _sizes(text: str) -> list[int]:
     return sizes
 
 
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
-    return value
-
-
-def _count(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if not 1 <= value <= LARGEST_SIZE:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return value
-
-
 def _share(text: str) -> float:
-    value = _positive(text)
+    value = positive(text)
     if value > 1:
         raise argparse.ArgumentTypeError(f"must be at most 1, not {text}")
     return value
-
-
-def _writable(name: str, option: str) -> Path:
-    """The path, if a file can be written there; nothing is left behind."""
-    path = Path(name)
-    existed = path.exists()
-    try:
-        with path.open("a"):
-            pass
-    except OSError as error:
-        raise BenchError(f"{option} {name} cannot be written: {error.strerror}") from None
-    if not existed:
-        path.unlink()
-    return path
-
-
-def _require_matplotlib() -> None:
-    try:
-        importlib.import_module("matplotlib")
-    except ImportError:
-        raise BenchError("--plot needs matplotlib; install with: pip install 'grass-optim[plots]'") from None
 
 
 def _print_plan(plan: Any, *, as_json: bool) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import math
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grass.cli.values import count, positive, require_matplotlib, writable
 from grass.config import GrassConfig
 from grass.errors import GrassError
 
@@ -62,8 +61,8 @@ def add_parser(subparsers: Any) -> None:
         help=f"one of {', '.join(_presets())}; or a folder with a config.json, or a name on the hub",
     )
     step = parser.add_argument_group("the step")
-    step.add_argument("--batch", type=_count, default=4, metavar="N", help="sequences [4]")
-    step.add_argument("--seq", type=_count, default=1024, metavar="N", help="tokens of a sequence [1024]")
+    step.add_argument("--batch", type=count, default=4, metavar="N", help="sequences [4]")
+    step.add_argument("--seq", type=count, default=1024, metavar="N", help="tokens of a sequence [1024]")
     step.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights [bfloat16]")
     step.add_argument(
         "--checkpointing",
@@ -79,7 +78,7 @@ def add_parser(subparsers: Any) -> None:
     )
     grass = parser.add_argument_group("GRASS")
     grass.add_argument(
-        "--active-layers", "--layers", type=_count, default=GrassConfig.active_layers, metavar="N",
+        "--active-layers", "--layers", type=count, default=GrassConfig.active_layers, metavar="N",
         help=f"layers that train at a time [{GrassConfig.active_layers}]",
     )  # fmt: skip
     grass.add_argument(
@@ -87,26 +86,26 @@ def add_parser(subparsers: Any) -> None:
         help="of the moments in the grass rows [float32]",
     )  # fmt: skip
     grass.add_argument(
-        "--sample-interval", type=_count, default=GrassConfig.sample_interval, metavar="N",
+        "--sample-interval", type=count, default=GrassConfig.sample_interval, metavar="N",
         help=f"steps with one set of layers [{GrassConfig.sample_interval}]",
     )  # fmt: skip
     grass.add_argument(
-        "--buffer-mb", type=_positive, default=GrassConfig.buffer_mb, metavar="MIB",
+        "--buffer-mb", type=positive, default=GrassConfig.buffer_mb, metavar="MIB",
         help=f"size of a buffer of streamed states [{GrassConfig.buffer_mb:g}]",
     )  # fmt: skip
     grass.add_argument(
-        "--buffer-count", type=_count, default=GrassConfig.buffer_count, metavar="N",
+        "--buffer-count", type=count, default=GrassConfig.buffer_count, metavar="N",
         help=f"how many there are [{GrassConfig.buffer_count}]",
     )  # fmt: skip
     machine = parser.add_argument_group("the machine")
-    machine.add_argument("--gpu-gib", type=_positive, default=24.0, metavar="GIB", help="device memory [24]")
-    machine.add_argument("--host-gib", type=_positive, metavar="GIB", help="host memory for states [enough]")
+    machine.add_argument("--gpu-gib", type=positive, default=24.0, metavar="GIB", help="device memory [24]")
+    machine.add_argument("--host-gib", type=positive, metavar="GIB", help="host memory for states [enough]")
     machine.add_argument(
-        "--pcie-gbs", type=_positive, default=25.0, metavar="N", help="1e9 bytes a second, each way [25]"
+        "--pcie-gbs", type=positive, default=25.0, metavar="N", help="1e9 bytes a second, each way [25]"
     )
     machine.add_argument(
         "--tflops",
-        type=_positive,
+        type=positive,
         default=150.0,
         metavar="N",
         help="1e12 operations a second, as reached [150]",
@@ -121,7 +120,10 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `grass plan`; the exit code."""
     try:
-        plot = None if args.plot is None else _writable(args.plot)
+        plot = None
+        if args.plot is not None:
+            require_matplotlib()
+            plot = writable(args.plot, "--plot")
         return _run(args, plot)
     except (GrassError, OSError) as error:
         print(f"grass plan: {error}", file=sys.stderr)
@@ -224,39 +226,3 @@ def _presets() -> list[str]:
     from grass.plan import preset_names
 
     return preset_names()
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
-    return value
-
-
-def _writable(name: str) -> Path:
-    """The path, if matplotlib is there and a file can be written; nothing is left behind."""
-    from grass.plan.models import PlanError
-
-    try:
-        importlib.import_module("matplotlib")
-    except ImportError:
-        raise PlanError("--plot needs matplotlib; install with: pip install 'grass-optim[plots]'") from None
-    path = Path(name)
-    existed = path.exists()
-    try:
-        with path.open("a"):
-            pass
-    except OSError as error:
-        raise PlanError(f"--plot {name} cannot be written: {error.strerror}") from None
-    if not existed:
-        path.unlink()
-    return path

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,6 +75,23 @@ def allocating(function: Callable[[int, bool], Tensor]) -> Iterator[None]:
         _allocate = before
 
 
+def takes_host_memory() -> bool:
+    """Whether slabs are what they say: not while `allocating`."""
+    return _allocate is _map_memory
+
+
+class Slot(NamedTuple):
+    """Parameters whose states lie together.
+
+    Args:
+        params: dense, in the order of their places.
+        dtypes: of their states, by kind.
+    """
+
+    params: list[Tensor]
+    dtypes: dict[str, torch.dtype]
+
+
 class Slab:
     """The states of one slot.
 
@@ -134,20 +152,13 @@ class Store:
     """The slabs of an optimizer, each made when it is first asked for.
 
     Args:
-        members: the parameters of each slot, all that can ever train.
-        dtypes_of: from a slot's parameters to the dtypes of its states, by kind.
+        slots: all that can ever train.
         pinned: let copy engines read and write it without the host.
     """
 
-    def __init__(
-        self,
-        members: Sequence[Sequence[Tensor]],
-        dtypes_of: Callable[[Sequence[Tensor]], Mapping[str, torch.dtype]],
-        pinned: bool,
-    ) -> None:
-        self._members = [list(params) for params in members]
-        self._dtypes_of = dtypes_of
-        self._slot = {p: slot for slot, params in enumerate(members) for p in params}
+    def __init__(self, slots: Sequence[Slot], pinned: bool) -> None:
+        self._slots = slots
+        self._slot = {p: number for number, slot in enumerate(slots) for p in slot.params}
         self._slabs: dict[int, Slab] = {}
         self._pinned = pinned
 
@@ -155,14 +166,21 @@ class Store:
         return p in self._slot
 
     def slot_of(self, p: Tensor) -> int:
-        """The slot a parameter is in."""
+        """The number of the slot a parameter is in."""
         return self._slot[p]
+
+    def has_room_for(self, slots: Sequence[Slot]) -> bool:
+        """Whether it holds these parameters, none else, and has a place for each kind of their states."""
+        if {p: number for number, slot in enumerate(slots) for p in slot.params} != self._slot:
+            return False
+        return all(
+            mine.dtypes.items() >= slot.dtypes.items() for mine, slot in zip(self._slots, slots, strict=True)
+        )
 
     def slab(self, slot: int) -> Slab:
         """The slab of a slot; its memory is taken at the first call."""
         if slot not in self._slabs:
-            params = self._members[slot]
-            self._slabs[slot] = Slab(params, self._dtypes_of(params), self._pinned)
+            self._slabs[slot] = Slab(*self._slots[slot], self._pinned)
         return self._slabs[slot]
 
     def view(self, p: Tensor, kind: str) -> Tensor:
@@ -188,8 +206,6 @@ class Store:
     def most_bytes(self) -> int:
         """Bytes when every slot has been drawn."""
         total = 0
-        for params in self._members:
-            if params:
-                widths = sum(dtype.itemsize for dtype in self._dtypes_of(params).values())
-                total += place(params)[1] * widths
+        for slot in self._slots:
+            total += place(slot.params)[1] * sum(dtype.itemsize for dtype in slot.dtypes.values())
         return total

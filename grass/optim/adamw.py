@@ -218,7 +218,7 @@ class AdamW(torch.optim.AdamW):
         Returns:
             float32 [layers], the squared norms of their gradients by layer; None if there were none.
         """
-        groups = self.param_groups if slot is None else self._groups_of(slot)
+        groups = self._groups_of(slot)
         work = self._works.get(slot)
         if work is None or not work.holds(groups, self.state):
             self._leave_work(slot)
@@ -254,9 +254,9 @@ class AdamW(torch.optim.AdamW):
         """Where in a store, for subclasses that have one, the states of rows are; in the order of updates."""
         return []
 
-    def _groups_of(self, slot: int) -> list[dict[str, Any]]:
-        """The groups as they are, with the parameters of one slot only."""
-        raise NotImplementedError
+    def _groups_of(self, slot: int | None) -> list[dict[str, Any]]:
+        """The groups as they are; in subclasses that have slots, with the parameters of one only."""
+        return self.param_groups
 
     def _rows(self, slot: int | None = None) -> tuple[list[Row], int]:
         """The parameters with gradients, and how many layers there are: each parameter is one."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grass.errors import StateMismatchError
-from grass.optim.states import Options, has_remainder, moment_dtype, moment_keys
+from grass.optim.states import KINDS, Options, has_remainder, moment_dtype, moment_keys
 
 
 def placeholder_state(group: dict[str, Any], p: Tensor, options: Options) -> dict[str, Tensor]:
@@ -90,9 +90,10 @@ def check_shapes(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> No
         )
     for group, keys in zip(own, saved, strict=True):
         for p, key in zip(group, keys, strict=True):
-            moment = state_dict["state"].get(key, {}).get("exp_avg")
-            if moment is not None and moment.shape != p.shape:
-                raise StateMismatchError(
-                    f"exp_avg of parameter {key} has shape {tuple(moment.shape)} in the state dict, the parameter "
-                    f"{tuple(p.shape)}: it is of another model"
-                )
+            for kind in (*KINDS, "remainder"):
+                found = state_dict["state"].get(key, {}).get(kind)
+                if found is not None and found.shape != p.shape:
+                    raise StateMismatchError(
+                        f"{kind} of parameter {key} has shape {tuple(found.shape)} in the state dict, the parameter "
+                        f"{tuple(p.shape)}: it is of another model"
+                    )

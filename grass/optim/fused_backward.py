@@ -123,10 +123,6 @@ class FusedBackward:
         finally:
             self._accumulating -= 1
 
-    def as_tensor(self, size: int) -> Tensor:
-        """The slots of a torn step, int64 [size], -1 where there is none."""
-        return torch.tensor(self.done + [-1] * (size - len(self.done)), dtype=torch.int64, device="cpu")
-
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self.handles:

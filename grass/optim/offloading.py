@@ -1,6 +1,6 @@
 """Offloading: an optimizer's store and pipeline, and how they follow its parameters."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +10,9 @@ from grass.config import GrassConfig
 from grass.errors import OffloadError
 from grass.offload.host import check_host_memory
 from grass.offload.pipeline import Pipeline, ResidentPipeline, StreamedPipeline
-from grass.offload.store import Store
+from grass.offload.store import Slot, Store, takes_host_memory
 from grass.offload.streams import CopyEngine, engine_for
 from grass.offload.units import elements_in
-from grass.optim.states import KERNEL_DTYPES, Options, has_remainder, moment_keys
 
 MEBIBYTE = 2**20
 
@@ -45,11 +44,10 @@ class Offloading:
     """The home of an optimizer's states, and their way to the device.
 
     Args:
-        members: the parameters of each slot that can ever train. Complex and float64 ones, which only torch updates,
-            keep their states beside them.
-        groups: of each parameter.
-        options: of the optimizer.
+        slots: what the store holds. Complex and float64 parameters, which only torch updates, keep their states
+            beside them.
         config: ``offload``, ``buffer_mb`` and ``buffer_count``.
+        before: whose states move in, drained; what it has moved is counted on.
         engine: copies; None is the device's own.
 
     Raises:
@@ -59,31 +57,24 @@ class Offloading:
 
     def __init__(
         self,
-        members: Sequence[Sequence[Tensor]],
-        groups: Mapping[Tensor, dict[str, Any]],
-        options: Options,
+        slots: Sequence[Slot],
         config: GrassConfig,
+        before: "Offloading | None" = None,
         engine: Callable[[torch.device], CopyEngine] = engine_for,
     ) -> None:
         self._config, self._make_engine = config, engine
-        members = [[p for p in params if p.dtype in KERNEL_DTYPES] for params in members]
-
-        def dtypes_of(params: Sequence[Tensor]) -> dict[str, torch.dtype]:
-            kinds = sorted({kind for p in params for kind in moment_keys(groups[p])})
-            dtypes = dict.fromkeys(kinds, options.state_dtype or torch.float32)
-            if any(has_remainder(p, options) for p in params):
-                dtypes["remainder"] = torch.int16
-            return dtypes
-
-        self._params = [p for params in members for p in params]
+        self._params = [p for slot in slots for p in slot.params]
         self._device = self._common_device()
-        self.store = Store(members, dtypes_of, pinned=self._device.type == "cuda")
+        self.store = Store(slots, pinned=self._device.type == "cuda")
         if config.offload == "streamed":
-            for params in members:
-                if params:
-                    elements_in(self._buffer_bytes, dtypes_of(params))
-        check_host_memory(self.store.most_bytes)
-        self._moved_before = (0, 0)  # by pipelines of devices that the parameters have left
+            for slot in slots:
+                if slot.params:
+                    elements_in(self._buffer_bytes, slot.dtypes)
+        held = 0 if before is None else before.store.num_bytes
+        if takes_host_memory():
+            check_host_memory(self.store.most_bytes - held)
+        # by pipelines of devices that the parameters have left, and to stores that states have
+        self._moved_before = (0, 0) if before is None else before.stats[:2]
         self._pipeline: Pipeline | None = None
 
     @property
@@ -136,10 +127,6 @@ class Offloading:
         h2d, d2h, held = (0, 0, 0) if self._pipeline is None else self._pipeline.stats
         before = self._moved_before
         return TransferStats(before[0] + h2d, before[1] + d2h, self.store.num_bytes, held)
-
-    def go_on_from(self, other: "Offloading") -> None:
-        """Count on from what another one has moved."""
-        self._moved_before = other.stats[:2]
 
     def drain(self) -> None:
         """Let the store hold all states as they are now."""

@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +25,13 @@ class Saving(StoredAdamW):
     _probe: Probe | None
     _fused: FusedBackward | None
 
-    @property
-    def step_count(self) -> int:
-        """Steps taken, probe included."""
-        raise NotImplementedError
+    if TYPE_CHECKING:  # of `GrassAdamW`
+        step_count: property
+        torn_layers: property
 
-    def _can_train(self, p: Tensor) -> bool:
-        raise NotImplementedError
-
-    def _build(self, trainable: list[bool]) -> None:
-        raise NotImplementedError
-
-    def _switch_parameters(self) -> None:
-        raise NotImplementedError
+        def _can_train(self, p: Tensor) -> bool: ...
+        def _build(self, trainable: list[bool]) -> None: ...
+        def _switch_parameters(self) -> None: ...
 
     def state_dict(self) -> dict[str, Any]:
         """State in torch's AdamW layout, with the whole method in ``param_groups[0]["grass"]``.
@@ -50,8 +44,9 @@ class Saving(StoredAdamW):
         state_dict = super().state_dict()
         method = state_dict["param_groups"][0]["grass"] = self._scheduler.state_dict()
         if self._fused is not None:
-            outside = sum(home >= len(self._layers) for home in self._homes.values())
-            method["torn"] = self._fused.as_tensor(self._config.active_layers + outside)
+            # of one shape at all times, as all of the method's state
+            torn = [*self.torn_layers, *[-1] * (self._config.active_layers + 1)]
+            method["torn"] = torch.tensor(torn[: self._config.active_layers + 1], device="cpu")
         for index, (group, p) in enumerate(self._members()):
             if self._can_train(p) and "step" not in self.state.get(p, ()):
                 empty = placeholder_state(group, p, self._options)
@@ -141,7 +136,7 @@ def _warn_if_torn(method: dict[str, Any]) -> None:
     torn = [slot for slot in method.get("torn", torch.empty(0)).tolist() if slot >= 0]
     if torn:
         warnings.warn(
-            f"the state was saved inside a step that did not end: slots {torn} are one update ahead of the others; "
+            f"the state was saved inside a step that did not end: layers {torn} are one update ahead of the others; "
             "weights, moments and counters of each agree",
             stacklevel=4,
         )

@@ -10,6 +10,8 @@ import grass_kernels
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 KERNEL_DTYPES = (torch.float32, *LOW_PRECISION)
+KINDS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+"""Of moments, by their names in a state."""
 
 
 class Options(NamedTuple):
@@ -69,7 +71,7 @@ def takes_kernel(group: dict[str, Any], p: Tensor, options: Options) -> bool:
 
 def moment_keys(group: dict[str, Any]) -> tuple[str, ...]:
     """Names of a parameter's moments in its state."""
-    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
+    return KINDS if group["amsgrad"] else KINDS[:2]
 
 
 def moment_dtype(p: Tensor, options: Options, differentiable: bool = False) -> torch.dtype:

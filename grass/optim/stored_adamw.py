@@ -7,14 +7,17 @@ complete at the two ends of backward. With L layers the homes are 0 to L - 1, an
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from grass.config import GrassConfig
 from grass.layers import LayerMap
 from grass.offload.pipeline import Pipeline
+from grass.offload.store import Slot
 from grass.optim.adamw import AdamW
 from grass.optim.offloading import Offloading
-from grass.optim.work import Row
+from grass.optim.states import KERNEL_DTYPES, KINDS, has_remainder, moment_dtype, moment_keys
+from grass.optim.work import Row, Work
 
 
 class StoredAdamW(AdamW):
@@ -25,7 +28,7 @@ class StoredAdamW(AdamW):
     _slots: dict[Tensor, int]
     _offloading: Offloading | None
     _homes: dict[Tensor, int]
-    _found_homes: set[int]  # of what the user lets train
+    _trainable: dict[Tensor, bool]  # what the user lets train
     _order_seen: list[int]
 
     def _find_homes(self) -> dict[Tensor, int]:
@@ -41,40 +44,59 @@ class StoredAdamW(AdamW):
 
     def _move_in(self, flags: dict[Tensor, bool]) -> None:
         """Give every parameter its home, and its states their place; all or nothing."""
+        homes = self._find_homes()
+        if self._config.offload != "none":
+            before = self._offloading
+            if before is not None:
+                before.drain()
+            made = Offloading(self._plan_store(homes, flags), self._config, before)
+            self._offloading = self._states.home = made
+        self._homes, self._trainable, self._order_seen = homes, flags, []
+        for home in list(self._works):
+            self._leave_work(home)
+        for group, p in self._members():
+            if "step" in self.state.get(p, ()):
+                self._states.follow(self.state[p], group, p)
+
+    def _plan_store(self, homes: dict[Tensor, int], flags: dict[Tensor, bool]) -> list[Slot]:
+        """What the store has to hold, by home: states of what can train and takes the kernels' path."""
+        slots = [Slot([], {}) for _ in range(1 + max(homes.values(), default=-1))]
+        for group, p in self._members():
+            if flags[p] and p in homes and p.dtype in KERNEL_DTYPES:
+                slots[homes[p]].params.append(p)
+                kept = self.state.get(p, {})
+                for kind in KINDS:
+                    if kind in kept or kind in moment_keys(group):
+                        slots[homes[p]].dtypes[kind] = moment_dtype(p, self._options)
+                if has_remainder(p, self._options):
+                    slots[homes[p]].dtypes["remainder"] = torch.int16
+        return slots
+
+    def _settle(self) -> None:
+        """Move into another store if this one has no place for a state: groups or dtypes have changed since."""
         if self._offloading is not None:
-            self._offloading.drain()
-        before = self.__dict__.get("_homes", {})
-        self._homes = self._find_homes()
-        try:
-            self._offloading = self._make_offloading(flags)
-        except Exception:
-            self._homes, self._states.home = before, self._offloading
-            raise
-        self._order_seen = []
-        self._found_homes = {home for p, home in self._homes.items() if flags[p]}
+            wanted = self._plan_store(self._homes, self._trainable)
+            if not self._offloading.store.has_room_for(wanted):
+                self._move_in(self._trainable)
+
+    def _arrange(self, groups: list[dict[str, Any]], home: int | None) -> Work:
+        self._settle()
+        return super()._arrange(groups, home)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self._settle()
+        super()._restore(saved)
 
     def _order(self, active: Sequence[int]) -> list[int]:
         """The homes of what trains, in the order of updates: as seen last, or as backward will probably have it."""
-        found = {home for p, home in self._homes.items() if home in active or home >= len(self._layers)}
-        found &= self._found_homes
+        found = {
+            home
+            for p, home in self._homes.items()
+            if self._trainable[p] and (home in active or home >= len(self._layers))
+        }
         outside = sorted((home for home in found if home >= len(self._layers)), reverse=True)
         order = [*outside[:-1], *sorted(found.intersection(active), reverse=True), *outside[-1:]]
         return self._order_seen if sorted(self._order_seen) == sorted(order) else order
-
-    def _make_offloading(self, flags: dict[Tensor, bool]) -> Offloading | None:
-        self._states.home = None
-        if self._config.offload != "none":
-            groups = {p: group for group, p in self._members()}
-            members: list[list[Tensor]] = [[] for _ in range(1 + max(self._homes.values(), default=-1))]
-            for p, trainable in flags.items():
-                if trainable and p in self._homes:
-                    members[self._homes[p]].append(p)
-            made = Offloading(members, groups, self._options, self._config)
-            if self._offloading is not None:
-                made.go_on_from(self._offloading)
-            self._states.home = made
-            return made
-        return None
 
     def _forget(self) -> None:
         super()._forget()
@@ -105,7 +127,9 @@ class StoredAdamW(AdamW):
         self._states_written = counter._version
         return sq_norms
 
-    def _groups_of(self, home: int) -> list[dict[str, Any]]:
+    def _groups_of(self, home: int | None) -> list[dict[str, Any]]:
+        if home is None:
+            return self.param_groups
         return [
             {**group, "params": [p for p in group["params"] if self._homes.get(p) == home]}
             for group in self.param_groups

@@ -224,10 +224,23 @@ def test_the_program_writes_and_checks(tmp_path, capsys):
 def test_every_case_of_a_figure_is_among_those_that_are_measured():
     """A figure that no stage of `make gpu` can fill would stay unmeasured for ever."""
     shown = [kernel_row(case, variant) for case in figure_cases() for variant in ("grass", "grass_kernels")]
+    from bench.gpu import training
     from bench.gpu.figures import Rows
+    from bench.offload.rows import VARIANTS
+    from grass.plan.prediction import METHODS
 
     memory = {"suite": "memory", "state_bytes": 1, "extra_bytes": 0}
-    rows = Rows([*shown, memory])
+    step = {"suite": "offload", "source": "device", "seconds": 1.0, "floor_seconds": 1.0}
+    trained = {"suite": "training", "seq": training.SEQUENCES[0], "seconds_median": 1.0, "peak_gib": 1.0}
+    trained.update(predicted_peak_gib=1.0, tokens_per_second=1.0)
+    rows = Rows(
+        [
+            *shown,
+            memory,
+            *({**step, "variant": variant} for variant in VARIANTS),
+            *({**trained, "method": name} for name in METHODS),
+        ]
+    )
     silent = [figure.name for figure in figures() if figure.read(rows) is None]
     assert all("tensors" in name for name in silent)  # the host's, which are a suite of their own
     assert len(figure_cases()) == len(set(figure_cases())) == 16

@@ -20,7 +20,7 @@ import grass
 from grass.offload import pipeline as pipelines
 from grass.offload.order import conflicts
 from grass.offload.recording import RecordingEngine
-from grass.offload.store import ALIGNMENT, Store
+from grass.offload.store import ALIGNMENT, Slot, Store
 from grass.offload.streams import COMPUTE, InlineEngine, Operation
 from grass.optim.offloading import Offloading
 from grass_kernels.table import CHUNK
@@ -65,7 +65,7 @@ class Harness:
 
     def __init__(self, sizes, buffers, ignore=frozenset(), module=pipelines, used=()):
         self.params = [[torch.zeros(n) for n in numbers] for numbers in sizes]
-        self.store = Store(self.params, lambda params: KINDS, pinned=False)
+        self.store = Store([Slot(list(members), dict(KINDS)) for members in self.params], pinned=False)
         self.names = TrueNames()
         self.engine = RecordingEngine(self.names, ignore)
         self.engine.note(COMPUTE, Operation("user", "", used, used))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import grass
 from grass.errors import OffloadError
-from grass.offload.store import ALIGNMENT, Slab, Store, allocating, place
+from grass.offload.store import ALIGNMENT, Slab, Slot, Store, allocating, place
 
 F32, BF16, I16 = torch.float32, torch.bfloat16, torch.int16
 KINDS = [
@@ -127,7 +127,7 @@ def test_a_parameter_with_gaps_is_refused() -> None:
 
 def test_a_slab_is_made_when_it_is_first_asked_for() -> None:
     members = [[torch.zeros(10), torch.zeros(3, 4)], [torch.zeros(1000)], []]
-    store = Store(members, lambda params: KINDS[2], pinned=False)
+    store = Store([Slot(list(members), dict(KINDS[2])) for members in members], pinned=False)
     assert store.num_bytes == 0
     assert store.most_bytes == (2 * 128 + 8 * 128) * 10
     assert [p in store for p in members[0]] == [True, True]
@@ -143,7 +143,7 @@ def test_a_slab_is_made_when_it_is_first_asked_for() -> None:
 
 def test_what_was_never_given_out_is_known_to_be_zero() -> None:
     p, q = torch.zeros(10), torch.zeros(10)
-    store = Store([[p, q]], lambda params: KINDS[0], pinned=False)
+    store = Store([Slot(list(members), dict(KINDS[0])) for members in [[p, q]]], pinned=False)
     assert store.is_fresh(p, "exp_avg")
     store.view(p, "exp_avg")
     assert not store.is_fresh(p, "exp_avg")
@@ -185,7 +185,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
 
 def test_a_slab_is_pinned_once_for_what_it_is(driver: Driver) -> None:
     p = torch.zeros(1000)
-    store = Store([[p]], lambda params: KINDS[0], pinned=True)
+    store = Store([Slot(list(members), dict(KINDS[0])) for members in [[p]]], pinned=True)
     assert not driver.pinned
     view = store.view(p, "exp_avg")
     assert driver.pinned == {view.data_ptr(): 1024 * 8}
@@ -201,7 +201,7 @@ def test_a_slab_is_pinned_once_for_what_it_is(driver: Driver) -> None:
 
 def test_a_store_is_pinned_late_when_parameters_move(driver: Driver) -> None:
     p, q = torch.zeros(10), torch.zeros(200)
-    store = Store([[p], [q]], lambda params: KINDS[0], pinned=False)
+    store = Store([Slot(list(members), dict(KINDS[0])) for members in [[p], [q]]], pinned=False)
     view = store.view(p, "exp_avg")
     assert not driver.pinned
     store.pin()
@@ -213,7 +213,7 @@ def test_a_store_is_pinned_late_when_parameters_move(driver: Driver) -> None:
 def test_memory_that_cannot_be_pinned_is_an_error_with_the_remedy(driver: Driver) -> None:
     driver.error = 2
     p = torch.zeros(1000)
-    store = Store([[p]], lambda params: KINDS[0], pinned=True)
+    store = Store([Slot(list(members), dict(KINDS[0])) for members in [[p]]], pinned=True)
     with pytest.raises(OffloadError, match=r"8,192 bytes .* could not be pinned \(CUDA error 2\).*ulimit -l"):
         store.view(p, "exp_avg")
     assert store.num_bytes == 0
