@@ -25,7 +25,6 @@ def read(arguments: argparse.Namespace) -> tuple[Task, Link | None, float | None
         spread(shape.layers, arguments.active_layers),
         int(arguments.buffer_mb * 2**20),
         arguments.buffer_count,
-        arguments.split_outside,
     )
     elements_in(task.buffer_bytes, MOMENTS)
     link = None

@@ -76,9 +76,7 @@ def _title(row: Row, source: str) -> str:
 def _outside(row: Row) -> dict[int, str]:
     """Names of the slots that are no layers."""
     layers = row["layers"]
-    if row["split_outside"]:
-        return {layers: "embedding", layers + 1: "head"}
-    return {layers: "embedding and head"}
+    return {layers: "embedding", layers + 1: "head"}
 
 
 def _slot(span: Span) -> int:

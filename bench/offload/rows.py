@@ -18,7 +18,7 @@ VARIANTS = ("vanilla", "overlapped")
 NEEDS_CUDA = "needs a CUDA device"
 KEYS = (
     "suite", "model", "layers", "active_layers", "tokens", "flops", "buffer_bytes", "buffer_count",
-    "split_outside", "variant", "source", "measured", "reason", "seconds", "floor_seconds", "above_floor",
+    "variant", "source", "measured", "reason", "seconds", "floor_seconds", "above_floor",
     "compute_seconds", "h2d_seconds", "d2h_seconds", "exposed_seconds", "hidden_share", "h2d_bytes", "d2h_bytes",
     "h2d_bytes_per_second", "d2h_bytes_per_second", "duplex_factor", "hbm_bytes_per_second", "link_measured", "device",
     "driver", "torch", "triton", "python", "commit", "dirty", "timestamp",
@@ -74,7 +74,6 @@ def run(
         "flops": task.compute.flops,
         "buffer_bytes": task.buffer_bytes,
         "buffer_count": task.buffer_count,
-        "split_outside": task.split_outside,
         "h2d_bytes_per_second": link.h2d,
         "d2h_bytes_per_second": link.d2h,
         "duplex_factor": link.duplex_factor,

@@ -35,8 +35,6 @@ class Task(NamedTuple):
         compute: how long it computes.
         active: the layers that train.
         buffer_bytes, buffer_count: of the ring.
-        split_outside: whether the head is updated at the beginning of backward, where its gradients are complete,
-            instead of with the embedding at the end.
     """
 
     shape: Shape
@@ -44,21 +42,17 @@ class Task(NamedTuple):
     active: tuple[int, ...]
     buffer_bytes: int = 64 * 2**20
     buffer_count: int = 2
-    split_outside: bool = True
 
     def members(self) -> list[list[Tensor]]:
-        """Parameters by slot: layers, then what is in none."""
+        """Parameters by slot: layers, then the embedding, then norm and head."""
         shape = self.shape
         layers = [shape.layer() if layer in self.active else [] for layer in range(shape.layers)]
-        if self.split_outside:
-            return [*layers, shape.embedding(), shape.head()]
-        return [*layers, shape.embedding() + shape.head()]
+        return [*layers, shape.embedding(), shape.head()]
 
     def order(self) -> list[int]:
         """Slots in the order of their updates."""
         outside = self.shape.layers
-        first = [outside + 1] if self.split_outside else []
-        return [*first, *sorted(self.active, reverse=True), outside]
+        return [outside + 1, *sorted(self.active, reverse=True), outside]
 
 
 def spread(layers: int, count: int) -> tuple[int, ...]:
@@ -91,7 +85,7 @@ def parts(task: Task) -> list[Part]:
     found = [part("forward", f"layer {i}", compute.forward(layer)) for i in range(outside)]
     found.append(part("forward", "head", compute.forward(head)))
     seconds = compute.backward(head, trains=True, recomputes=False)
-    found.append(part("backward", "head", seconds, outside + 1 if task.split_outside else None))
+    found.append(part("backward", "head", seconds, outside + 1))
     for i in reversed(range(outside)):
         trains = i in task.active
         seconds = compute.backward(layer, trains=trains, recomputes=True)

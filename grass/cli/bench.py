@@ -129,11 +129,6 @@ def _add_offload_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--buffer-mb", type=positive, default=64.0, metavar="X", help="MiB of a buffer [64]")
     parser.add_argument("--buffer-count", type=count, default=2, metavar="N", help="buffers [2]")
-    parser.add_argument(
-        "--split-outside",
-        action="store_true",
-        help="update the head when its gradients are complete, not with the embedding",
-    )
 
 
 def _add_output_options(parser: argparse.ArgumentParser, *, plot: str) -> None:

@@ -65,9 +65,8 @@ def test_a_step_that_computes_longer_than_it_copies_reaches_its_floor(link):
 
 
 @pytest.mark.parametrize("link", [LINK, TAKING_TURNS], ids=["full duplex", "taking turns"])
-@pytest.mark.parametrize("split", [False, True])
-def test_overlapping_is_faster_than_not(link, split):
-    task = seven(split_outside=split)
+def test_overlapping_is_faster_than_not(link):
+    task = seven()
     overlapped, vanilla = simulated(task, link, HBM), simulated(task, link, HBM, vanilla=True)
     copies = sum(vanilla.num_bytes.values()) / link.h2d  # one after the other: there is nothing to share
     assert vanilla.seconds == pytest.approx(vanilla.busy[COMPUTE] + vanilla.busy[UPDATE] + copies)
@@ -83,9 +82,8 @@ def test_more_buffers_and_faster_links_are_never_slower():
 
 
 @pytest.mark.parametrize("vanilla", [False, True])
-@pytest.mark.parametrize("split", [False, True])
-def test_what_is_simulated_has_no_conflict(vanilla, split):
-    assert conflicts(log_of(seven(split_outside=split), vanilla=vanilla)) == []
+def test_what_is_simulated_has_no_conflict(vanilla):
+    assert conflicts(log_of(seven(), vanilla=vanilla)) == []
 
 
 def test_compute_is_counted_by_products():
@@ -205,7 +203,7 @@ def bench(*arguments):
 def test_the_command(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="pictures are optional")
     out, plot = tmp_path / "rows.jsonl", tmp_path / "step.png"
-    options = ["--model", SMALL, "--pcie-gbs", 25, "--duplex-factor", 0.5, "--split-outside"]
+    options = ["--model", SMALL, "--pcie-gbs", 25, "--duplex-factor", 0.5]
     assert bench(*options, "--out", out, "--plot", plot) == 0
     printed = capsys.readouterr().out
     assert "25.0 GB/s in, 25.0 GB/s out, 50 % of it each" in printed
