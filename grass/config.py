@@ -42,7 +42,8 @@ class GrassConfig:
         seed: of the sampler's own generator.
         offload: where states live. ``"none"``: beside their parameters. ``"resident"``: in host memory, and on the
             device while their layers train. ``"streamed"``: in host memory, and on the device while they are updated.
-            What is trained is the same to the bit.
+            What is trained is the same to the bit (a logged ``grad_norm`` may differ in its last one with
+            ``fused_backward``).
         buffer_mb: size of a device buffer of ``"streamed"``, in MiB.
         buffer_count: how many there are. Two overlap copies with updates.
         fused_backward: update a layer inside backward, as soon as its gradients are complete, and free them. One

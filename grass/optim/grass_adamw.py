@@ -52,7 +52,7 @@ class GrassAdamW(MethodView, Saving):
     schedule moves on, and a logged gradient norm is near zero, as gradients are freed once measured.
 
     With ``offload`` states live in host memory: read them by `state_dict`, which waits for what is under way, and
-    change them by `load_state_dict`.
+    change them by `load_state_dict`: what is written to them by hand may not be noticed.
 
     Raises:
         OffloadError: less host memory than all layers' states need, or parameters on several devices.
