@@ -104,7 +104,7 @@ class CudaEngine:
         """See `CopyEngine`."""
         if event is None:
             return
-        if queue == HOST:
+        if queue == HOST:  # before states are read or written, never in a step
             event.synchronize()
         else:
             self._stream(queue).wait_event(event)

@@ -231,11 +231,9 @@ class GrassAdamW(MethodView, Saving):
 
     def _refuse_scaler(self) -> None:
         if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
-            for name in (
-                "grad_scale",
-                "found_inf",
-            ):  # the scaler takes them away only after a step that returns
-                self.__dict__.pop(name, None)
+            # The scaler takes them away only after a step that returns.
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
             raise GrassError(
                 "fused_backward and a GradScaler exclude each other: updates were made inside backward, with gradients "
                 "still scaled; train in bfloat16 without a scaler, or without fused_backward"

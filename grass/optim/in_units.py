@@ -10,8 +10,6 @@ from grass.offload.units import Unit
 from grass.optim.work import Row, Work
 from grass_kernels import Shifts, States, TensorLists, TorchPlan
 
-_KINDS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "remainder")
-
 
 class Scales(NamedTuple):
     """What gradients are multiplied with, and whether the step is skipped; on the device, or None."""
@@ -45,13 +43,7 @@ def run_units(
     for plan in plans:
         plan.begin(clip_by=scales.clip_by, grad_scale=scales.grad_scale, found_inf=scales.found_inf)
     rows = [row for members in work.by_function.values() for row in members]
-    rest = TorchPlan(_lists(work, rows, groups, state), [row.group for row in rows], work.parts_of(rows))
-    rest.begin(
-        [_hyperparameters(group) for group in groups],
-        grad_scale=scales.grad_scale,
-        found_inf=scales.skip,
-        clip_coef=scales.clip_coef,
-    )
+    rest = _begin_rest(work, rows, groups, state, scales) if rows else None
 
     def states_of(unit: Unit, views: dict[str, Tensor], row: Row) -> States:
         piece = next(piece for piece in unit.pieces if piece.param is row.param)
@@ -61,25 +53,31 @@ def run_units(
             for kind in state[row.param]
             if kind in views and (kind != "max_exp_avg_sq" or groups[row.group]["amsgrad"])
         }
-        return States(*(found.get(kind) for kind in _KINDS))  # type: ignore[arg-type]
+        return States(*(found.get(kind) for kind in States._fields))  # type: ignore[arg-type]
 
     def update(unit: Unit, views: dict[str, Tensor]) -> None:
         number = work.unit_numbers[unit]
         for plan in plans:
             shifts = {kind: views[kind].data_ptr() - unit.host[kind].data_ptr() for kind in views}
             plan.run(number, norms=norms, shifts=Shifts(**shifts))
-        parts = rest.parts_of(number)
-        rest.run(number, [states_of(unit, views, rows[part.tensor]) for part in parts])
+        if rest is not None:
+            parts = rest.parts_of(number)
+            rest.run(number, [states_of(unit, views, rows[part.tensor]) for part in parts])
 
     for slot in work.slots:
         pipeline.run(slot, update)
 
 
-def _lists(
-    work: Work, rows: Sequence[Row], groups: Sequence[dict[str, Any]], state: dict[Tensor, dict[str, Any]]
-) -> TensorLists:
+def _begin_rest(
+    work: Work,
+    rows: Sequence[Row],
+    groups: Sequence[dict[str, Any]],
+    state: dict[Tensor, dict[str, Any]],
+    scales: Scales,
+) -> TorchPlan:
+    """The rows that no plan of the kernels updates, with their counters advanced."""
     states = [state[row.param] for row in rows]
-    return TensorLists(
+    lists = TensorLists(
         params=[row.param for row in rows],
         grads=[row.param.grad for row in rows],  # type: ignore[misc]
         exp_avgs=[s["exp_avg"] for s in states],
@@ -90,6 +88,14 @@ def _lists(
         layers=[row.layer for row in rows],
         seeds=[row.seed if work.options.stochastic_rounding else None for row in rows],
     )
+    plan = TorchPlan(lists, [row.group for row in rows], work.parts_of(rows))
+    plan.begin(
+        [_hyperparameters(group) for group in groups],
+        grad_scale=scales.grad_scale,
+        found_inf=scales.skip,
+        clip_coef=scales.clip_coef,
+    )
+    return plan
 
 
 def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:

@@ -4,36 +4,24 @@ without a word; a backward that failed and left weights, moments and counters th
 be saved, or an optimizer that cannot go on; settings under which it cannot work and does not say so; hooks left behind.
 """
 
-import copy
 import gc
-import io
-import re
-import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ragged
 import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from fused import FUSED, MODES, STEPS, backward, compare, stack, watch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import grass
 from grass.errors import BackwardError
 from grass.integrations.transformers import trainer_optimizer
-
-FUSED: dict[str, Any] = {"fused_backward": True}
-MODES = {
-    "none": {},
-    "streamed": {"offload": "streamed", "buffer_mb": 0.2},
-    "resident": {"offload": "resident"},
-}
-STEPS = 11
 
 
 @pytest.fixture(autouse=True)
@@ -43,31 +31,6 @@ def _fresh_accelerate() -> Iterator[None]:
     yield
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-
-
-def stack(**options: Any) -> tuple[nn.Module, grass.GrassAdamW]:
-    """Past the probe, so that every backward updates."""
-    model = tiny.stack()
-    opt = grass.GrassAdamW(model, lr=1e-2, config=tiny.config(probe_steps=1, **{**FUSED, **options}))
-    tiny.train(model, opt, 0, 1)
-    assert opt.phase == "adapt"
-    return model, opt
-
-
-def backward(model: nn.Module, index: int) -> None:
-    tiny.loss_of(model, tiny.batch(index)).backward()
-
-
-def watch(model: nn.Module, look: Callable[[Tensor], None]) -> None:
-    """Call a function when a gradient is complete, also of what is frozen now."""
-    for p in model.parameters():
-        on = p.requires_grad
-        p.requires_grad_(True).register_post_accumulate_grad_hook(look)
-        p.requires_grad_(on)
-
-
-def compare(model: nn.Module, opt: grass.GrassAdamW, twin: nn.Module, other: grass.GrassAdamW) -> None:
-    tiny.assert_identical(ragged.outcome(model, opt, []), ragged.outcome(twin, other, []))
 
 
 # -- what is where, and when -----------------------------------------------------------------------------------------
@@ -336,149 +299,6 @@ def test_a_gradient_that_comes_after_its_update_is_not_lost_in_silence() -> None
     with pytest.raises(BackwardError, match="a second gradient"):
         backward(model, 1)
     assert opt.torn_layers
-
-
-# -- a backward that fails ---------------------------------------------------------------------------------------------
-
-
-class BackwardFailedError(RuntimeError):
-    pass
-
-
-def failing(model: nn.Module, index: int, layer: int) -> None:
-    """A backward that ends with an error where a block's output gets its gradient."""
-
-    def fail(grad: Tensor) -> None:
-        raise BackwardFailedError
-
-    def arm(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(fail)
-
-    handle = model.blocks[layer].register_forward_hook(arm)
-    loss = tiny.loss_of(model, tiny.batch(index))
-    handle.remove()
-    with pytest.raises(BackwardFailedError):
-        loss.backward()
-
-
-def torn(offload: str = "none", **options: Any) -> tuple[nn.Module, grass.GrassAdamW]:
-    """The head and two layers updated, the third not, nor the embedding."""
-    model, opt = stack(**{"active_layers": 3, "seed": 0, "sample_interval": 6, **MODES[offload], **options})
-    tiny.train(model, opt, 1, 3)
-    failing(model, 3, min(opt.active_layers))
-    return model, opt
-
-
-@pytest.mark.parametrize("offload", MODES)
-def test_a_torn_step_is_whole_in_every_layer(offload: str) -> None:
-    model, opt = stack(active_layers=3, **MODES[offload])
-    tiny.train(model, opt, 1, 3)
-    *finished, lowest = sorted(opt.active_layers, reverse=True)
-    # torch's own AdamW, with the states of before, for one more step on the same gradients
-    twin = copy.deepcopy(model)
-    own = dict(twin.named_parameters())
-    independent = torch.optim.AdamW(
-        [q for q in twin.parameters() if q.requires_grad], lr=1e-2, foreach=False, fused=False
-    )
-    opt.state_dict()  # brings resident states home
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            independent.state[own[name]] = {key: value.clone() for key, value in opt.state[p].items()}
-    backward(twin, 3)
-    independent.step()
-    before = tiny.weights(model)
-    counters = {name: float(opt.state[p]["step"]) for name, p in model.named_parameters() if p.requires_grad}
-
-    failing(model, 3, lowest)
-    assert opt.torn_layers == (5, *finished)
-    assert opt.step_count == 3
-    opt.state_dict()
-    owner = tiny.layer_names(model, opt)
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            assert torch.equal(p, before[name])
-        elif owner[name] in finished or name == "head.weight":
-            assert float(opt.state[p]["step"]) == counters[name] + 1
-            torch.testing.assert_close(p, own[name], rtol=1e-5, atol=1e-7)
-            assert not torch.equal(p, before[name])
-            for key in ("exp_avg", "exp_avg_sq"):
-                expected = independent.state[own[name]][key]
-                torch.testing.assert_close(opt.state[p][key], expected, rtol=1e-5, atol=1e-9)
-        else:
-            assert torch.equal(p, before[name])
-            assert float(opt.state[p]["step"]) == counters[name]
-
-
-@pytest.mark.parametrize("resume", [{}, MODES["streamed"], {**MODES["resident"], **FUSED}, FUSED], ids=str)
-@pytest.mark.parametrize("offload", MODES)
-def test_a_torn_state_is_saved_and_loading_it_warns(offload: str, resume: dict[str, Any]) -> None:
-    model, opt = torn(offload)
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": opt.state_dict()}, file)
-    file.seek(0)
-    state = torch.load(file, weights_only=True)
-    twin = tiny.stack(seed=7)
-    settings = tiny.config(probe_steps=1, active_layers=3, sample_interval=6, **resume)
-    other = grass.GrassAdamW(twin, lr=1e-2, config=settings)
-    twin.load_state_dict(state["model"])
-    with pytest.warns(UserWarning, match=r"inside a step that did not end: .* one update ahead"):
-        other.load_state_dict(state["optimizer"])
-    assert other.torn_layers == ()
-    opt.zero_grad()
-    tiny.train(model, opt, 4, STEPS)
-    tiny.train(twin, other, 4, STEPS)
-    compare(model, opt, twin, other)
-
-
-def test_the_warning_names_what_torn_layers_names() -> None:
-    _, opt = torn()
-    names = list(opt.torn_layers)
-    assert names[0] == 5, "what is in no layer, by the number after the last layer's"
-    with pytest.warns(UserWarning, match=re.escape(str(names))):
-        torn()[1].load_state_dict(opt.state_dict())
-
-
-def test_a_state_that_is_not_torn_does_not_warn() -> None:
-    model, opt = stack()
-    tiny.train(model, opt, 1, 4)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        stack()[1].load_state_dict(opt.state_dict())
-
-
-@pytest.mark.parametrize("offload", MODES)
-@pytest.mark.parametrize("how", ["step", "zero_grad"])
-def test_after_a_failure_training_goes_on(how: str, offload: str) -> None:
-    model, opt = torn(offload)
-    count, slots = opt.step_count, opt.torn_layers
-    if how == "step":
-        opt.step()
-        norms = opt.layer_grad_norms
-        assert all(norms[slot] > 0 for slot in slots if slot < 5)
-    opt.zero_grad()
-    assert opt.torn_layers == ()
-    assert all(p.grad is None for p in model.parameters())
-    assert opt.step_count == count + (how == "step")
-    tiny.train(model, opt, 4, STEPS)
-    assert opt.step_count == count + (how == "step") + STEPS - 4
-    assert opt.importance.isfinite().all()
-    # with or without offloading: the same
-    twin, other = torn()
-    if how == "step":
-        other.step()
-    other.zero_grad()
-    tiny.train(twin, other, 4, STEPS)
-    compare(model, opt, twin, other)
-
-
-def test_a_backward_tried_again_after_a_failure_is_refused() -> None:
-    model, opt = torn()
-    top = max(opt.active_layers)
-    count = float(opt.state[model.blocks[top].up.weight]["step"])
-    with pytest.raises(BackwardError, match="After a backward that failed call step"):
-        backward(model, 3)
-    assert float(opt.state[model.blocks[top].up.weight]["step"]) == count
 
 
 # -- what it excludes -----------------------------------------------------------------------------------------------
