@@ -1,10 +1,11 @@
 """A command kept to its time: its output in a file, its rows passed on while it runs."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,10 +72,11 @@ def run(
     start = time.monotonic()
     killed = False
     with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=cwd, env=dict(environment),
-            start_new_session=True,
-        )  # fmt: skip
+        with _heeding_interrupts():
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=cwd,
+                env=dict(environment), start_new_session=True,
+            )  # fmt: skip
         try:
             while process.poll() is None:
                 rows.pass_on()
@@ -86,6 +88,19 @@ def run(
             _stop(process)
             rows.pass_on()
     return Ended(process.wait(), killed, time.monotonic() - start)
+
+
+@contextlib.contextmanager
+def _heeding_interrupts() -> Iterator[None]:
+    """Let what is started be asked to stop, also where a shell's ``&`` has made us, and so them, deaf to it."""
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
