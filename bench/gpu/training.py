@@ -23,10 +23,12 @@ import grass
 from bench.gpu.figures import Row
 from bench.kernels.rows import describe_environment
 from bench.kernels.timing import quantile
+from grass.checkpointing import checkpoint_activations
+from grass.layers import LayerMap
 from grass.plan import methods
 from grass.plan.losses import loss_of
-from grass.plan.models import build, checkpoint_activations
-from grass.plan.prediction import METHODS, PROBING, Case, predict
+from grass.plan.models import build
+from grass.plan.prediction import FUSED, METHODS, PROBING, Case, predict
 
 MODEL, BATCH, SEQUENCES = "llama2-7b", 4, (1024, 512, 2048)
 PERIOD = 25
@@ -53,7 +55,7 @@ def make(name: str, case: Case, device: torch.device) -> Trainable:
         meta = methods.wrap_in_lora(meta)
     model = materialise(meta, device)
     if case.checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(model, LayerMap.from_model(model) if FUSED in name else None)
     if not name.startswith(("grass", "lisa")):
         params = [p for p in model.parameters() if p.requires_grad]
         return Trainable(model, torch.optim.AdamW(params, lr=1e-6, fused=True))

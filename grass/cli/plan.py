@@ -28,7 +28,7 @@ Rows: full is torch's fused AdamW with moments in the weights' dtype; lora-r128 
 draws layers uniformly and drops their moments, in the weights' dtype. grass keeps the moments of all layers on the
 device once they have been drawn, grass-resident those of the layers that train and of the next ones, grass-streamed
 a ring of buffers; -fused updates inside backward. While -probing nothing is updated. The layers that train are the
-last ones, which takes the most.
+last ones, which takes the most; with -fused, those before the last one where that takes more.
 """
 
 _EXAMPLES = """\

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from grass.checkpointing import checkpoint_activations
 from grass.config import GrassConfig
 from grass.finetune.encoding import Collator, Example
 from grass.finetune.evaluation import heldout_loss
@@ -23,6 +24,7 @@ from grass.finetune.run_folder import RunFolder, append_row
 from grass.finetune.screen import Screen
 from grass.finetune.stopping import Stopped, StopRequest
 from grass.integrations.transformers import trainer_optimizer
+from grass.layers import LayerMap
 from grass.optim import AdamW, GrassAdamW
 
 
@@ -137,7 +139,8 @@ def train(
     if options.eval_steps and heldout:
         callbacks.append(_HeldoutLoss(recorder, heldout, options, chunked))
     if options.activation_checkpointing:
-        _checkpoint_activations(model)
+        fused = options.method != "full" and config.fused_backward
+        checkpoint_activations(model, LayerMap.from_model(model, layer_pattern(options)) if fused else None)
     trainer = (ChunkedLossTrainer if chunked else Trainer)(
         model=model,
         args=_arguments(options, config, folder, steps),
@@ -201,14 +204,6 @@ def _arguments(
         dataloader_num_workers=0,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-
-
-def _checkpoint_activations(model: PreTrainedModel) -> None:
-    # Non-reentrant: the reentrant kind needs an input that requires grad, which frozen embeddings do not give.
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:  # transformers before 5.20 or so
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: RunFolder) -> None:

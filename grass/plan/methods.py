@@ -1,8 +1,8 @@
 """Methods: each prepares an optimizer on a model of fake tensors, and takes a step as training would.
 
 Optimizers are the real ones. What is decided by numbers that fake tensors do not have is given: which layers are
-active. They are the last ones, so that their gradients exist while the activations of all other layers still do; the
-layers before them come next.
+active. They are the last ones, or as near to the end as is asked, so that their gradients exist while the activations
+of all other layers still do; the layers before them come next.
 """
 
 import contextlib
@@ -56,6 +56,7 @@ class Setting(NamedTuple):
     buffer_count: int
     state_dtype: torch.dtype
     sample_interval: int
+    frozen_at_the_end: int = 0  # layers after those that train
 
 
 Method = Callable[[nn.Module, FakeTensorMode, MemoryTracker, Setting], Prepared]
@@ -185,7 +186,8 @@ def _adapting(
 ) -> Prepared:
     optimizer = _make(model, mode, tracker, setting, config)
     layers = [layer for layer, count in enumerate(optimizer._scheduler.num_params) if count]
-    active = tuple(layers[-config.active_layers :])
+    last = len(layers) - setting.frozen_at_the_end
+    active = tuple(layers[last - config.active_layers : last])
     rest = [layer for layer in layers if layer not in active]
     coming = tuple(rest[-config.active_layers :] or active)
     if config.moments == "reset":  # only what trains has moments

@@ -111,14 +111,6 @@ def copy_as_fake(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     return model
 
 
-def checkpoint_activations(model: Any) -> None:
-    """Keep no activations but the layers' inputs, as `grass finetune` does."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:  # transformers before 5.20 or so
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
 def first_line(error: BaseException) -> str:
     """Of an error's message; its type if there is none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

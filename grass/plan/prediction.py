@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from grass.checkpointing import checkpoint_activations
 from grass.config import GrassConfig
 from grass.errors import GrassError
+from grass.layers import LayerMap
 from grass.plan import methods
 from grass.plan.losses import loss_of
 from grass.plan.methods import Method, Setting
 from grass.plan.models import (
     PlanError,
     build,
-    checkpoint_activations,
     configuration,
     copy_as_fake,
     first_line,
@@ -40,7 +41,7 @@ METHODS: dict[str, Method] = {
     "grass-streamed-probing": methods.grass("streamed", probing=True),
     "grass-streamed-fused-probing": methods.grass("streamed", fused=True, probing=True),
 }
-PROBING = "-probing"
+PROBING, FUSED = "-probing", "-fused"
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,19 @@ def predict(case: Case, names: Sequence[str] = tuple(METHODS)) -> Iterator[Row]:
     most = positions(case)
     if most is not None and case.seq > most:
         raise PlanError(f"{case.model} has {most} positions: --seq can be at most that, not {case.seq}")
-    probing: Row | None = None
+    probing: dict[bool, Row] = {}
     for name in names:
         if name.endswith(PROBING):  # there are no states yet, wherever they will live
-            probing = probing or _predict(case, name, model)
-            yield replace(probing, method=name)
+            fused = FUSED in name
+            probing[fused] = probing.get(fused) or _predict(case, name, model)
+            yield replace(probing[fused], method=name)
+        elif (
+            FUSED in name
+        ):  # in layers that train more is computed again: frozen ones may be what takes the most
+            rows = [_predict(case, name, model)]
+            if len(LayerMap.from_model(model)) > case.active_layers:
+                rows.append(_predict(case, name, model, frozen_at_the_end=1))
+            yield max(rows, key=lambda row: row.peak_gib)
         else:
             yield _predict(case, name, model)
 
@@ -146,13 +155,13 @@ def positions(case: Case) -> int | None:
     return None if most is None else int(most)
 
 
-def _predict(case: Case, name: str, meta: nn.Module) -> Row:
+def _predict(case: Case, name: str, meta: nn.Module, frozen_at_the_end: int = 0) -> Row:
     mode, tracker = FakeTensorMode(), _tracker()
     if METHODS[name] is methods.lora:
         meta = methods.wrap_in_lora(meta)
     model: Any = copy_as_fake(meta, mode)
-    if case.checkpointing:
-        checkpoint_activations(model)
+    if case.checkpointing:  # as `grass finetune` does
+        checkpoint_activations(model, LayerMap.from_model(model) if FUSED in name else None)
     tensors = [*model.parameters(), *model.buffers()]
     for t in tensors:
         tracker.mark(t, WEIGHTS)
@@ -160,7 +169,12 @@ def _predict(case: Case, name: str, meta: nn.Module) -> Row:
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(lambda p: tracker.mark(p.grad, GRADIENTS))
     setting = Setting(
-        case.active_layers, case.buffer_mb, case.buffer_count, case.state_dtype, case.sample_interval
+        case.active_layers,
+        case.buffer_mb,
+        case.buffer_count,
+        case.state_dtype,
+        case.sample_interval,
+        frozen_at_the_end,
     )
     with warnings.catch_warnings():
         # addresses of fake tensors are 0, which is what the optimizer should find there

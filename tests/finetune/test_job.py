@@ -205,6 +205,24 @@ def test_other_methods(options, tmp_path, method, sampler):
     assert results["heldout_loss_after"] is None
 
 
+def test_updates_inside_backward_end_like_those_after_it(options, tmp_path, monkeypatch):
+    """With micro-batches, states in the store, and activations computed again, in layers that train part by part."""
+    plain = replace(options, max_grad_norm=0.0, activation_checkpointing=True)
+    fused = replace(plain, output=str(tmp_path / "fused"))
+    asked = []
+    original = training.checkpoint_activations
+
+    def checkpoint_activations(model, layers):
+        asked.append(layers is not None)
+        original(model, layers)
+
+    monkeypatch.setattr(training, "checkpoint_activations", checkpoint_activations)
+    start_run(plain, CONFIG, Screen())
+    start_run(fused, replace(CONFIG, offload="streamed", fused_backward=True), Screen())
+    assert asked == [False, True]
+    assert_same(weights(tmp_path / "run"), weights(tmp_path / "fused"))
+
+
 def test_bad_input_is_told_before_anything_is_written(options, tmp_path, tokenizer):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "1 + 1"}\n{"text"\n')

@@ -12,7 +12,7 @@ from grass.config import GrassConfig
 from grass.errors import ConfigError
 from grass.plan import preset_names
 from grass.plan.models import PlanError, build
-from grass.plan.prediction import GIBIBYTE, METHODS, Case, predict
+from grass.plan.prediction import GIBIBYTE, METHODS, Case, _predict, predict
 from tests.plan.conftest import SIZES
 
 pytest.importorskip("transformers", reason="plans are of transformers models")
@@ -127,6 +127,17 @@ def test_fused_backward_frees_gradients_on_the_way(rows):
     assert rows["grass-streamed-fused"].peak_gib <= rows["grass-streamed"].peak_gib
 
 
+def test_fused_is_what_the_worst_set_takes(case):
+    """In layers that train more is computed again, so a frozen last layer can take the most: here it does."""
+    case = dataclasses.replace(case, batch=4, seq=512)
+    peaks = []
+    for skipped in (0, 1, 2):
+        row = _predict(case, "grass-streamed-fused", build(case.model, case.dtype), skipped)
+        peaks.append(row.peak_gib)
+    assert peaks[0] != peaks[1] == peaks[2]
+    assert one(case, "grass-streamed-fused").peak_gib == max(peaks)
+
+
 def test_probing_never_holds_all_gradients_and_has_no_states(case, rows):
     wide = one(case, "full").gradients_gib
     for method, row in rows.items():
@@ -136,8 +147,8 @@ def test_probing_never_holds_all_gradients_and_has_no_states(case, rows):
 
 
 @pytest.mark.parametrize("method", ["grass-resident-probing", "grass-streamed-fused-probing"])
-def test_one_run_of_the_probe_stands_for_all(case, rows, method):
-    """A plan runs it once; alone, a row is run as what it says."""
+def test_one_run_of_the_probe_stands_for_others(case, rows, method):
+    """A plan runs it once with fused backward and once without; alone, a row is run as what it says."""
     assert one(case, method) == rows[method]
 
 
@@ -295,5 +306,4 @@ def test_llama2_7b_takes_what_was_simulated_and_measured():
         Case("llama2-7b"), ["full", "grass-streamed-fused", "grass-streamed-fused-probing"]
     )
     assert full.peak_gib == pytest.approx(50.9, rel=0.03)
-    assert fused.peak_gib < 14.7  # 14.5 where the last layers are frozen
-    assert probing.peak_gib < 14.5
+    assert probing.peak_gib <= fused.peak_gib <= 14.5
