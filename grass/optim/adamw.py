@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-import grass_kernels
 from grass.offload.pipeline import Pipeline
-from grass.optim.states import Options, StateMaker, moment_keys, takes_kernel
+from grass.optim.checks import check_rows, check_states, refuse_in_capture, refuse_sparse
+from grass.optim.exact_weights import OutsideWrites, refuse_shared_counters
+from grass.optim.states import Options, StateMaker, has_remainder, takes_kernel
 from grass.optim.update import Scaler, update
 from grass.optim.watching import CountedStates
 from grass.optim.work import Row, Work
@@ -42,8 +43,9 @@ class AdamW(torch.optim.AdamW):
         master_weights: keep the 16 bits that a bfloat16 parameter lacks of its float32 value, as int16
             ``remainder`` in its state: updates are float32's to the bit. The parameter itself is the nearest
             bfloat16. Whoever writes to it in place starts anew from what was written. Not noticed are writes
-            through ``.data`` of the parameter (a new ``.data`` is), and those between `load_state_dict` and the
-            first step, which are taken for the loading of the model.
+            through ``.data`` of the parameter (a new ``.data`` is), and those around `load_state_dict` or to a copy,
+            before the next step, which are taken for the loading of the model. Views of one buffer share a
+            version counter, so parameters of several optimizers must not be such views.
         stochastic_rounding: round bfloat16 parameters up or down by chance, right on average; what is drawn
             depends on the parameter's place among all, its step and the element, so runs can be repeated.
         max_grad_norm: scale gradients down to this norm of them all, inside the step: gradients are only read,
@@ -105,9 +107,10 @@ class AdamW(torch.optim.AdamW):
         self._states = StateMaker(self._options)
         self._works: dict[int | None, Work] = {}  # by what is updated at a time: None is all
         self._sq_norms: Tensor | None = None
-        self._written: dict[Tensor, tuple[int, int]] = {}  # parameters with remainders: version, address
+        self._outside_writes = OutsideWrites()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._drop_stale_remainders()
         return {**super().__getstate__(), "_options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -127,9 +130,16 @@ class AdamW(torch.optim.AdamW):
             ]
             for p, name in zip(group["params"], names, strict=True):
                 self._options.check_param(p, name)
+            self._check_counters()
         except ValueError:
             self.param_groups.pop()
             raise
+
+    def _check_counters(self) -> None:
+        if self._options.master_weights:
+            members = [p for _, p in self._members()]
+            places = [i for i, p in enumerate(members) if has_remainder(p, self._options)]
+            refuse_shared_counters([members[i] for i in places], [f"parameter {i}" for i in places])
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -226,7 +236,7 @@ class AdamW(torch.optim.AdamW):
         if not work.rows:
             return None
         if self._options.master_weights:
-            self._drop_stale_remainders(work)
+            self._outside_writes.drop_stale(work, self.state, self._states)
         scaler = Scaler(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         sq_norms, kept = update(work, groups, self.state, scaler, self._pipeline)
         self._graphs += kept
@@ -237,15 +247,15 @@ class AdamW(torch.optim.AdamW):
 
     def _arrange(self, groups: list[dict[str, Any]], slot: int | None) -> Work:
         """Find the parameters with gradients, complete their states, and divide them."""
-        _refuse_in_capture()
+        refuse_in_capture()
         refuse_sparse(groups)
         rows, num_layers = self._rows(slot)
-        _check_gradients(rows)
+        check_rows(rows)
         for row in rows:
             group, state = self.param_groups[row.group], self.state[row.param]
             self._states.allocate(state, group, row.param)
             self._states.follow(state, group, row.param)
-        _check_states(rows, self.param_groups, self.state, self._options)
+        check_states(rows, self.param_groups, self.state, self._options)
         return Work(
             groups, self.state, rows, num_layers, self._states, self._pipeline, self._slots_of_states(rows)
         )
@@ -264,32 +274,23 @@ class AdamW(torch.optim.AdamW):
         rows = [Row(index, p, seed, seed) for seed, (index, p) in enumerate(members) if p.grad is not None]
         return rows, len(members)
 
-    # -- exact weights --------------------------------------------------------------------------------------
-
-    def _drop_stale_remainders(self, work: Work) -> None:
-        """Start parameters anew that somebody else has written since: their remainders belong to what was there."""
-        now = work.versions()
-        if now == work.versions_written:
-            return
-        for place, p in enumerate(work.with_remainder):
-            found = (now[place], work.remainder_addresses[place])
-            if work.versions_written is None:  # its first step: what did earlier ones leave?
-                left = self._written.get(p, found)
-            else:
-                left = (work.versions_written[place], work.remainder_addresses[place])
-            if found != left:
-                self.state[p]["remainder"].zero_()
-
     def _leave_work(self, slot: int | None = None) -> None:
         """Forget how a step was divided, but not which versions of parameters it left."""
         work = self._works.pop(slot, None)
         if work is not None and work.versions_written is not None:
-            entries = zip(work.versions_written, work.remainder_addresses, strict=True)
-            self._written.update(zip(work.with_remainder, entries, strict=True))
-            members = {p for _, p in self._members()}
-            self._written = {p: left for p, left in self._written.items() if p in members}
+            self._outside_writes.leave(work)
+            self._outside_writes.keep_only({p for _, p in self._members()})
+
+    def _drop_stale_remainders(self) -> None:
+        """Let states agree with what others have written to parameters since the last step."""
+        self._outside_writes.drop_all(self._works.values(), self.state, self._states)
 
     # -- checkpoints ------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state in torch's layout, as of what the parameters are now."""
+        self._drop_stale_remainders()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what this optimizer's or `torch.optim.AdamW`'s `state_dict` gave.
@@ -328,72 +329,3 @@ class AdamW(torch.optim.AdamW):
         for group in self.param_groups:
             for p in group["params"]:
                 yield group, p
-
-
-def _refuse_in_capture() -> None:
-    """Refuse to arrange a step while a graph is captured: states and tables would belong to the graph's memory."""
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "this step cannot be captured: something other than gradients' addresses has changed since the last one; "
-            "take one step like it before the capture begins"
-        )
-
-
-def refuse_sparse(groups: list[dict[str, Any]]) -> None:
-    """Refuse sparse gradients as torch does, before anything is changed."""
-    for group in groups:
-        for p in group["params"]:
-            if p.grad is not None and p.grad.is_sparse:
-                raise RuntimeError(
-                    "Adam does not support sparse gradients, please consider SparseAdam instead"
-                )
-
-
-def _check_states(
-    rows: list[Row], groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]], options: Options
-) -> None:
-    """Refuse states that do not fit their parameters, before anything is changed: they may have been put in by hand.
-
-    Raises:
-        KernelArgumentError: with the parameter's place.
-    """
-    for row in rows:
-        p, group = row.param, groups[row.group]
-        dtype = state[p]["exp_avg"].dtype
-        kept = (torch.float32, torch.bfloat16) if takes_kernel(group, p, options) else (p.dtype,)
-        for key in moment_keys(group):
-            moment = state[p][key]
-            if moment.shape != p.shape or moment.dtype != dtype or dtype not in kept:
-                raise grass_kernels.KernelArgumentError(
-                    f"{key} of parameter {row.seed} is {moment.dtype} of shape {tuple(moment.shape)}, the parameter "
-                    f"{p.dtype} of shape {tuple(p.shape)}: moments have its shape, and one dtype that it can have; "
-                    f"put in one that fits, or drop the parameter's state to start it anew"
-                )
-        remainder = state[p].get("remainder")
-        if remainder is not None and (remainder.shape, remainder.dtype) != (p.shape, torch.int16):
-            raise grass_kernels.KernelArgumentError(
-                f"remainder of parameter {row.seed} is {remainder.dtype} of shape {tuple(remainder.shape)}: it is "
-                f"int16 of the parameter's shape {tuple(p.shape)}; drop it to start from the parameter as it is"
-            )
-
-
-def _check_gradients(rows: list[Row]) -> None:
-    """Refuse gradients that do not fit their parameters, before states are made.
-
-    Raises:
-        KernelArgumentError: with the parameter's place.
-    """
-    for row in rows:
-        p, g = row.param, row.param.grad
-        assert g is not None
-        known = grass_kernels.is_supported(p.dtype, p.dtype, torch.float32)
-        if known and not grass_kernels.is_supported(p.dtype, g.dtype, torch.float32):
-            raise grass_kernels.KernelArgumentError(
-                f"the gradient of parameter {row.seed}, of shape {tuple(p.shape)}, is {g.dtype} and the parameter "
-                f"{p.dtype}: a gradient has its parameter's dtype or float32; convert it"
-            )
-        if g.shape != p.shape or g.device != p.device:
-            raise grass_kernels.KernelArgumentError(
-                f"the gradient of parameter {row.seed} has shape {tuple(g.shape)} on {g.device}, the parameter "
-                f"{tuple(p.shape)} on {p.device}: they must be equal; clear gradients after parameters are replaced"
-            )

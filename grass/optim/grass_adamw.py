@@ -18,7 +18,7 @@ from grass.config import GrassConfig
 from grass.errors import ConfigError, GrassError, ParameterError
 from grass.layer_scheduler import Change, LayerScheduler
 from grass.layers import LayerMap, Pattern
-from grass.optim.adamw import refuse_sparse
+from grass.optim.checks import refuse_sparse
 from grass.optim.embeddings import keep_graph_through_frozen_embeddings
 from grass.optim.freezing import Lease, trainable_flags
 from grass.optim.fused_backward import FusedBackward, tied_parameters

@@ -42,16 +42,20 @@ class Saving(StoredAdamW):
         if self._offloading is not None:
             self._offloading.drain()
         state_dict = super().state_dict()
-        method = state_dict["param_groups"][0]["grass"] = self._scheduler.state_dict()
-        if self._fused is not None:
-            # of one shape at all times, as all of the method's state
-            torn = [*self.torn_layers, *[-1] * (self._config.active_layers + 1)]
-            method["torn"] = torch.tensor(torn[: self._config.active_layers + 1], device="cpu")
+        state_dict["param_groups"][0]["grass"] = self._method_state()
         for index, (group, p) in enumerate(self._members()):
             if self._can_train(p) and "step" not in self.state.get(p, ()):
                 empty = placeholder_state(group, p, self._options)
                 state_dict["state"][index] = {**empty, **self.state.get(p, {})}
         return state_dict
+
+    def _method_state(self) -> dict[str, Any]:
+        method = self._scheduler.state_dict()
+        if self._fused is not None:
+            # of one shape at all times, as all of the method's state
+            torn = [*self.torn_layers, *[-1] * (self._config.active_layers + 1)]
+            method["torn"] = torch.tensor(torn[: self._config.active_layers + 1], device="cpu")
+        return method
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken, in whatever phase.
@@ -93,7 +97,7 @@ class Saving(StoredAdamW):
                 "slots": [self._slots[p] for p in members],
                 "trainable": [self._lease.found(p) for p in members],
                 "late": [p in self._late for p in members],
-                "method": self._scheduler.state_dict(),
+                "method": self._method_state(),
             },
         }
 
@@ -109,6 +113,7 @@ class Saving(StoredAdamW):
         self._offloading = None  # of the original
         self._build(copied["trainable"])
         self._scheduler.load_state_dict(copied["method"])
+        _warn_if_torn(copied["method"])
         self._switch_parameters()
 
     def _wants_only_state(self) -> bool:

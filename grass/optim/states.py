@@ -152,6 +152,13 @@ class StateMaker:
             return self.home.zeros(p, kind)
         return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
+    def zero_remainder(self, state: dict[str, Any], p: Tensor) -> None:
+        """Let a parameter's exact value be what it is itself, in its home too."""
+        if self.home is not None and p in self.home:
+            state["remainder"] = self._counted(self.home.zeros(p, "remainder"))
+        else:
+            state["remainder"].zero_()
+
     def reset(self, state: dict[Tensor, dict[str, Any]], p: Tensor) -> None:
         """Drop what starts from zero when the parameter returns; what it lacks of its exact value stays."""
         dropped = state.pop(p, {})
@@ -186,8 +193,12 @@ class StateMaker:
                 dtype = moment_dtype(p, options, group["differentiable"])
                 state[name] = self._counted(self._values(p, name, saved[name].detach(), dtype))
         state.pop("remainder", None)
-        if "remainder" in saved and has_remainder(p, options, group["differentiable"]):
-            state["remainder"] = self._counted(self._values(p, "remainder", saved["remainder"], torch.int16))
+        remainder = saved.get("remainder")
+        is_bits = (
+            isinstance(remainder, Tensor) and remainder.dtype == torch.int16
+        )  # torch casts what it does not know
+        if remainder is not None and is_bits and has_remainder(p, options, group["differentiable"]):
+            state["remainder"] = self._counted(self._values(p, "remainder", remainder, torch.int16))
         if "step" in saved:
             step = torch.as_tensor(saved["step"], dtype=torch.float32)
             device = step_device(group, p, options)

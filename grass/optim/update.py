@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw as torch_adamw
 import grass_kernels
 from grass.offload.pipeline import Pipeline
 from grass.optim.in_units import Scales, run_units
-from grass.optim.work import Row, Work
+from grass.optim.work import Row, Work, kernel_lr
 from grass_kernels import layout, reference
 
 
@@ -207,7 +207,7 @@ def _update_by_function(
         [s["step"] for s in states],
         layer_index=None if sq_norms is None else [row.layer for row in rows],
         sq_norms=sq_norms,
-        lr=group["lr"],
+        lr=kernel_lr(group["lr"], rows[0].param.device),
         betas=(float(beta1), float(beta2)),
         eps=group["eps"],
         weight_decay=group["weight_decay"],

@@ -22,10 +22,10 @@ from grass.offload.units import Unit
 from grass.optim.states import StateMaker, has_remainder, takes_kernel
 from grass.optim.watching import Layouts, entries_of
 from grass_kernels import AdamWPlan, Hyperparameters, Part, TensorLists, layout
+from grass_kernels.arguments import check_hyperparameters
 from grass_kernels.inputs import split_lr
 
 _address = Tensor.data_ptr
-_hyperparameters = itemgetter("lr", "betas", "eps", "weight_decay", "maximize")
 _structure = itemgetter("amsgrad", "differentiable", "capturable", "foreach", "fused")
 _version = attrgetter("_version")
 _params = itemgetter("params")
@@ -114,7 +114,10 @@ class Work:
                 self.by_function.setdefault((row.group, p.device), []).append(row)
         self.planned = [self._plan(groups, state, device, chosen) for device, chosen in places.items()]
 
-        self._settings = list(map(_hyperparameters, groups))
+        kernels = [row for row in rows if takes_kernel(groups[row.group], row.param, options)]
+        self._checked = {row.group: row.param.device for row in kernels}
+        self._settings = list(map(_settings, groups))
+        self._check_settings(groups)
         self.hyperparameters = self._hyperparameters(groups)
         planned = [p for part in self.planned for p in part.of(self.params)]
         states = [t for p in planned for t in state[p].values() if isinstance(t, Tensor)]
@@ -137,6 +140,8 @@ class Work:
         self._addresses = [_data_ptr_or_0(p) for p in present]
         self._param_layouts = Layouts(present)
         self._grad_layouts = Layouts([p.grad for p in present])
+        self._any_dtype = [place for place, p in enumerate(present) if _allows_any_dtype(p)]
+        self._grad_dtypes = [present[place].grad.dtype for place in self._any_dtype]
         self._structures = list(map(_structure, groups))
         self._entries = entries_of(state)
         self._sentinel = _sentinel(state)
@@ -195,8 +200,9 @@ class Work:
     def holds(self, groups: Sequence[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> bool:
         """Whether the next step can take the same ways; if so, `grads` and `hyperparameters` are those of now.
 
-        A gradient at the address of its last is taken to have the layout that one had; one that has moved is looked
-        at. A parameter that has moved, or has another layout, ends the plan.
+        A gradient at the address of its last is taken to have that one's strides and sign, and its dtype, where the
+        parameter allows no other; one that has moved is looked at. A parameter that has moved, or has another layout,
+        ends the plan.
         """
         members = list(chain.from_iterable(map(_params, groups)))
         if list(map(len, map(_params, groups))) != self._lengths or not self._are_members(members):
@@ -223,10 +229,13 @@ class Work:
             if not self._grad_layouts.hold(grads):
                 return False
             self.grads = addresses
+        elif [grads[place].dtype for place in self._any_dtype] != self._grad_dtypes:
+            return False
         if list(map(_structure, groups)) != self._structures:
             return False
-        settings = list(map(_hyperparameters, groups))
+        settings = list(map(_settings, groups))
         if _have_tensors(settings) or settings != self._settings:
+            self._check_settings(groups)
             self._settings = settings
             self.hyperparameters = self._hyperparameters(groups)
         return True
@@ -246,15 +255,36 @@ class Work:
         limit = math.inf if self.options.max_grad_norm is None else self.options.max_grad_norm
         taken = []
         for group in groups:
-            lr, (beta1, beta2), eps, weight_decay, maximize = _hyperparameters(group)
+            lr, beta1, beta2, eps, weight_decay, maximize = _settings(group)
             betas = (float(beta1), float(beta2))
-            taken.append(Hyperparameters(*split_lr(lr), betas, eps, weight_decay, maximize, limit))
+            taken.append(
+                Hyperparameters(*split_lr(lr), betas, float(eps), float(weight_decay), maximize, limit)
+            )
         return taken
+
+    def _check_settings(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Refuse what kernels cannot be given, for all groups before any is updated."""
+        for index, device in self._checked.items():
+            lr, beta1, beta2, eps, weight_decay, _ = _settings(groups[index])
+            check_hyperparameters(kernel_lr(lr, device), (beta1, beta2), eps, weight_decay, device)
+
+
+def kernel_lr(lr: Any, device: torch.device) -> float | Tensor:
+    """A learning rate as kernels read it: a tensor on their device, if they know its dtype, or a number."""
+    if isinstance(lr, Tensor) and not (lr.device == device and lr.dtype in (torch.float32, torch.float64)):
+        return float(lr.detach())
+    return lr
+
+
+def _settings(group: dict[str, Any]) -> tuple[Any, ...]:
+    """Values to be compared; a list of betas may be written in place."""
+    beta1, beta2 = group["betas"]
+    return group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["maximize"]
 
 
 def _have_tensors(settings: Sequence[tuple[Any, ...]]) -> bool:
     """Whether a learning rate or a beta is a tensor. Those are not compared: that would wait for the device."""
-    for lr, (beta1, beta2), *_ in settings:
+    for lr, beta1, beta2, *_ in settings:
         if type(lr) is not float and isinstance(lr, Tensor):
             return True
         if type(beta1) is not float and isinstance(beta1, Tensor):
@@ -275,6 +305,11 @@ def _is_regular(p: Tensor, state: dict[str, Any]) -> bool:
     return layout.is_dense(p) and all(
         layout.is_dense(t) and layout.same_order(t, p) and not t.is_neg() for t in beside if t is not None
     )
+
+
+def _allows_any_dtype(p: Tensor) -> bool:
+    """Whether the user lets gradients have another dtype than the parameter."""
+    return p.is_leaf and getattr(p, "grad_dtype", p.dtype) != p.dtype
 
 
 def _data_ptr_or_0(t: Tensor | None) -> int:

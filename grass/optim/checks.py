@@ -1,0 +1,90 @@
+"""Checks of a step's parameters, gradients, states and settings, before anything is changed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import grass_kernels
+from grass.optim.states import Options, moment_keys, takes_kernel
+from grass.optim.work import Row
+
+
+def refuse_in_capture() -> None:
+    """Refuse to arrange a step while a graph is captured: states and tables would belong to the graph's memory."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "this step cannot be captured: something other than gradients' addresses has changed since the last one; "
+            "take one step like it before the capture begins"
+        )
+
+
+def refuse_sparse(groups: list[dict[str, Any]]) -> None:
+    """Refuse sparse gradients as torch does, before anything is changed."""
+    for group in groups:
+        for p in group["params"]:
+            if p.grad is not None and p.grad.is_sparse:
+                raise RuntimeError(
+                    "Adam does not support sparse gradients, please consider SparseAdam instead"
+                )
+
+
+def check_rows(rows: Sequence[Row]) -> None:
+    """Refuse parameters and gradients that cannot be updated, before states are made.
+
+    Raises:
+        KernelArgumentError: with the parameter's place.
+    """
+    for row in rows:
+        p, g = row.param, row.param.grad
+        assert g is not None
+        known = grass_kernels.is_supported(p.dtype, p.dtype, torch.float32)
+        fits = grass_kernels.is_supported(p.dtype, g.dtype, torch.float32) if known else g.dtype == p.dtype
+        if not fits:
+            which = "its parameter's dtype or float32" if known else "its parameter's dtype"
+            raise grass_kernels.KernelArgumentError(
+                f"the gradient of parameter {row.seed}, of shape {tuple(p.shape)}, is {g.dtype} and the parameter "
+                f"{p.dtype}: a gradient has {which}; convert it"
+            )
+        if g.shape != p.shape or g.device != p.device:
+            raise grass_kernels.KernelArgumentError(
+                f"the gradient of parameter {row.seed} has shape {tuple(g.shape)} on {g.device}, the parameter "
+                f"{tuple(p.shape)} on {p.device}: they must be equal; clear gradients after parameters are replaced"
+            )
+        if torch._debug_has_internal_overlap(p) == 1:
+            raise grass_kernels.KernelArgumentError(
+                f"parameter {row.seed}, of shape {tuple(p.shape)} and strides {p.stride()}, has elements that share "
+                "memory, as expanded tensors do: make it a tensor of its own with clone()"
+            )
+
+
+def check_states(
+    rows: Sequence[Row],
+    groups: Sequence[dict[str, Any]],
+    state: dict[Tensor, dict[str, Any]],
+    options: Options,
+) -> None:
+    """Refuse states that do not fit their parameters, before anything is changed: they may have been put in by hand.
+
+    Raises:
+        KernelArgumentError: with the parameter's place.
+    """
+    for row in rows:
+        p, group = row.param, groups[row.group]
+        dtype = state[p]["exp_avg"].dtype
+        kept = (torch.float32, torch.bfloat16) if takes_kernel(group, p, options) else (p.dtype,)
+        for key in moment_keys(group):
+            moment = state[p][key]
+            if moment.shape != p.shape or moment.dtype != dtype or dtype not in kept:
+                raise grass_kernels.KernelArgumentError(
+                    f"{key} of parameter {row.seed} is {moment.dtype} of shape {tuple(moment.shape)}, the parameter "
+                    f"{p.dtype} of shape {tuple(p.shape)}: moments have its shape, and one dtype that it can have; "
+                    f"put in one that fits, or drop the parameter's state to start it anew"
+                )
+        remainder = state[p].get("remainder")
+        if remainder is not None and (remainder.shape, remainder.dtype) != (p.shape, torch.int16):
+            raise grass_kernels.KernelArgumentError(
+                f"remainder of parameter {row.seed} is {remainder.dtype} of shape {tuple(remainder.shape)}: it is "
+                f"int16 of the parameter's shape {tuple(p.shape)}; drop it to start from the parameter as it is"
+            )
