@@ -148,10 +148,14 @@ class Suite:
         self._rows = out / "rows.jsonl"
         self._results: list[dict[str, Any]] = []
         self._started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        self._write("environment.json", dict(environment))
+        self._environment = dict(environment)
+        self._write("environment.json", self._environment)
 
     def run(self) -> int:
         """Run all stages; the exit code."""
+        if self._environment.get("dirty") is True:
+            commit = str(self._environment.get("commit"))[:10]
+            print(f"the tree has uncommitted changes beside {commit}: the rows will say so", flush=True)
         self._rows.write_text("")
         for stage in self._stages:
             if stage.rows is not None:

@@ -20,7 +20,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -117,19 +117,21 @@ def subjects(tensors: int) -> dict[str, Subject]:
     }
 
 
-def measure(tensors: int, seconds: float, situations: Sequence[str] = SITUATIONS) -> Iterator[dict[str, Any]]:
+def measure(
+    tensors: int, seconds: float, environment: Mapping[str, Any], situations: Sequence[str] = SITUATIONS
+) -> Iterator[dict[str, Any]]:
     """Time every subject in every situation, in turns.
 
     Args:
         tensors: parameters of each.
         seconds: in all, roughly.
+        environment: what each row says of machine and commit.
         situations: which.
 
     Yields:
         One row a subject and situation. ``seconds_*`` are of one step; ``ratio_to_addresses`` is to the unit in
         the same situation and of the same turns.
     """
-    environment = describe_environment(torch.device("cpu"))
     order = random.Random(0)
     with no_device():
         everyone = subjects(tensors)
@@ -184,16 +186,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.seconds <= 0 or min(options.tensors) < 2:
         parser.error("--seconds must be positive, and --tensors at least 2")
+    torch.set_num_threads(1)
+    # Before --out is replaced: where that file is committed, the tree has changes from then on.
+    environment = describe_environment(torch.device("cpu"))
     try:
         file = open(options.out, "w") if options.out else contextlib.nullcontext()  # noqa: SIM115 - closed below
     except OSError as error:
         parser.error(f"--out {options.out}: {error.strerror}")
-    torch.set_num_threads(1)
     gc.disable()  # a collection in one subject's turn is not its cost
     with file as out:
         print(f"{'tensors':>7}  {'situation':<15} {'variant':<17} {'us':>9} {'x addresses':>12}  ns a tensor")
         for tensors in options.tensors:
-            for row in measure(tensors, options.seconds):
+            for row in measure(tensors, options.seconds, environment):
                 print(
                     f"{tensors:>7}  {row['situation']:<15} {row['variant']:<17} {1e6 * row['seconds_median']:>9.1f} "
                     f"{row['ratio_to_addresses']:>12.2f}  {row['nanoseconds_a_tensor']:.0f}",

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.figures import Figure, Reading, Row, Rows, figures
+from bench.gpu.figures import HOST_PART, Figure, Reading, Row, Rows, figures
 from bench.gpu.stages import ROOT
+from bench.report_host import host_lines, host_note
 
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "performance.md"
@@ -41,6 +42,10 @@ minutes:
 make gpu
 ```"""
 
+_TESTS = """\
+*tests*: `make gpu` runs the tests that need a GPU first, and then the benchmarks. A benchmark alone
+(`python -m bench.host` for rows of the host) runs no test: its rows do not tell whether any pass."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -51,13 +56,15 @@ class Run:
         folder: where its files are.
         identity: of `_IDENTITY`, what the rows say.
         rows: all of them.
-        tests_passed: None if no tests were part of the run.
+        by_suite: whether `make gpu` made it, rather than a benchmark alone.
+        tests_passed: None if it ran no tests, or none of them came to an end.
     """
 
     label: str
     folder: Path
     identity: dict[str, Any]
     rows: list[Row]
+    by_suite: bool
     tests_passed: bool | None
 
     @property
@@ -78,7 +85,8 @@ def find_runs(results: Path) -> list[Run]:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         passed = None
         summary = path.with_name("summary.json")
-        if summary.exists():
+        by_suite = summary.exists()
+        if by_suite:
             passed = json.loads(summary.read_text(encoding="utf-8"))["tests_passed"]
         by_identity: dict[tuple, list[Row]] = {}
         for row in rows:
@@ -86,7 +94,7 @@ def find_runs(results: Path) -> list[Run]:
         for identity, own in by_identity.items():
             known = dict(zip(_IDENTITY, identity, strict=True))
             label = f"{len(runs) + 1}"
-            runs.append(Run(label, path.parent, known, own, passed))
+            runs.append(Run(label, path.parent, known, own, by_suite, passed))
     return runs
 
 
@@ -99,10 +107,12 @@ def make_page(results: Path, page: Path) -> str:
     """
     runs = find_runs(results)
     parts = [_HEAD.format(results=_link(results, page))]
+    if runs:
+        parts.append(_origins(runs, page))
     if not any(run.on_gpu and run.is_quoted for run in runs):
         parts.append(_NO_GPU)
     parts += ["## Figures", *_figure_tables([run for run in runs if run.is_quoted])]
-    parts += ["## Runs", _runs_table(runs, page)]
+    parts += ["## Runs", _runs_table(runs, page), *([_TESTS] if runs else [])]
     charts = [chart for run in runs if (chart := run.folder / "chart.png").exists()]
     if charts:
         parts += [
@@ -117,6 +127,26 @@ def _link(target: Path, page: Path) -> str:
     return Path(os.path.relpath(target, page.parent)).as_posix()
 
 
+def _origins(runs: Sequence[Run], page: Path) -> str:
+    """What commit each run measured, as a list."""
+    lines = ["The rows were measured at:", ""]
+    lines += [
+        f"- run {run.label}, [{run.folder.name}]({_link(run.folder, page)}): {_commit(run)}" for run in runs
+    ]
+    if any(run.identity["dirty"] for run in runs):
+        lines += ["", "With uncommitted changes, the commit alone does not tell what code was measured."]
+    return "\n".join(lines)
+
+
+def _commit(run: Run) -> str:
+    """The commit of a run's rows, and whether it holds the code that they measured."""
+    commit, dirty = run.identity["commit"], run.identity["dirty"]
+    if commit is None:
+        return "commit unknown"
+    changes = {False: "", True: ", **with uncommitted changes**", None: ", with or without changes: unknown"}
+    return f"commit `{commit[:10]}`{changes[dirty]}"
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -127,6 +157,17 @@ def _figure_tables(runs: Sequence[Run]) -> Iterator[str]:
     for part, group in itertools.groupby(figures(), key=lambda figure: figure.part):
         yield f"### {part}"
         yield _table(head, [line for figure in group for line in _figure_lines(figure, runs)])
+        if part == HOST_PART:
+            for run in runs:
+                yield from _host_table(run)
+
+
+def _host_table(run: Run) -> Iterator[str]:
+    """Every variant in every situation of a run that measured them."""
+    head, *lines = host_lines(Rows(run.rows))
+    if lines:
+        yield host_note(run.label)
+        yield _table(head, lines)
 
 
 def _figure_lines(figure: Figure, runs: Sequence[Run]) -> list[tuple[str, ...]]:
@@ -146,18 +187,19 @@ def _figure_lines(figure: Figure, runs: Sequence[Run]) -> list[tuple[str, ...]]:
 def _runs_table(runs: Sequence[Run], page: Path) -> str:
     if not runs:
         return "None."
-    verdicts = {True: "passed", False: "**failed: not quoted**", None: "not part of the run"}
+    verdicts = {True: "passed", False: "**failed: not quoted**", None: "none came to an end"}
     rows = []
     for run in runs:
         i = run.identity
-        changes = " and changes" if i["dirty"] else ""
+        suites = ", ".join(dict.fromkeys(row["suite"] for row in run.rows))
         rows.append(
             (
                 run.label,
                 f"[{run.folder.name}]({_link(run.folder, page)})",
                 *(str(i[key] or "unknown" if key != "driver" else i[key] or "-") for key in _IDENTITY[:5]),
-                f"{(i['commit'] or 'unknown')[:10]}{changes}",
-                verdicts[run.tests_passed],
+                _commit(run),
+                "`make gpu`" if run.by_suite else f"a benchmark alone: {suites}",
+                verdicts[run.tests_passed] if run.by_suite else "none run",
                 str(sum(bool(row.get("measured", True)) for row in run.rows)),
             )
         )
@@ -170,6 +212,7 @@ def _runs_table(runs: Sequence[Run], page: Path) -> str:
         "triton",
         "python",
         "commit",
+        "made by",
         "tests",
         "measured rows",
     )

@@ -175,5 +175,10 @@ def _driver() -> str | None:
 
 def _commit() -> tuple[str | None, bool | None]:
     commit = _output("git", "rev-parse", "HEAD")
-    changes = _output("git", "status", "--porcelain", "--untracked-files=no")
+    what = (
+        ":(top)",
+        ":(top,exclude)bench/results",
+        ":(top,exclude)docs/performance.md",
+    )  # what a run itself writes
+    changes = _output("git", "status", "--porcelain", "--untracked-files=no", "--", *what)
     return commit, None if commit is None or changes is None else bool(changes)

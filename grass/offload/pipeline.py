@@ -27,13 +27,12 @@ class Buffer:
 
     Attributes:
         tenant: the unit that is in it, or on its way.
-        ready, updated, freed: events: the tenant's fetch, its update, and the write-back of its predecessor.
+        updated, freed: events: the tenant's update, and the write-back of its predecessor.
     """
 
     def __init__(self, name: str, memory: Tensor) -> None:
         self.name, self.memory = name, memory
         self.tenant: Unit | None = None
-        self.ready: Any = None
         self.updated: Any = None
         self.freed: Any = None
 
@@ -65,8 +64,11 @@ class Pipeline(Protocol):
     def drain(self) -> None:
         """Let the host wait until the store holds all states as they are now."""
 
-    def forget(self) -> None:
-        """Let the host wait until it may write to the store; what it writes is fetched anew."""
+    def forget(self, slot: int | None = None) -> None:
+        """Let the host wait until it may write to a slot's states, or to all; what it writes is fetched anew."""
+
+    def close(self) -> None:
+        """Let the host wait until nothing uses the store, nor the memory of buffers: both may then be freed."""
 
     @property
     def stats(self) -> tuple[int, int, int]:
@@ -112,13 +114,13 @@ class _Base:
         engine.wait(H2D, unit.written, "H4")  # the unit itself has, from whichever buffer it was in
         what = Operation("fetch", unit.label, (_home(unit),), (buffer.name,), unit.num_bytes)
         engine.copy(H2D, _tensors(unit.views(buffer.memory)), _tensors(unit.host), what)
-        buffer.ready = engine.record(H2D, buffer.ready)
+        unit.ready = engine.record(H2D, unit.ready)
         buffer.tenant = unit
         self._moved[0] += unit.num_bytes
 
     def _update(self, unit: Unit, buffer: Buffer, update: Update) -> None:
         engine = self._engine
-        engine.wait(UPDATE, buffer.ready, "H1")  # its states have come
+        engine.wait(UPDATE, unit.ready, "H1")  # its states have come
         update(unit, unit.views(buffer.memory))
         reads, writes = (buffer.name, f"gradients {unit.slot}"), (buffer.name, f"weights {unit.slot}")
         engine.note(UPDATE, Operation("update", unit.label, reads, writes, unit.num_bytes))
@@ -132,10 +134,27 @@ class _Base:
         unit.written = buffer.freed = engine.record(D2H, unit.written)
         self._moved[1] += unit.num_bytes
 
-    def _wait_for_write_backs(self, hazard: str) -> None:
-        for units in self._units.values():
-            for unit in units:
-                self._engine.wait(HOST, unit.written, hazard)
+    def _units_of(self, slot: int | None) -> Iterator[Unit]:
+        """The units of a slot, or all, that have ever been on the way."""
+        for units in self._units.values() if slot is None else [self._units.get(slot, [])]:
+            yield from units
+
+    def _wait_to_read(self) -> None:
+        for unit in self._units_of(None):
+            self._engine.wait(HOST, unit.written, "H5")
+        self._note_host("host read")
+
+    def _wait_to_write(self, slot: int | None, buffers: Sequence[Buffer] = ()) -> None:
+        """Into what units have at home; or to free it, and buffers, that others may be given their memory."""
+        for unit in self._units_of(slot):
+            self._engine.wait(HOST, unit.written, "H6")
+            self._engine.wait(HOST, unit.ready, "H6")  # a fetch still reads what the host will write
+        self._note_host("host write", slot, tuple(buffer.name for buffer in buffers))
+
+    def _note_host(self, kind: str, slot: int | None = None, buffers: tuple[str, ...] = ()) -> None:
+        touched = (*map(_home, self._units_of(slot)), *buffers)
+        reads, writes = (touched, ()) if kind == "host read" else ((), touched)
+        self._engine.note(HOST, Operation(kind, "", reads, writes))
 
 
 class StreamedPipeline(_Base):
@@ -215,18 +234,18 @@ class StreamedPipeline(_Base):
 
     def drain(self) -> None:
         """See `Pipeline`."""
-        self._wait_for_write_backs("H5")
-        self._engine.note(HOST, Operation("host read", "", _homes(self._units), ()))
+        self._wait_to_read()
 
-    def forget(self) -> None:
+    def forget(self, slot: int | None = None) -> None:
         """See `Pipeline`. What is expected next is fetched by the next `begin`."""
-        self._wait_for_write_backs("H6")
-        for buffer in (*self._free, *self._taken.values()):
-            self._engine.wait(HOST, buffer.ready, "H6")  # a fetch still reads what the host will write
-        for unit in list(self._taken):
+        for unit in [unit for unit in self._taken if slot in (None, unit.slot)]:
             self._give_up(unit)
-        self._coming = []
-        self._engine.note(HOST, Operation("host write", "", (), _homes(self._units)))
+        self._coming = [unit for unit in self._coming if slot not in (None, unit.slot)]
+        self._wait_to_write(slot)
+
+    def close(self) -> None:
+        """See `Pipeline`."""
+        self._wait_to_write(None, (*self._free, *self._taken.values()))
 
     @property
     def stats(self) -> tuple[int, int, int]:
@@ -301,20 +320,21 @@ class ResidentPipeline(_Base):
         """See `Pipeline`. What trains stays, and a copy goes home."""
         for slot in self._held:
             self._send_home(slot)
-        self._wait_for_write_backs("H5")
-        self._engine.note(HOST, Operation("host read", "", _homes(self._units), ()))
+        self._wait_to_read()
 
-    def forget(self) -> None:
+    def forget(self, slot: int | None = None) -> None:
         """See `Pipeline`."""
-        self._announced.clear()
+        for held in [held for held in self._held if slot in (None, held)]:
+            self._send_home(held)
+            self._held.pop(held).tenant = None
+        self._announced = {other for other in self._announced if slot not in (None, other)}
+        self._wait_to_write(slot)
+
+    def close(self) -> None:
+        """See `Pipeline`. What is on the device only goes home first."""
         for slot in self._held:
             self._send_home(slot)
-        self._wait_for_write_backs("H6")
-        for buffer in self._buffers:
-            self._engine.wait(HOST, buffer.ready, "H6")
-            buffer.tenant = None
-        self._held.clear()
-        self._engine.note(HOST, Operation("host write", "", (), _homes(self._units)))
+        self._wait_to_write(None, self._buffers)
 
     @property
     def stats(self) -> tuple[int, int, int]:
@@ -329,7 +349,3 @@ def _tensors(views: dict[str, Tensor]) -> list[Tensor]:
 
 def _home(unit: Unit) -> str:
     return f"store {unit.label}"
-
-
-def _homes(units: dict[int, list[Unit]]) -> tuple[str, ...]:
-    return tuple(_home(unit) for members in units.values() for unit in members)

@@ -1,7 +1,7 @@
 """Store: the home of optimizer states, in host memory.
 
-A slot of parameters (a layer, or all that is in no layer) has one slab: a stretch of memory with a section for each
-kind of state, in which every parameter has the same place, counted in elements. So a range of elements is one
+A slot of parameters (a layer, or one parameter that is in no layer) has one slab: a stretch of memory with a section
+for each kind of state, in which every parameter has the same place, counted in elements. So a range of elements is one
 copy a section, whatever parameters it holds.
 """
 
@@ -159,6 +159,7 @@ class Store:
     def __init__(self, slots: Sequence[Slot], pinned: bool) -> None:
         self._slots = slots
         self._slot = {p: number for number, slot in enumerate(slots) for p in slot.params}
+        self._numels = {p: p.numel() for p in self._slot}
         self._slabs: dict[int, Slab] = {}
         self._pinned = pinned
 
@@ -173,6 +174,8 @@ class Store:
         """Whether it holds these parameters, none else, and has a place for each kind of their states."""
         if {p: number for number, slot in enumerate(slots) for p in slot.params} != self._slot:
             return False
+        if not all(p.numel() == numel and layout.is_dense(p) for p, numel in self._numels.items()):
+            return False  # other data has been put in
         return all(
             mine.dtypes.items() >= slot.dtypes.items() for mine, slot in zip(self._slots, slots, strict=True)
         )

@@ -36,7 +36,7 @@ class Unit:
         start: first element of the sections.
         host: 1-D views of the sections, by kind.
         num_bytes: that a copy moves.
-        written: event of its last write-back.
+        ready, written: events of its last fetch and its last write-back.
     """
 
     def __init__(self, slot: int, index: int, slab: Slab, pieces: Sequence[Piece]) -> None:
@@ -45,6 +45,7 @@ class Unit:
         stop = pieces[-1].start + pieces[-1].numel
         self.host = {kind: section[self.start : stop] for kind, section in slab.sections.items()}
         self.num_bytes = sum(t.numel() * t.itemsize for t in self.host.values())
+        self.ready: object = None
         self.written: object = None
 
     def views(self, memory: Tensor) -> dict[str, Tensor]:

@@ -114,8 +114,11 @@ class AdamW(torch.optim.AdamW):
         return {**super().__getstate__(), "_options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.state = CountedStates(dict, self.state)
+        # torch asks every entry for its counter: one that keeps what it lacks of its exact value has none
+        entries = state["state"]
+        counted = {p: entry for p, entry in entries.items() if not isinstance(entry, dict) or "step" in entry}
+        super().__setstate__({**state, "state": counted})
+        self.state = CountedStates(dict, entries)
         self.__dict__.setdefault("_graphs", [])
         self._forget()
 
@@ -305,8 +308,13 @@ class AdamW(torch.optim.AdamW):
             self.register_load_state_dict_pre_hook(lambda _, given: self._without_states(given, seen)),
             self.register_load_state_dict_post_hook(lambda _: self._restore(seen[-1]), prepend=True),
         ]
+        state, groups = self.state, self.param_groups
         try:
             super().load_state_dict(state_dict)
+        except Exception:  # nothing is lost
+            self.state, self.param_groups = state, groups
+            self._forget()
+            raise
         finally:
             for handle in handles:
                 handle.remove()

@@ -90,10 +90,34 @@ def check_shapes(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> No
         )
     for group, keys in zip(own, saved, strict=True):
         for p, key in zip(group, keys, strict=True):
+            entry = state_dict["state"].get(key, {})
+            missing = [kind for kind in KINDS[:2] if "step" in entry and kind not in entry]
+            if missing:
+                raise StateMismatchError(
+                    f"the state dict has no {missing[0]} of parameter {key}: it is damaged"
+                )
             for kind in (*KINDS, "remainder"):
-                found = state_dict["state"].get(key, {}).get(kind)
+                found = entry.get(kind)
+                if kind in entry and not _is_readable(found, kind, p):
+                    raise StateMismatchError(
+                        f"{kind} of parameter {key} in the state dict is {_describe(found)}, the parameter is "
+                        f"{p.dtype}: its states are dense tensors of such numbers"
+                    )
                 if found is not None and found.shape != p.shape:
                     raise StateMismatchError(
                         f"{kind} of parameter {key} has shape {tuple(found.shape)} in the state dict, the parameter "
                         f"{tuple(p.shape)}: it is of another model"
                     )
+
+
+def _is_readable(found: Any, kind: str, p: Tensor) -> bool:
+    """Whether these are values that a state can take."""
+    if not isinstance(found, Tensor) or found.layout != torch.strided or found.is_meta:
+        return False
+    return kind == "remainder" or (found.is_complex() if p.is_complex() else found.is_floating_point())
+
+
+def _describe(found: Any) -> str:
+    if not isinstance(found, Tensor):
+        return f"of type {type(found).__name__}"
+    return f"{found.dtype}, {found.layout}, on {found.device}"

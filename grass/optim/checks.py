@@ -59,6 +59,20 @@ def check_rows(rows: Sequence[Row]) -> None:
             )
 
 
+def check_shapes(state: dict[str, Any], p: Tensor, seed: int) -> None:
+    """Refuse states of another shape than their parameter's.
+
+    Raises:
+        KernelArgumentError: with the parameter's place.
+    """
+    for key, value in state.items():
+        if key != "step" and isinstance(value, Tensor) and value.shape != p.shape:
+            raise grass_kernels.KernelArgumentError(
+                f"{key} of parameter {seed} is {value.dtype} of shape {tuple(value.shape)}, the parameter {p.dtype} of "
+                f"shape {tuple(p.shape)}: states have its shape; drop the parameter's state to start it anew"
+            )
+
+
 def check_states(
     rows: Sequence[Row],
     groups: Sequence[dict[str, Any]],
@@ -72,19 +86,19 @@ def check_states(
     """
     for row in rows:
         p, group = row.param, groups[row.group]
+        check_shapes(state[p], p, row.seed)
         dtype = state[p]["exp_avg"].dtype
         kept = (torch.float32, torch.bfloat16) if takes_kernel(group, p, options) else (p.dtype,)
         for key in moment_keys(group):
             moment = state[p][key]
-            if moment.shape != p.shape or moment.dtype != dtype or dtype not in kept:
+            if moment.dtype != dtype or dtype not in kept:
                 raise grass_kernels.KernelArgumentError(
-                    f"{key} of parameter {row.seed} is {moment.dtype} of shape {tuple(moment.shape)}, the parameter "
-                    f"{p.dtype} of shape {tuple(p.shape)}: moments have its shape, and one dtype that it can have; "
-                    f"put in one that fits, or drop the parameter's state to start it anew"
+                    f"{key} of parameter {row.seed} is {moment.dtype}, the parameter {p.dtype}: moments have one dtype "
+                    f"that it can have; put in one that fits, or drop the parameter's state to start it anew"
                 )
         remainder = state[p].get("remainder")
-        if remainder is not None and (remainder.shape, remainder.dtype) != (p.shape, torch.int16):
+        if remainder is not None and remainder.dtype != torch.int16:
             raise grass_kernels.KernelArgumentError(
-                f"remainder of parameter {row.seed} is {remainder.dtype} of shape {tuple(remainder.shape)}: it is "
-                f"int16 of the parameter's shape {tuple(p.shape)}; drop it to start from the parameter as it is"
+                f"remainder of parameter {row.seed} is {remainder.dtype}: it is int16; drop it to start from the "
+                "parameter as it is"
             )

@@ -236,7 +236,8 @@ class GrassAdamW(MethodView, Saving):
             self.__dict__.pop("found_inf", None)
             raise GrassError(
                 "fused_backward and a GradScaler exclude each other: updates were made inside backward, with gradients "
-                "still scaled; train in bfloat16 without a scaler, or without fused_backward"
+                "still scaled, and stay; load a checkpoint from before, and train in bfloat16 without a scaler, or "
+                "without fused_backward"
             )
 
     def _update_home(self, home: int) -> Tensor | None:

@@ -1,5 +1,6 @@
 """Offloading: an optimizer's store and pipeline, and how they follow its parameters."""
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -67,7 +68,7 @@ class Offloading:
         self._device = self._common_device()
         self.store = Store(slots, pinned=self._device.type == "cuda")
         if config.offload == "streamed":
-            for slot in slots:
+            for slot in sorted(slots, key=_width, reverse=True):
                 if slot.params:
                     elements_in(self._buffer_bytes, slot.dtypes)
         held = 0 if before is None else before.store.num_bytes
@@ -101,6 +102,9 @@ class Offloading:
                 self._pipeline = StreamedPipeline(
                     store, engine, self._device, self._buffer_bytes, self._config.buffer_count
                 )
+            # copies that are under way must not outlive what they read and write
+            self._end = weakref.finalize(self, self._pipeline.close)
+            self._end.atexit = False
         return self._pipeline
 
     def follow(self) -> None:
@@ -113,10 +117,8 @@ class Offloading:
         if device == self._device:
             return
         if self._pipeline is not None:
-            self._pipeline.drain()
-            h2d, d2h, _ = self._pipeline.stats
+            h2d, d2h, _ = self.close()
             self._moved_before = (self._moved_before[0] + h2d, self._moved_before[1] + d2h)
-            self._pipeline = None
         self._device = device
         if device.type == "cuda":
             self.store.pin()
@@ -133,10 +135,18 @@ class Offloading:
         if self._pipeline is not None:
             self._pipeline.drain()
 
-    def forget(self) -> None:
-        """Let the host write to the store."""
+    def forget(self, p: Tensor | None = None) -> None:
+        """Let the host write to the states of a parameter and those that lie beside them, or to all."""
         if self._pipeline is not None:
-            self._pipeline.forget()
+            self._pipeline.forget(None if p is None else self.store.slot_of(p))
+
+    def close(self) -> tuple[int, int, int]:
+        """End the pipeline, with all states at home; another is made when it is needed. Returns its `stats`."""
+        if self._pipeline is None:
+            return 0, 0, 0
+        self._end()
+        stats, self._pipeline = self._pipeline.stats, None
+        return stats
 
     # -- the home of states, as `StateMaker` knows it ---------------------------------------------------------
 
@@ -151,13 +161,18 @@ class Offloading:
         """See `grass.optim.states.Home`. Memory that was never written is zero, and stays untouched."""
         if self.store.is_fresh(p, kind):
             return self.store.view(p, kind)
-        self.forget()
+        self.forget(p)
         return self.store.view(p, kind).zero_()
 
     def write(self, p: Tensor, kind: str, value: Tensor) -> Tensor:
         """See `grass.optim.states.Home`."""
-        self.forget()
+        self.forget(p)
         place = self.store.view(p, kind)
         if value.untyped_storage().data_ptr() == place.untyped_storage().data_ptr():
             value = value.clone()  # the same memory, in another order
         return place.copy_(value)
+
+
+def _width(slot: Slot) -> int:
+    """Bytes of an element of all its states."""
+    return sum(dtype.itemsize for dtype in slot.dtypes.values())

@@ -15,6 +15,7 @@ from grass.layers import LayerMap
 from grass.offload.pipeline import Pipeline
 from grass.offload.store import Slot
 from grass.optim.adamw import AdamW
+from grass.optim.checks import check_shapes
 from grass.optim.offloading import Offloading
 from grass.optim.states import KERNEL_DTYPES, KINDS, has_remainder, moment_dtype, moment_keys
 from grass.optim.work import Row, Work
@@ -51,6 +52,8 @@ class StoredAdamW(AdamW):
                 before.drain()
             made = Offloading(self._plan_store(homes, flags), self._config, before)
             self._offloading = self._states.home = made
+            if before is not None:
+                before.close()
         self._homes, self._trainable, self._order_seen = homes, flags, []
         for home in list(self._works):
             self._leave_work(home)
@@ -77,6 +80,8 @@ class StoredAdamW(AdamW):
         if self._offloading is not None:
             wanted = self._plan_store(self._homes, self._trainable)
             if not self._offloading.store.has_room_for(wanted):
+                for seed, (_, p) in enumerate(self._members()):
+                    check_shapes(self.state.get(p, {}), p, seed)
                 self._move_in(self._trainable)
 
     def _arrange(self, groups: list[dict[str, Any]], home: int | None) -> Work:

@@ -1,7 +1,7 @@
 """Failures these tests catch: a stage that outlives its limit, or leaves processes behind; one that stops those
 after it; a failed test that the exit code does not tell, or a failed benchmark that it does; rows that appear only
 at the end, twice or in halves; a result that is written though there is no GPU; a stage that needs what a GPU
-machine may lack.
+machine may lack; rows of an uncommitted tree that nobody was warned of.
 """
 
 import json
@@ -136,6 +136,15 @@ def test_rows_of_a_killed_stage_are_kept_and_those_of_an_earlier_run_are_not(tmp
     _, summary = run_suite(tmp_path, stage("one", code, rows=rows, share=0.05))
     assert (tmp_path / "rows.jsonl").read_text() == '{"new": 1}\n{"last": 1}\n'
     assert summary["stages"][0]["rows"] == 2
+
+
+@pytest.mark.parametrize(("dirty", "lines"), [(True, 1), (False, 0), ("unknown", 0)])
+def test_a_tree_with_uncommitted_changes_is_told_in_one_line_at_the_start(tmp_path, capsys, dirty, lines):
+    environment = {"gpu": "a card", "commit": "f" * 40, "dirty": dirty}
+    Suite(tmp_path, [stage("one", "pass")], 1.0, environment).run()
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if "uncommitted changes" in line] == printed[:lines]
+    assert all("ffffffffff" in line for line in printed[:lines])
 
 
 def test_no_stage_is_begun_without_time(tmp_path):

@@ -2,7 +2,7 @@
 
 Would catch: a benchmark that no longer runs, leaves the boundary to the device open afterwards, launches something
 while it measures, takes another path than a GPU's, or compares with another situation's unit; a situation that
-does not happen; wrong usage that is measured anyway.
+does not happen; wrong usage that is measured anyway; a clean tree called dirty since its own rows are replaced.
 """
 
 import json
@@ -40,6 +40,17 @@ def test_rows_of_every_situation_and_optimizer(tmp_path, capsys):
         assert row["nanoseconds_a_tensor"] == pytest.approx(1e9 * row["seconds_median"] / row["tensors"])
         assert row["torch"] == torch.__version__
     assert len(capsys.readouterr().out.splitlines()) == len(rows) + 1
+
+
+def test_the_tree_is_looked_at_once_before_the_rows_in_it_are_replaced(tmp_path, monkeypatch):
+    """Rows that are committed are a change as soon as the file is opened."""
+    out = tmp_path / "rows.jsonl"
+    out.write_text("committed")
+    monkeypatch.setattr(host, "describe_environment", lambda _: {"dirty": out.read_text() != "committed"})
+    assert host.main(["--seconds", "0.1", "--tensors", "2", "3", "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["tensors"] for row in rows} == {2, 3}
+    assert not any(row["dirty"] for row in rows)
 
 
 def test_it_takes_a_gpus_path_and_launches_nothing():

@@ -1,6 +1,8 @@
 """Failures these tests catch: a number on the page that no row gave; a figure read from the wrong case or variant; a
-ratio across runs or cards; one to torch in other dtypes; a target met that was missed; figures quoted from a run
-whose tests failed; a gap that is passed over in silence; a page that is not what the committed results give.
+ratio across runs or cards; one to torch in other dtypes; a target met that was missed; a number that reads like the
+target it missed; a variant whose cost is not shown; figures quoted from a run whose tests failed; tests said to have
+passed that nobody ran; rows of an uncommitted tree that pass for a commit's; a gap that is passed over in silence; a
+page that is not what the committed results give.
 """
 
 import json
@@ -9,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu.figures import LARGE, OF_ONE_DTYPE, figure_cases, figures
+from bench.gpu.figures import LARGE, OF_ONE_DTYPE, beside, figure_cases, figures
+from bench.host import subjects
 from bench.kernels.cases import Case
 from bench.kernels.rows import failed_row
 from bench.report import PAGE, RESULTS, UNMEASURED, main, make_page
+from bench.report_host import VARIANTS as HOST_VARIANTS
 
 CARD = {
     "device": "Card A", "driver": "1.2", "torch": "2.11", "triton": "3.6", "python": "3.12", "commit": "0123456789ab",
@@ -42,11 +46,17 @@ def host_row(tensors: int, variant: str, seconds: float, situation: str = "in pl
     return {**keys, "seconds_median": seconds, **HOST}
 
 
+def write_rows(results: Path, name: str, rows: list[dict]) -> None:
+    """As a benchmark on its own leaves them."""
+    (results / name).mkdir(parents=True)
+    (results / name / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def write_run(results: Path, name: str, rows: list[dict], tests_passed: bool | None = True) -> None:
-    folder = results / name
-    folder.mkdir(parents=True)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "summary.json").write_text(json.dumps({"tests_passed": tests_passed, "stages": []}))
+    """As the suite leaves them."""
+    write_rows(results, name, rows)
+    summary = {"tests_passed": tests_passed, "stages": []}
+    (results / name / "summary.json").write_text(json.dumps(summary))
 
 
 def page_of(results: Path) -> str:
@@ -79,12 +89,20 @@ def test_without_results_every_figure_is_unmeasured(tmp_path):
     assert "both clipping, 1e9 parameters | >= 1.20x | unmeasured | 1.214x |" not in page
 
 
-@pytest.mark.parametrize(("percent", "verdict"), [(92.0, "met"), (91.9, "**missed**")])
-def test_share_of_the_copy(tmp_path, percent, verdict):
+@pytest.mark.parametrize(
+    ("percent", "shown", "verdict"),
+    [
+        (93.0, "93.0", "met"),
+        (92.0, "92.000", "met"),
+        (91.9, "91.9", "**missed**"),
+        (91.96, "91.96", "**missed**"),
+    ],
+)
+def test_share_of_the_copy(tmp_path, percent, shown, verdict):
     write_run(tmp_path, "a", [kernel_row(LARGE, percent_of_copy=percent), kernel_row(LARGE, "torch_fused")])
     page = page_of(tmp_path)
     assert lines_of(page, "share of the copy") == [
-        [">= 92 %", f"{percent} % (2500 GB/s)", "1.250x", verdict, "1"]
+        [">= 92 %", f"{shown} % (2500 GB/s)", "1.250x", verdict, "1"]
     ]
     assert "No GPU has been measured" not in page
 
@@ -154,11 +172,103 @@ def test_what_a_step_costs_the_host(tmp_path):
         ["<= 3x", "2.90x (29 us)", "-", "met", "1"]
     ]
     assert lines_of(page, "291 tensors, in place", "torch fused's time")[0][1:] == [
-        "1.00x (29 us)", "-", "**missed**", "1",
+        "1.000x (29 us)", "-", "**missed**", "1",
     ]  # fmt: skip
     assert lines_of(page, "5000 tensors, in place")[0][1:] == ["1.10x (110 ns)", "-", "**missed**", "1"]
     assert lines_of(page, "291 tensors, lr changes", "addresses")[0][1] == UNMEASURED
     assert "No GPU has been measured yet" in page
+
+
+@pytest.mark.parametrize(
+    ("value", "targets", "shown"),
+    [
+        (2.85, (3,), "2.85"),
+        (2.998, (3,), "2.998"),
+        (3.0014, (3,), "3.001"),
+        (1.00004, (1,), "1.00004"),
+        (1, (1,), "1.000"),
+        (0.9496, (0.95, 1.05), "0.9496"),
+        (1.0504, (0.95, 1.05), "1.0504"),
+    ],
+)
+def test_a_number_does_not_read_like_its_target(value, targets, shown):
+    assert beside(value, *targets) == shown
+
+
+def test_no_missed_figure_reads_like_its_target(tmp_path):
+    """Each figure's target is just missed; in two or three decimals all would read like it."""
+    case = replace(Case(10**8, mixture=OF_ONE_DTYPE["all bf16"]), norms=False)
+    rows = [
+        host_row(291, "addresses", 10e-6),
+        host_row(291, "grass", 30.02e-6),
+        host_row(291, "torch fused", 30.01e-6),
+        host_row(5000, "grass", 5000 * 30.02e-6 / 291 * 1.0014),
+    ]
+    write_rows(tmp_path, "a", rows)
+    kernels = [
+        kernel_row(case, time_ratio_to_torch=0.9998),
+        kernel_row(LARGE, peak_bytes=8_000_100),
+        kernel_row(LARGE, "grass_kernels", seconds_median=0.0101003),
+        kernel_row(replace(LARGE, norms=False), "grass_kernels"),
+        kernel_row(replace(LARGE, active_share=1 / 2), bytes=50, seconds_median=0.0052501),
+        {"suite": "offload", "variant": "overlapped", "source": "device", "seconds": 1.0501, "floor_seconds": 1.0,
+         **CARD},
+        {"suite": "training", "method": "full", "seq": 1024, "peak_gib": 10.501, "predicted_peak_gib": 10.0,
+         "tokens_per_second": 1.0, **CARD},
+    ]  # fmt: skip
+    write_run(tmp_path, "b", kernels)
+    page = page_of(tmp_path)
+    assert lines_of(page, "291 tensors, in place", "addresses")[0][1:] == [
+        "3.002x (30 us)", "-", "**missed**", "1",
+    ]  # fmt: skip
+    assert lines_of(page, "5000 tensors, in place", "by a tensor of")[0][1] == "1.001x (103 ns)"
+    assert lines_of(page, "without norms, 1e8")[0][1] == "0.9998x"
+    assert lines_of(page, "what the norms cost")[0][1] == "+1.003 %"
+    assert lines_of(page, "| 1/2 active")[0][1].startswith("1.05002 ")
+    assert lines_of(page, "a streamed step")[0][1].startswith("1.0501x")
+    assert "(1.0501x;" in lines_of(page, "full: peak")[0][1]
+    assert lines_of(page, "needed on top")[0][1].startswith("0.100001 %")
+    assert page.count("**missed**") >= 8
+
+
+def test_the_host_cost_of_every_variant_is_shown(tmp_path):
+    """Each by the unit of its own situation and number of tensors; the target is the default's alone."""
+    seconds = {"addresses": 10.0, "grass": 29.0, "grass clipping": 30.01, "grass exact bf16": 45.0}
+    moved = {"addresses": 20.0, "grass": 80.0, "torch fused": 400.0}
+    many = {"addresses": 100.0, "grass": 310.0, "grass clipping": 320.0}
+    rows = [
+        *(host_row(291, name, 1e-6 * s) for name, s in seconds.items()),
+        *(host_row(291, name, 1e-6 * s, "gradients move") for name, s in moved.items()),
+        *(host_row(5000, name, 1e-6 * s) for name, s in many.items()),
+    ]
+    write_rows(tmp_path, "a", rows)
+    page = page_of(tmp_path)
+    head = (
+        "tensors | situation | unit | grass | grass clipping | grass exact bf16 | torch fused | grass: <= 3x"
+    )
+    table = page.split(f"| {head} |\n")[1].split("\n\n")[0].splitlines()
+    assert table[1:] == [
+        "| 291 | in place | 10 us | 2.90x | 3.001x | 4.50x | - | met |",
+        "| 291 | gradients move | 20 us | 4.00x | - | - | 20.00x | **missed** |",
+        "| 5000 | in place | 100 us | 3.10x | 3.20x | - | - | no target |",
+    ]
+    assert "`grass` with 291 tensors, each situation by itself" in page
+
+
+def test_host_tables_do_not_mix_runs(tmp_path):
+    write_rows(tmp_path, "a", [host_row(291, "addresses", 10e-6), host_row(291, "grass", 20e-6)])
+    write_rows(tmp_path, "b", [host_row(291, "addresses", 10e-6), host_row(291, "grass", 25e-6)])
+    write_rows(tmp_path, "c", [host_row(291, "grass", 25e-6)])  # without a unit
+    page = page_of(tmp_path)
+    assert page.count("| tensors | situation |") == 2
+    assert page.index("Run 1, by the unit") < page.index("| 2.00x |")
+    assert page.index("| 2.00x |") < page.index("Run 2, by the unit") < page.index("| 2.50x |")
+    assert "Run 3, by the unit" not in page
+
+
+def test_the_host_table_s_variants_are_those_that_are_measured():
+    others = {"addresses", "torch foreach", "torch single"}  # the unit, and loops that no figure is about
+    assert set(HOST_VARIANTS) == set(subjects(2)) - others
 
 
 def test_memory(tmp_path):
@@ -203,12 +313,52 @@ def test_rows_that_were_not_measured_say_nothing(tmp_path):
     assert lines_of(page_of(tmp_path), "share of the copy")[0][1] == UNMEASURED
 
 
-def test_charts_and_changes_are_shown(tmp_path):
-    write_run(tmp_path, "a", [kernel_row(LARGE, dirty=True, commit="f" * 40)])
+def test_charts_are_shown(tmp_path):
+    write_run(tmp_path, "a", [kernel_row(LARGE)])
     (tmp_path / "a" / "chart.png").write_bytes(b"")
+    assert "![a](a/chart.png)" in page_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("identity", "said"),
+    [
+        ({"dirty": False}, "commit `ffffffffff`"),
+        ({"dirty": True}, "commit `ffffffffff`, **with uncommitted changes**"),
+        ({"dirty": None}, "commit `ffffffffff`, with or without changes: unknown"),
+        ({"dirty": None, "commit": None}, "commit unknown"),
+    ],
+)
+def test_the_page_names_the_commit_of_its_rows_and_whether_it_holds_their_code(tmp_path, identity, said):
+    write_run(tmp_path, "a", [kernel_row(LARGE, **{"commit": "f" * 40, **identity})])
     page = page_of(tmp_path)
-    assert "![a](a/chart.png)" in page
-    assert "| ffffffffff and changes |" in page
+    before_figures, figures_and_runs = page.split("## Figures")
+    assert f"- run 1, [a](a): {said}\n" in before_figures
+    assert f"| {said} |" in figures_and_runs.split("## Runs")[1]
+    assert ("the commit alone does not tell" in before_figures) is (identity["dirty"] is True)
+
+
+def test_rows_of_two_commits_in_one_folder_are_both_named(tmp_path):
+    rows = [kernel_row(LARGE, commit="a" * 40), kernel_row(LARGE, commit="b" * 40, dirty=True)]
+    write_run(tmp_path, "a", rows)
+    before_figures = page_of(tmp_path).split("## Figures")[0]
+    assert "- run 1, [a](a): commit `aaaaaaaaaa`\n" in before_figures
+    assert "- run 2, [a](a): commit `bbbbbbbbbb`, **with uncommitted changes**\n" in before_figures
+
+
+@pytest.mark.parametrize(
+    ("write", "passed", "made_by", "tests"),
+    [
+        (write_run, (True,), "`make gpu`", "passed"),
+        (write_run, (False,), "`make gpu`", "**failed: not quoted**"),
+        (write_run, (None,), "`make gpu`", "none came to an end"),
+        (write_rows, (), "a benchmark alone: host", "none run"),
+    ],
+)
+def test_what_made_a_run_and_which_tests_it_ran(tmp_path, write, passed, made_by, tests):
+    write(tmp_path, "a", [host_row(291, "grass", 1e-5)], *passed)
+    runs = page_of(tmp_path).split("## Runs")[1]
+    assert lines_of(runs, "[a](a)")[0][-3:] == [made_by, tests, "1"]
+    assert "`python -m bench.host`" in runs
 
 
 def test_the_program_writes_and_checks(tmp_path, capsys):

@@ -121,14 +121,24 @@ class Harness:
         self.pipeline.forget()
         self.compare()
 
+    def close(self):
+        self.pipeline.close()
+        self.compare()
+
+    def forget_one(self, slot):
+        self.pipeline.forget(slot)
+        self.compare(slot)
+
     def write(self, slot):
-        self.forget()
+        self.forget_one(slot)
         for kind in KINDS:
             self.section(slot, kind).add_(1)
             self.plain[slot][kind].add_(1)
 
-    def compare(self):
+    def compare(self, only=None):
         for slot, params in enumerate(self.params):
+            if only not in (None, slot):
+                continue
             for p in params:
                 start = self.store.slab(slot).starts[p]
                 for kind in KINDS:
@@ -173,6 +183,10 @@ WITNESSES = [
     Witness("loading behind write-backs", "H6:d2h", 2, [do("run", 0), do("forget")]),
     Witness("loading below fetches", "H6:h2d", 2, [do("begin", 0), do("forget")]),
     Witness("loading below fetches for nothing", "H6:h2d", 2, [do("begin", 0), do("begin"), do("forget")]),
+    Witness("one slot's loading behind write-backs", "H6:d2h", 2, [do("run", 0), do("forget_one", 0)]),
+    Witness("one slot's loading below fetches", "H6:h2d", 2, [do("begin", 0), do("forget_one", 0)]),
+    Witness("the end behind write-backs", "H6:d2h", 2, [do("run", 0), do("close")]),
+    Witness("the end below fetches", "H6:h2d", 2, [do("begin", 0), do("begin"), do("close")]),
     Witness("resident: the first update", "H1", RESIDENT, [do("begin", 0), do("run", 0)]),
     Witness("resident: a checkpoint's copy", "H2", RESIDENT, [do("run", 0), do("drain")]),
     Witness("resident: a switch", "H3:d2h", RESIDENT, [do("run", 0), do("begin", 1)]),
@@ -196,6 +210,9 @@ WITNESSES = [
     Witness(
         "resident: loading behind write-backs", "H6:d2h", RESIDENT, [do("run", 0), do("begin"), do("forget")]
     ),
+    Witness("resident: the end behind write-backs", "H6:d2h", RESIDENT, [do("run", 0), do("close")]),
+    Witness("resident: the end below fetches", "H6:h2d", RESIDENT, [do("begin", 0), do("close")]),
+    Witness("resident: one slot's loading", "H6:h2d", RESIDENT, [do("begin", 0), do("forget_one", 0)]),
     Witness("resident: loading below fetches", "H6:h2d", RESIDENT, [do("begin", 0), do("forget")]),
     Witness(
         "resident: loading below fetches for nothing",
@@ -233,7 +250,7 @@ class RemoveWait(ast.NodeTransformer):
 
     def visit_Expr(self, node):
         call = node.value
-        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("wait", "_wait_for_write_backs"):
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "wait":
             self.seen += 1
             if self.seen - 1 == self.number:
                 self.removed = ast.unparse(node)
@@ -281,6 +298,7 @@ def schedules(draw):
         st.builds(lambda s: do("announce", *s), sets),
         st.builds(lambda s: do("run", s), slots),
         st.builds(lambda s: do("write", s), slots),
+        st.builds(lambda s: do("forget_one", s), slots),
         st.sampled_from([do("drain"), do("forget")]),
     )
     return sizes, draw(st.integers(0, 4)), draw(st.lists(action, max_size=12))
@@ -294,6 +312,7 @@ def test_no_schedule_has_a_conflict_and_states_are_those_of_plain_updates(case):
     for name, slots in schedule:
         getattr(harness, name)(*slots)
     harness.drain()
+    harness.close()
     assert [str(conflict) for conflict in harness.conflicts()] == []
 
 
