@@ -85,7 +85,8 @@ def masked_adamw_(
 
     Raises:
         KernelArgumentError: Lengths, shapes, dtypes or devices that do not fit, an index out of range,
-            sparse or complex gradients, expanded parameters. Nothing has been changed then.
+            sparse or complex gradients, expanded parameters, wrapped tensors (DTensor). Nothing has been changed
+            then.
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019), in torch.optim.AdamW's
     order of operations; there a low-precision parameter needs moments of its own dtype.
@@ -104,9 +105,12 @@ def masked_adamw_(
     device = arguments.check_adamw_lists(
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, remainders, rounding_seeds
     )
-    num_layers = arguments.layer_count(layer_index, active, sq_norms)
-    layers = arguments.layer_list(layer_index, len(params), num_layers)
+    found_layers = arguments.layer_count(active, sq_norms)
+    layers = arguments.layer_list(layer_index, len(params), found_layers)
+    num_layers = 1 if found_layers is None else found_layers
     arguments.check_hyperparameters(lr, betas, eps, weight_decay, device)
+    lr, eps, weight_decay = lr if isinstance(lr, Tensor) else float(lr), float(eps), float(weight_decay)
+    betas = (float(betas[0]), float(betas[1]))
     arguments.check_sq_norms(sq_norms, device)
     host_active, device_active = arguments.split_mask(active, device)
     grad_scale = arguments.device_scalar("grad_scale", grad_scale, device)

@@ -1,10 +1,14 @@
 """What the public functions accept: every check runs before anything is launched or changed."""
 
+import numbers
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from grass_kernels import layout
 from grass_kernels.errors import KernelArgumentError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,6 +46,7 @@ def common_device(lists: Mapping[str, Sequence[Tensor]]) -> torch.device:
 def check_grads(grads: Sequence[Tensor]) -> None:
     """Gradients must be dense (in torch's sense: not sparse) and of a supported dtype."""
     for position, g in enumerate(grads):
+        check_addressable(f"grads[{position}]", g)
         if g.layout != torch.strided:
             raise KernelArgumentError(
                 f"grads[{position}] is {_bare(g.layout)}: sparse gradients have no kernel; use "
@@ -54,13 +59,31 @@ def check_grads(grads: Sequence[Tensor]) -> None:
             )
 
 
-def layer_list(layer_index: Sequence[int] | Tensor | None, count: int, num_layers: int) -> list[int]:
-    """`layer_index` as a list of `count` ints in ``[0, num_layers)``; all 0 for None."""
+def check_addressable(name: str, t: Any) -> None:
+    """It must be a tensor, and have its elements in memory of its own."""
+    if type(t) in (Tensor, torch.nn.Parameter):
+        return
+    if not isinstance(t, Tensor):
+        raise KernelArgumentError(f"{name} is {t!r}: give a tensor")
+    if is_traceable_wrapper_subclass(t):
+        raise KernelArgumentError(
+            f"{name} is a {type(t).__name__}, which keeps its elements in other tensors: give those (of a DTensor its "
+            "to_local()), or use torch.optim.AdamW"
+        )
+
+
+def layer_list(layer_index: Sequence[int] | Tensor | None, count: int, num_layers: int | None) -> list[int]:
+    """`layer_index` as a list of `count` ints in ``[0, num_layers)``; all 0 where either is None."""
     layers = _host_list("layer_index", layer_index) if layer_index is not None else [0] * count
     if len(layers) != count:
         raise KernelArgumentError(
             f"layer_index has {len(layers)} entries for {count} tensors: give one a tensor"
         )
+    if num_layers is None:
+        wrong = next((i for i, layer in enumerate(layers) if layer < 0), None)
+        if wrong is not None:
+            raise KernelArgumentError(f"layer_index[{wrong}] is {layers[wrong]}: indices begin at 0")
+        return [0] * count
     if layers and not (min(layers) >= 0 and max(layers) < num_layers):
         position = next(i for i, layer in enumerate(layers) if not 0 <= layer < num_layers)
         raise KernelArgumentError(
@@ -78,7 +101,7 @@ def _host_list(name: str, values: Sequence[int] | Tensor) -> list[int]:
                 f"it is read by the host; give a list or a 1-D integer tensor on the CPU"
             )
         return [int(v) for v in values.tolist()]
-    wrong = next((i for i, v in enumerate(values) if isinstance(v, float) or v != int(v)), None)
+    wrong = next((i for i, v in enumerate(values) if not isinstance(v, numbers.Integral)), None)
     if wrong is not None:
         raise KernelArgumentError(f"{name}[{wrong}] is {values[wrong]!r}: give integers")
     return [int(v) for v in values]
@@ -94,7 +117,8 @@ def device_scalar(
         found = f"{tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)
         raise KernelArgumentError(f"{name} is {found}: give a tensor of one element on {device}")
     if value.is_complex() or (dtype is not None and value.dtype != dtype):
-        raise KernelArgumentError(f"{name} is {_bare(value.dtype)}: convert it to {_bare(dtype)}")
+        wanted = "a real dtype" if dtype is None else _bare(dtype)
+        raise KernelArgumentError(f"{name} is {_bare(value.dtype)}: convert it to {wanted}")
     return value
 
 
@@ -122,8 +146,8 @@ def check_adamw_lists(
     everything = {"params": params, **lists, "steps": steps, "remainders": remainders or ()}
     for name, tensors in everything.items():
         for position, t in enumerate(tensors):
-            if not isinstance(t, Tensor) and not (name == "remainders" and t is None):
-                raise KernelArgumentError(f"{name}[{position}] is {t!r}: give a tensor")
+            if t is not None or name != "remainders":
+                check_addressable(f"{name}[{position}]", t)
     check_grads(grads)
     low_halves = [r for r in remainders or () if r is not None]
     device = common_device({"params": params, **lists, "steps": steps, "remainders": low_halves})
@@ -149,13 +173,10 @@ def check_adamw_lists(
     written = {name: tensors for name, tensors in everything.items() if name not in ("grads", "steps")}
     for name, tensors in written.items():
         for position, t in enumerate(tensors):
-            if (
-                t is not None
-                and 0 in t.stride()
-                and any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True))
-            ):
+            if t is not None and layout.may_overlap(t):
                 raise KernelArgumentError(
-                    f"{name}[{position}] is expanded: its elements share memory; update the tensor it views"
+                    f"{name}[{position}] has strides {t.stride()} for shape {tuple(t.shape)}: its elements share "
+                    "memory, as those of expanded tensors do; update the tensor it views"
                 )
     _check_rounding(params, remainders, rounding_seeds)
     for position, step in enumerate(steps):
@@ -194,21 +215,19 @@ def _check_rounding(
             raise KernelArgumentError(f"rounding_seeds[{position}] is {seed!r}: give an integer in [0, 2^63)")
 
 
-def layer_count(
-    layer_index: Sequence[int] | Tensor | None,
-    active: Sequence[bool] | Tensor | None,
-    sq_norms: Tensor | None,
-) -> int:
-    """Number of layers: the length of `sq_norms` or `active`, or else the highest index and one."""
+def layer_count(active: Sequence[bool] | Tensor | None, sq_norms: Tensor | None) -> int | None:
+    """Number of layers: the length of `sq_norms` or `active`; None without either, where layers mean nothing."""
+    if sq_norms is not None and not isinstance(sq_norms, Tensor):
+        raise KernelArgumentError(f"sq_norms is {sq_norms!r}: give a float32 tensor [num_layers] to write to")
+    if isinstance(active, Tensor) and active.dim() == 0:
+        raise KernelArgumentError("active has shape (): give bool [num_layers]")
     if sq_norms is not None and active is not None and sq_norms.numel() != len(active):
         raise KernelArgumentError(
             f"active has {len(active)} entries, sq_norms {sq_norms.numel()}: both have one a layer"
         )
     if sq_norms is not None:
         return sq_norms.numel()
-    if active is not None:
-        return len(active)
-    return max(_host_list("layer_index", layer_index), default=0) + 1 if layer_index is not None else 1
+    return None if active is None else len(active)
 
 
 def check_sq_norms(sq_norms: Tensor | None, device: torch.device) -> None:
@@ -229,6 +248,9 @@ def split_mask(
 ) -> tuple[list[bool] | None, Tensor | None]:
     """`active` as what the host knows and what only the device knows; at most one is not None."""
     if not isinstance(active, Tensor):
+        for position, value in enumerate(active or ()):
+            if not isinstance(value, bool | numbers.Integral):
+                raise KernelArgumentError(f"active[{position}] is {value!r}: give bools")
         return (None if active is None else [bool(a) for a in active]), None
     if active.dtype != torch.bool or active.dim() != 1:
         raise KernelArgumentError(
@@ -243,21 +265,29 @@ def split_mask(
     return None, active.contiguous()
 
 
+def check_num_layers(num_layers: Any) -> None:
+    """How many layers a result has."""
+    if not isinstance(num_layers, numbers.Integral) or isinstance(num_layers, bool) or num_layers < 0:
+        raise KernelArgumentError(f"num_layers is {num_layers!r}: give an integer of at least 0")
+
+
 def check_hyperparameters(
-    lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float, device: torch.device
+    lr: float | Tensor, betas: Sequence[float], eps: float, weight_decay: float, device: torch.device
 ) -> None:
     """`betas` in ``[0, 1)``; `lr` a number, or one element on the tensors' device or the CPU; `eps` not negative."""
     numbers = {"eps": eps, "weight_decay": weight_decay}
     for name, value in numbers.items() if isinstance(lr, Tensor) else {"lr": lr, **numbers}.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-            raise KernelArgumentError(f"{name} is {value!r}: give a number")
+        _check_number(name, value)
     if eps < 0:
         raise KernelArgumentError(f"eps is {eps}: give a number of at least 0")
+    if not isinstance(betas, Sequence) or isinstance(betas, str):
+        raise KernelArgumentError(f"betas is {betas!r}: give two numbers")
     if len(betas) != 2:
         raise KernelArgumentError(
             f"betas has {len(betas)} entries: give two, of the first and the second moment"
         )
     for i, beta in enumerate(betas):
+        _check_number(f"betas[{i}]", beta)
         if not 0 <= beta < 1:
             raise KernelArgumentError(f"betas[{i}] is {beta}: give a number in [0, 1)")
     if isinstance(lr, Tensor) and (
@@ -267,6 +297,11 @@ def check_hyperparameters(
             f"lr is {_bare(lr.dtype)} of shape {tuple(lr.shape)} on {lr.device}: give a number, or a "
             f"float32 or float64 tensor of one element on {device} or the CPU"
         )
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or value != value:
+        raise KernelArgumentError(f"{name} is {value!r}: give a number")
 
 
 def _bare(thing: object) -> str:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 
 def is_dense(t: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, each place once."""
+    """Whether the elements fill one stretch of memory, each place once, and are what stands there."""
+    if t.is_neg():
+        return False  # a negative view keeps its sign beside its elements
     if t.is_contiguous():
         return True
     expected = 1
@@ -23,6 +25,19 @@ def is_dense(t: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def may_overlap(t: Tensor) -> bool:
+    """Whether elements may share memory: not if each stride steps over all that smaller strides reach."""
+    if is_dense(t):
+        return False
+    reach = 0
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def same_order(a: Tensor, b: Tensor) -> bool:
@@ -46,7 +61,7 @@ class Layout:
 
     def __init__(self, params: Sequence[Tensor]):
         self._copies: list[tuple[Tensor, Tensor]] = []  # (original, copy)
-        self.params = [p if is_dense(p) else self._copy(p, p.contiguous()) for p in params]
+        self.params = [p if is_dense(p) else self._copy(p, p.resolve_neg().contiguous()) for p in params]
 
     def _copy(self, original: Tensor, copy: Tensor) -> Tensor:
         self._copies.append((original, copy))
@@ -66,8 +81,6 @@ class Layout:
 
     def read(self, tensors: Sequence[Tensor]) -> list:
         """`tensors`, one a parameter, to be read only."""
-        # A negative view keeps its sign beside its elements.
-        tensors = [t.resolve_neg() for t in tensors]
         return self._match(tensors, lambda original, copy: copy)
 
     def update(self, tensors: Sequence[Tensor | None]) -> list:

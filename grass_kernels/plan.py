@@ -95,6 +95,9 @@ class AdamWPlan:
         num_groups: Groups of hyperparameters.
         capturable: A later run may be captured in a graph.
         parts: How the parameters are divided into units; None is one unit.
+
+    Attributes:
+        buffers: What launches read and write beside the lists; a caller adds the norms it keeps.
     """
 
     def __init__(
@@ -145,6 +148,7 @@ class AdamWPlan:
         self._data = self._inputs.data
         self._coefficients = torch.empty(count * COEFFICIENTS.value, dtype=torch.float32, device=device)
         self._partials = torch.empty(self.table.num_partials, dtype=torch.float32, device=device)
+        self.buffers = [self.table.data, self._inputs.data, self._coefficients, self._partials]
         self._stream = _current_stream(device)
 
     def upload(self, grads: Sequence[int], groups: Sequence[Hyperparameters]) -> object:
@@ -159,7 +163,7 @@ class AdamWPlan:
         """
         stream = _current_stream(self.device)
         if stream != self._stream:  # the allocator must know, or it gives the memory away while it is read
-            for buffer in (self.table.data, self._inputs.data, self._coefficients, self._partials):
+            for buffer in self.buffers:
                 buffer.record_stream(stream)
         if stream is not None and torch.cuda.is_current_stream_capturing():
             self._data, kept = self._inputs.for_graph(grads, groups)

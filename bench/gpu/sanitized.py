@@ -1,24 +1,34 @@
-"""A few steps of every mixture, for compute-sanitizer.
+"""A few steps of every mixture, and of every way to offload, for compute-sanitizer.
 
 ``compute-sanitizer --tool memcheck python -m bench.gpu.sanitized``.
 
 Sizes with tails, aligned and misaligned, at the ends of their allocations: run it with
 ``PYTORCH_NO_CUDA_MEMORY_CACHING=1``, so that each tensor is an allocation of its own, and what lies behind is not
-ours. Random numbers are drawn on the CPU: only our kernels are to be watched.
+ours: behind a buffer of the ring as well. Random numbers are drawn on the CPU: only our kernels are to be watched, and
+of torch's what stands in for a model.
 """
 
 import sys
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+import grass
 import grass_kernels
 from bench.kernels.cases import F32, MIXTURES, Mixture
 
 SIZES = (1, 7, 2047, 2049, 16_384 + 77)
+LAYERS, STEPS = 3, 6
+OFFLOADS: tuple[dict[str, Any], ...] = (
+    {"offload": "streamed"},
+    {"offload": "resident"},
+    {"offload": "streamed", "fused_backward": True},
+)
 HYPERPARAMETERS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 
 
-def make(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, shift: int) -> list[torch.Tensor]:
+def make(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, shift: int) -> list[Tensor]:
     """Tensors that end where their allocation does, `shift` elements after its beginning."""
     return [torch.rand(shift + size).to(device, dtype)[shift:] for size in sizes]
 
@@ -58,14 +68,74 @@ def step(mixture: Mixture, device: torch.device, *, shift: int, amsgrad: bool) -
         raise SystemExit(f"{mixture}: a parameter is not finite")
 
 
+class Block(nn.Module):
+    """Parameters whose sizes have tails; elementwise, so that there is little to watch that is not ours."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        made = make(SIZES, torch.bfloat16, device, shift=1)
+        self.weights = nn.ParameterList([nn.Parameter(p) for p in made])
+
+    def forward(self, loss: Tensor) -> Tensor:
+        """Adds to a loss."""
+        return loss + torch.stack([p.float().square().sum() for p in self.weights]).sum()
+
+
+class Model(nn.Module):
+    """Layers and a head."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block(device) for _ in range(LAYERS)])
+        self.head = Block(device)
+        self.register_buffer("start", torch.zeros((), device=device))
+
+    def forward(self) -> Tensor:
+        """A loss."""
+        loss = self.start
+        for block in (*self.layers, self.head):
+            loss = block(loss)
+        return loss
+
+
+def trained(device: torch.device, **settings: Any) -> list[Tensor]:
+    """Weights on the CPU after steps with sets that change, and with states of every kind there is."""
+    torch.manual_seed(0)
+    model = Model(device)
+    # the ring's smallest buffers, so that every layer is cut into units
+    config = grass.GrassConfig(
+        probe_steps=1, active_layers=1, sample_interval=2, update_interval=2, buffer_mb=0.2, **settings
+    )
+    optimizer = grass.GrassAdamW(model, lr=1e-2, config=config, pattern="layers.*", master_weights=True)
+    for _ in range(STEPS):
+        model().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = [p.detach().cpu() for p in model.parameters()]
+    optimizer.release()
+    return weights
+
+
+def offload(device: torch.device) -> None:
+    """Steps with states in host memory, which train what steps without train, to the bit."""
+    expected = trained(device)
+    for settings in OFFLOADS:
+        what = ", ".join(key if value is True else f"{key} {value}" for key, value in settings.items())
+        for found, weight in zip(trained(device, **settings), expected, strict=True):
+            if not torch.equal(found, weight):
+                raise SystemExit(f"{what}: trains otherwise than without")
+        print(what, flush=True)
+
+
 def main() -> int:
-    """Run all mixtures on the best device there is."""
+    """Run all of them on the best device there is."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     for mixture in MIXTURES:
         for shift in (0, 1):
             step(mixture, device, shift=shift, amsgrad=mixture.state == F32 and shift == 1)
         print(mixture, flush=True)
+    offload(device)
     return 0
 
 

@@ -3,26 +3,36 @@
 import argparse
 
 from bench.offload.rows import DEFAULT_LINK
-from bench.offload.shapes import Compute, shape_of
+from bench.offload.shapes import Compute, Shape, shape_of
 from bench.offload.steps import MOMENTS, Task, spread
 from grass.errors import ConfigError
 from grass.offload.timeline import Link
 from grass.offload.units import elements_in
 
 
+def _active(shape: Shape, arguments: argparse.Namespace) -> tuple[int, ...]:
+    has = f"{shape.name} has {shape.layers} layers"
+    if arguments.layers is not None:
+        if arguments.layers[-1] >= shape.layers:
+            raise ConfigError(f"{has}: pass --layers from 0 to {shape.layers - 1}")
+        return tuple(arguments.layers)
+    num_active = 2 if arguments.active_layers is None else arguments.active_layers
+    if num_active > shape.layers:
+        raise ConfigError(f"{has}: pass --active-layers of at most as many")
+    return spread(shape.layers, num_active)
+
+
 def read(arguments: argparse.Namespace) -> tuple[Task, Link | None, float | None]:
     """The task, the link and the bytes a second of the device's memory; None is what the machine has.
 
     Raises:
-        ConfigError: an unknown model, more active layers than it has, a buffer too small for a chunk.
+        ConfigError: an unknown model, layers that it has not, a buffer too small for a chunk.
     """
     shape = shape_of(arguments.model)
-    if arguments.active_layers > shape.layers:
-        raise ConfigError(f"{shape.name} has {shape.layers} layers: pass --active-layers of at most as many")
     task = Task(
         shape,
         Compute(arguments.tokens, arguments.tflops * 1e12),
-        spread(shape.layers, arguments.active_layers),
+        _active(shape, arguments),
         int(arguments.buffer_mb * 2**20),
         arguments.buffer_count,
     )

@@ -8,6 +8,7 @@ import torch
 
 from bench.kernels.rows import describe_environment
 from bench.offload import measure
+from bench.offload.bound import bound_seconds
 from bench.offload.steps import Step, Task, log_of, seconds_of, simulated, steady
 from grass.offload.streams import COMPUTE, D2H, H2D
 from grass.offload.timeline import Link
@@ -19,13 +20,15 @@ NEEDS_CUDA = "needs a CUDA device"
 KEYS = (
     "suite", "model", "layers", "active_layers", "tokens", "flops", "buffer_bytes", "buffer_count",
     "variant", "source", "measured", "reason", "seconds", "floor_seconds", "above_floor",
+    "bound_seconds", "above_bound",
     "compute_seconds", "h2d_seconds", "d2h_seconds", "exposed_seconds", "hidden_share", "h2d_bytes", "d2h_bytes",
     "h2d_bytes_per_second", "d2h_bytes_per_second", "duplex_factor", "hbm_bytes_per_second", "link_measured", "device",
     "driver", "torch", "triton", "python", "commit", "dirty", "timestamp",
 )  # fmt: skip
 """Every row's keys, in this order.
 
-`source` is "device" or "simulation". `above_floor` is seconds / floor_seconds - 1. Exposed is the time in which nothing
+`source` is "device" or "simulation". `above_floor` is seconds / floor_seconds - 1, and so on;
+the bound is that of `bench.offload.bound`. Exposed is the time in which nothing
 is computed; `hidden_share` is what of the copies' own time, as short as it can be, lies behind compute.
 """
 
@@ -81,6 +84,7 @@ def run(
         "link_measured": link_measured,
         **describe_environment(device),
     }
+    bound = bound_seconds(task, link, hbm)
     outcome = Outcome([], {})
     for variant in VARIANTS:
         vanilla = variant == "vanilla"
@@ -91,7 +95,7 @@ def run(
             found["device"] = steady(spans, link, seconds)
         found["simulation"] = simulated(task, link, hbm, vanilla=vanilla)
         for source, step in found.items():
-            row = _row(shared, link, variant, source, step)
+            row = _row(shared, link, bound, variant, source, step)
             if step is not None:
                 outcome.steps[variant, source] = step
             outcome.rows.append(row)
@@ -99,7 +103,7 @@ def run(
     return outcome
 
 
-def _row(shared: Row, link: Link, variant: str, source: str, step: Step | None) -> Row:
+def _row(shared: Row, link: Link, bound: float, variant: str, source: str, step: Step | None) -> Row:
     row: Row = dict.fromkeys(KEYS)
     row.update(
         shared,
@@ -115,6 +119,8 @@ def _row(shared: Row, link: Link, variant: str, source: str, step: Step | None) 
             seconds=step.seconds,
             floor_seconds=step.floor,
             above_floor=step.seconds / step.floor - 1,
+            bound_seconds=bound,
+            above_bound=step.seconds / bound - 1,
             compute_seconds=step.busy[COMPUTE],
             h2d_seconds=step.busy[H2D],
             d2h_seconds=step.busy[D2H],

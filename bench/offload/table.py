@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from bench.offload.rows import Row
 
 HEAD = (
-    f"{'':<12} {'measured ms':>12} {'simulated ms':>13} {'floor ms':>9} {'above':>7} {'exposed ms':>11} "
-    f"{'hidden':>7}"
+    f"{'':<12} {'measured ms':>12} {'simulated ms':>13} {'floor ms':>9} {'above':>7} {'bound ms':>9} {'above':>7} "
+    f"{'exposed ms':>11} {'hidden':>7}"
 )
 LEGEND = (
     "floor: no schedule of the same operations is faster: the longest of compute, copies in, copies out.\n"
+    "bound: no order of copies through this ring is: gradients come when they do, and the next forward waits for all\n"
+    "updates. What backward completes last cannot be hidden; it is most where the lowest layers train (--layers 0,1).\n"
     "exposed: nothing is computed. hidden: the share of the copies' own time that lies behind compute.\n"
     "The figures from floor on are of what was measured, if anything was."
 )
@@ -47,6 +49,8 @@ def _line(variant: str, device: Row, simulation: Row) -> str:
         f"{_ms(simulation['seconds']):>13}",
         f"{_ms(shown['floor_seconds']):>9}",
         f"{100 * shown['above_floor']:>5.1f} %",
+        f"{_ms(shown['bound_seconds']):>9}",
+        f"{100 * shown['above_bound']:>5.1f} %",
         f"{_ms(shown['exposed_seconds']):>11}",
         f"{100 * shown['hidden_share']:>5.0f} %",
     ]

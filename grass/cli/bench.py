@@ -38,12 +38,14 @@ examples:
 _OFFLOAD_DESCRIPTION = """\
 Time a training step whose moments live in host memory, with updates inside backward: one unit of states after
 the other, and overlapped. Measured where there is a CUDA device, beside a simulation of the same steps; on
-other machines the simulation alone. Copies and updates are real, forward and backward stood in for.
+other machines the simulation alone. Copies and updates are real, forward and backward stood in for. How near a
+step comes to its floor depends on which layers train, on how long it computes, and on the ring of buffers.
 """
 
 _OFFLOAD_EXAMPLES = """\
 examples:
   grass bench offload
+  grass bench offload --layers 0,1
   grass bench offload --model llama3-8b --pcie-gbs 24 --duplex-factor 0.5 --plot step.png
   grass bench offload --model 32x4096x11008x32000 --buffer-count 3 --out rows.jsonl
 """
@@ -107,7 +109,16 @@ def _add_offload_options(parser: argparse.ArgumentParser) -> None:
         help="tinyllama-1.1b, llama2-7b, llama3-8b, llama2-13b, or layers x hidden x intermediate x vocab, such as "
         "32x4096x11008x32000 [llama2-7b]",
     )
-    parser.add_argument("--active-layers", type=count, default=2, metavar="N", help="layers that train [2]")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--active-layers", type=count, metavar="N", help="how many layers train, evenly spread [2]"
+    )
+    which.add_argument(
+        "--layers",
+        type=_layers,
+        metavar="I,J",
+        help="which layers train; the lowest, such as 0,1, take longest: their states move when backward has ended",
+    )
     parser.add_argument("--tokens", type=count, default=4096, metavar="N", help="in a step [4096]")
     parser.add_argument(
         "--tflops", type=positive, default=200.0, metavar="X", help="that forward and backward reach [200]"
@@ -262,6 +273,18 @@ def _sizes(text: str) -> list[int]:
     if not sizes:
         raise argparse.ArgumentTypeError("no size is given")
     return sizes
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    """Numbers of layers, in order."""
+    parts = text.split(",")
+    for part in parts:
+        if not (part.isascii() and part.isdigit()):
+            raise argparse.ArgumentTypeError(f"{part!r} is not a layer's number")
+    layers = sorted(map(int, parts))
+    if len(set(layers)) < len(layers):
+        raise argparse.ArgumentTypeError(f"a layer is named twice: {text}")
+    return tuple(layers)
 
 
 def _share(text: str) -> float:

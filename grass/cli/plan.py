@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grass.cli.values import count, positive, require_matplotlib, writable
+from grass.cli.values import OptionError, count, positive, require_matplotlib, writable
 from grass.config import GrassConfig
-from grass.errors import GrassError
+from grass.errors import ConfigError, GrassError
 
 if TYPE_CHECKING:
     from grass.plan.prediction import Case, Row
@@ -73,8 +73,7 @@ def add_parser(subparsers: Any) -> None:
     step.add_argument(
         "--loss",
         choices=("chunked", "full"),
-        default="chunked",
-        help="whether the logits of all tokens exist at once [chunked]",
+        help="whether the logits of all tokens exist at once [chunked, unless the model caps its logits]",
     )
     grass = parser.add_argument_group("GRASS")
     grass.add_argument(
@@ -120,11 +119,12 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `grass plan`; the exit code."""
     try:
-        plot = None
         if args.plot is not None:
             require_matplotlib()
-            plot = writable(args.plot, "--plot")
-        return _run(args, plot)
+        return _run(args)
+    except (_UsageError, ConfigError) as error:
+        print(f"grass plan: {error}", file=sys.stderr)
+        return 2
     except (GrassError, OSError) as error:
         print(f"grass plan: {error}", file=sys.stderr)
         return 1
@@ -133,11 +133,22 @@ def run(args: argparse.Namespace) -> int:
         return STOPPED
 
 
-def _run(args: argparse.Namespace, plot: Path | None) -> int:
+class _UsageError(GrassError):
+    """A value that does not fit its option."""
+
+
+def _plot(args: argparse.Namespace) -> Path | None:
+    try:
+        return None if args.plot is None else writable(args.plot, "--plot")
+    except OptionError as error:
+        raise _UsageError(str(error)) from None
+
+
+def _run(args: argparse.Namespace) -> int:
     from grass.plan.advice import advise
     from grass.plan.prediction import predict
 
-    case = _case(args)
+    plot, case = _plot(args), _case(args)
     rows: list[Row] = []
     for row in predict(case, _names()):
         if not args.json:
@@ -175,7 +186,7 @@ def _case(args: argparse.Namespace) -> Case:
         seq=args.seq,
         dtype=getattr(torch, args.dtype),
         checkpointing=args.checkpointing,
-        loss=args.loss,
+        loss=args.loss or _default_loss(args.model),
         active_layers=args.active_layers,
         state_dtype=getattr(torch, args.state_dtype),
         sample_interval=args.sample_interval,
@@ -186,6 +197,18 @@ def _case(args: argparse.Namespace) -> Case:
         pcie_gbs=args.pcie_gbs,
         tflops=args.tflops,
     )
+
+
+def _default_loss(model: str) -> str:
+    from grass.plan.losses import can_be_chunked
+
+    if can_be_chunked(model):
+        return "chunked"
+    print(
+        "grass plan: the model caps its logits, which cannot be chunked: the full loss is planned",
+        file=sys.stderr,
+    )
+    return "full"
 
 
 def _draw(case: Case, rows: list[Row], path: Path) -> None:

@@ -1,5 +1,6 @@
 """Hugging Face Trainer: an optimizer factory, nothing else."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ def trainer_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     pattern: LayerMap | Pattern | None = None,
+    args: Any = None,
     **more: Any,
 ) -> tuple[Factory, dict[str, Any]]:
     """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes to train by GRASS.
@@ -33,14 +35,22 @@ def trainer_optimizer(
             ``learning_rate`` and ``weight_decay`` on, so give ``lr=args.learning_rate`` and so on.
         config: settings of the method.
         pattern: as for `grass.GrassAdamW`.
+        args: Trainer's own, a ``TrainingArguments``, which it does not show to optimizers: to be told if they ask for
+            clipping that cannot be; nothing else of them is used.
         more: its other keywords, such as ``master_weights``.
 
-    With ``GrassConfig(fused_backward=True)`` give Trainer ``max_grad_norm=0``: it clips after backward, when gradients
-    are gone, and would clip nothing without a word.
+    With ``GrassConfig(fused_backward=True)`` give Trainer ``max_grad_norm=0``, for its default is 1: it clips after
+    backward, when gradients are gone, and would clip nothing without a word. With ``args`` there is a warning.
 
     Example:
         >>> Trainer(model, args, optimizer_cls_and_kwargs=trainer_optimizer(lr=1e-5, config=GrassConfig()), ...)
     """
+    if config is not None and config.fused_backward and args is not None and args.max_grad_norm:
+        warnings.warn(
+            f"TrainingArguments(max_grad_norm={args.max_grad_norm}) clips nothing: with fused_backward gradients are "
+            "freed inside backward, before Trainer would clip them; pass max_grad_norm=0, or leave fused_backward out",
+            stacklevel=2,
+        )
     options = {
         "lr": lr,
         "config": config,

@@ -4,24 +4,46 @@ from pathlib import Path
 
 from grass.errors import OffloadError
 
-_CGROUPS = (  # limit and use, of version 2 and version 1
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
+_GROUPS = "sys/fs/cgroup"  # of version 2; version 1 has a folder a controller there
+_FILES = {  # limit and use
+    "": ("memory.max", "memory.current"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
 
 
-def available_bytes() -> int | None:
-    """Bytes of host memory that can still be had, also by the limits of a container; None if unknown."""
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Bytes of host memory that can still be had, also by the limits of containers and jobs; None if unknown.
+
+    Args:
+        root: of the file system.
+    """
     found = []
-    for line in _read("/proc/meminfo").splitlines():
+    for line in _read(str(root / "proc/meminfo")).splitlines():
         if line.startswith("MemAvailable:"):
             found.append(int(line.split()[1]) * 1024)
-    for limit, use in _CGROUPS:
-        most, used = _read(limit).strip(), _read(use).strip()
-        if most.isdigit() and used.isdigit():  # "max" is no limit
-            # Files that are cached count as used, and make room when asked.
-            found.append(max(0, int(most) - int(used) + _cached_bytes(Path(limit).parent)))
+    for controller, files in _FILES.items():
+        for folder in _groups(root, controller):
+            most, used = (_read(str(folder / name)).strip() for name in files)
+            if most.isdigit() and used.isdigit():  # "max" is no limit
+                # Files that are cached count as used, and make room when asked.
+                found.append(max(0, int(most) - int(used) + _cached_bytes(folder)))
     return min(found) if found else None
+
+
+def _groups(root: Path, controller: str) -> list[Path]:
+    """Folders of this process's group and of those around it: each has a limit of its own.
+
+    In a container the path may be the host's, which leads nowhere; what is mounted as the outermost group is then the
+    container's own.
+    """
+    top = root / _GROUPS / controller
+    groups = [top]
+    for line in _read(str(root / "proc/self/cgroup")).splitlines():
+        _, controllers, path = line.split(":", 2)  # 0::/a/b, or 7:hugetlb,memory:/a/b
+        if controller in controllers.split(",") and ".." not in path.split("/"):
+            inner = top / path.lstrip("/")
+            groups += [inner, *inner.parents][: len(inner.parts) - len(top.parts)]
+    return groups
 
 
 def _cached_bytes(folder: Path) -> int:

@@ -9,6 +9,8 @@ from torch import Tensor
 import grass_kernels
 from grass.optim.states import Options, moment_keys, takes_kernel
 from grass.optim.work import Row
+from grass_kernels import layout
+from grass_kernels.arguments import check_addressable
 
 
 def refuse_in_capture() -> None:
@@ -52,7 +54,9 @@ def check_rows(rows: Sequence[Row]) -> None:
                 f"the gradient of parameter {row.seed} has shape {tuple(g.shape)} on {g.device}, the parameter "
                 f"{tuple(p.shape)} on {p.device}: they must be equal; clear gradients after parameters are replaced"
             )
-        if torch._debug_has_internal_overlap(p) == 1:
+        check_addressable(f"parameter {row.seed}", p)
+        check_addressable(f"the gradient of parameter {row.seed}", g)
+        if layout.may_overlap(p):
             raise grass_kernels.KernelArgumentError(
                 f"parameter {row.seed}, of shape {tuple(p.shape)} and strides {p.stride()}, has elements that share "
                 "memory, as expanded tensors do: make it a tensor of its own with clone()"

@@ -181,6 +181,7 @@ class Work:
         of = [row.group for row in rows]
         plan = AdamWPlan(lists, self.num_layers, device, of, len(groups), capturable, parts)
         sq_norms = torch.empty(self.num_layers, dtype=torch.float32, device=device)
+        plan.buffers.append(sq_norms)
         return Planned(plan, None if len(places) == len(self.rows) else places, sq_norms)
 
     def parts_of(self, rows: Sequence[Row]) -> list[Part]:
@@ -266,7 +267,8 @@ class Work:
         """Refuse what kernels cannot be given, for all groups before any is updated."""
         for index, device in self._checked.items():
             lr, beta1, beta2, eps, weight_decay, _ = _settings(groups[index])
-            check_hyperparameters(kernel_lr(lr, device), (beta1, beta2), eps, weight_decay, device)
+            betas = tuple(float(beta) if isinstance(beta, Tensor) else beta for beta in (beta1, beta2))
+            check_hyperparameters(kernel_lr(lr, device), betas, eps, weight_decay, device)
 
 
 def kernel_lr(lr: Any, device: torch.device) -> float | Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from grass.plan.models import PlanError
+from grass.plan.models import MisfitError, PlanError, configuration
 
 LOSSES = ("chunked", "full")
 
@@ -23,7 +23,8 @@ def loss_of(model: Any, ids: Tensor, kind: str) -> Tensor:
             ``"chunked"``: `grass.finetune.loss.chunked_loss`, in which those never exist.
 
     Raises:
-        PlanError: the loss cannot be had for this model, or with this version of torch.
+        PlanError: the loss cannot be had with this version of torch.
+        MisfitError: nor for this model.
     """
     if kind == "full":
         loss: Tensor = model(input_ids=ids, labels=ids).loss
@@ -35,13 +36,25 @@ def loss_of(model: Any, ids: Tensor, kind: str) -> Tensor:
             f"the chunked loss needs torch 2.13 or later, not {torch.__version__}: pass --loss full"
         )
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    capped = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
-    if capped is not None or not isinstance(causal.get_output_embeddings(), nn.Linear):
-        raise PlanError(
+    if _caps_logits(causal.config) or not isinstance(causal.get_output_embeddings(), nn.Linear):
+        raise MisfitError(
             "the model's logits are not a linear layer's, and cannot be chunked: pass --loss full"
         )
     with _AsOnGpu():
         return chunked_loss(causal, {"input_ids": ids, "labels": ids})
+
+
+def can_be_chunked(name: str) -> bool:
+    """Whether a model's configuration says nothing against the chunked loss.
+
+    Raises:
+        PlanError: there is no such model.
+    """
+    return not _caps_logits(configuration(name))
+
+
+def _caps_logits(config: Any) -> bool:
+    return getattr(config.get_text_config(), "final_logit_softcapping", None) is not None
 
 
 class _AsOnGpu(TorchFunctionMode):

@@ -1,5 +1,6 @@
 """Models without weights: from a preset, a folder or a name on the hub, as modules of fake tensors."""
 
+import contextlib
 import copy
 import json
 from pathlib import Path
@@ -9,12 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from grass.errors import GrassError
+from grass.errors import ConfigError, GrassError
 from grass.plan import PRESETS, preset_names
 
 
 class PlanError(GrassError):
     """A plan that cannot be made from what the user named."""
+
+
+class MisfitError(PlanError, ConfigError):
+    """A setting that can never be right for the model."""
 
 
 def build(name: str, dtype: torch.dtype) -> nn.Module:
@@ -36,12 +41,20 @@ def build(name: str, dtype: torch.dtype) -> nn.Module:
         )
     config.use_cache = False  # as in training
     try:
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=_attention()
-            )
+        with contextlib.suppress(ValueError):  # a model without scaled dot-product attention, such as Gemma2
+            return _make(config, dtype, _attention())
+        return _make(config, dtype, "eager")  # as transformers trains it
     except Exception as error:  # a model's constructor may raise anything
         raise PlanError(f"{name} cannot be built: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _make(config: Any, dtype: torch.dtype, attention: str) -> nn.Module:
+    import transformers
+
+    with torch.device("meta"):
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention
+        )
     return model.train()
 
 
@@ -69,7 +82,7 @@ def configuration(name: str) -> Any:
         raise PlanError(f"there is no preset or folder {name!r}: {possible}")
     try:
         return transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a configuration's class may refuse its values by anything
         raise PlanError(f"no configuration for {name!r} ({first_line(error)}): {possible}") from error
 
 
@@ -112,5 +125,6 @@ def copy_as_fake(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error's message; its type if there is none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """Of an error's message, with the next one if it ends in a colon; its type if there is none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

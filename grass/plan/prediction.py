@@ -13,10 +13,12 @@ from grass.checkpointing import checkpoint_activations
 from grass.config import GrassConfig
 from grass.errors import GrassError
 from grass.layers import LayerMap
+from grass.offload.units import elements_in
 from grass.plan import methods
 from grass.plan.losses import loss_of
 from grass.plan.methods import Method, Setting
 from grass.plan.models import (
+    MisfitError,
     PlanError,
     build,
     configuration,
@@ -26,7 +28,8 @@ from grass.plan.models import (
 from grass.plan.tracker import ACTIVATIONS, DEVICE_STATES, GRADIENTS, WEIGHTS, MemoryTracker
 from grass_kernels import operators
 
-GIBIBYTE = 2**30
+GIBIBYTE, MEBIBYTE = 2**30, 2**20
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 METHODS: dict[str, Method] = {
     "full": methods.full,
@@ -126,12 +129,10 @@ def predict(case: Case, names: Sequence[str] = tuple(METHODS)) -> Iterator[Row]:
 
     Raises:
         PlanError: the model cannot be built, or a method cannot train it.
-        ConfigError: settings that do not fit the model.
+        ConfigError: settings that do not fit the model; known before the first row.
     """
     model = build(case.model, case.dtype)
-    most = positions(case)
-    if most is not None and case.seq > most:
-        raise PlanError(f"{case.model} has {most} positions: --seq can be at most that, not {case.seq}")
+    _check(case, names, model)
     probing: dict[bool, Row] = {}
     for name in names:
         if name.endswith(PROBING):  # there are no states yet, wherever they will live
@@ -147,6 +148,17 @@ def predict(case: Case, names: Sequence[str] = tuple(METHODS)) -> Iterator[Row]:
             yield max(rows, key=lambda row: row.peak_gib)
         else:
             yield _predict(case, name, model)
+
+
+def _check(case: Case, names: Sequence[str], model: nn.Module) -> None:
+    """Refuse what some of the methods would, at once."""
+    most = positions(case)
+    if most is not None and case.seq > most:
+        raise MisfitError(f"{case.model} has {most} positions: --seq can be at most that, not {case.seq}")
+    if any(name.startswith(("lisa", "grass")) for name in names):
+        GrassConfig(active_layers=case.active_layers).check_layers(len(LayerMap.from_model(model)))
+    if any("streamed" in name for name in names):
+        elements_in(int(case.buffer_mb * MEBIBYTE), dict.fromkeys(MOMENTS, case.state_dtype))
 
 
 def positions(case: Case) -> int | None:

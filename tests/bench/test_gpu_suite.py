@@ -257,7 +257,24 @@ def test_the_sanitizer_is_found_beside_the_toolkit(tmp_path, monkeypatch):
 
 def test_what_is_sanitized_runs(capsys):
     assert sanitized.main() == 0
-    assert len(capsys.readouterr().out.splitlines()) == 12
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.startswith("offload ")]) == 3
+    assert len(lines) == 12 + 3
+
+
+def test_what_is_sanitized_fails_where_offloading_trains_otherwise(monkeypatch):
+    plain, calls = sanitized.trained, []
+
+    def wrong(device, **settings):
+        weights = plain(device, **settings)
+        if calls.append(settings) or settings.get("fused_backward"):
+            weights[-1][0] += 1
+        return weights
+
+    monkeypatch.setattr(sanitized, "trained", wrong)
+    with pytest.raises(SystemExit, match="offload streamed, fused_backward"):
+        sanitized.main()
+    assert [call.get("offload") for call in calls] == [None, "streamed", "resident", "streamed"]
 
 
 def test_the_figures_stage_writes_rows_as_the_page_reads_them(tmp_path, monkeypatch):

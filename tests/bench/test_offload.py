@@ -1,15 +1,20 @@
 """Would catch: a pipeline that asks for its copies in an order, or behind waits, that keep the link idle; a simulated
-step that moves other bytes than the moments have; a floor that is none; a benchmark that pretends to have measured,
-loses rows, or draws nothing.
+step that moves other bytes than the moments have; a floor or a bound that is none; a claim that holds for some layers
+only and does not say so; a benchmark that pretends to have measured, loses rows, or draws nothing.
 """
 
 import contextlib
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bench.offload import measure, rows
+from bench.offload.bound import bound_seconds
 from bench.offload.picture import draw
 from bench.offload.shapes import SHAPES, Compute, numel, shape_of
 from bench.offload.steps import Task, log_of, parts, simulated, spread
@@ -26,8 +31,11 @@ NO_COMPUTE, SOME_COMPUTE = Compute(4096, 1e21), Compute(4096, 200e12)
 SMALL = "4x256x512x1000"
 
 
-def seven(compute=SOME_COMPUTE, **options):
-    return Task(SEVEN, compute, spread(32, 2), **options)
+LINKS = ("full duplex", "taking turns")
+
+
+def seven(compute=SOME_COMPUTE, active=(8, 24), **options):
+    return Task(SEVEN, compute, active, **options)
 
 
 def test_shapes():
@@ -59,9 +67,84 @@ def test_copies_alone_reach_their_floor(link, buffer_count, most):
 
 
 @pytest.mark.parametrize("link", [LINK, TAKING_TURNS], ids=["full duplex", "taking turns"])
-def test_a_step_that_computes_longer_than_it_copies_reaches_its_floor(link):
+def test_4096_tokens_with_layers_spread_evenly_reach_the_floor(link):
     step = simulated(seven(), link, HBM)
     assert step.seconds < 1.05 * step.floor
+
+
+@pytest.mark.parametrize(
+    ("link", "least", "most"), [(LINK, 1.05, 1.08), (TAKING_TURNS, 1.15, 1.18)], ids=LINKS
+)
+def test_with_the_lowest_layers_the_floor_is_out_of_reach_and_the_bound_is_not(link, least, most):
+    """Backward has ended but for one layer when the states of layers 1 and 0, and of the embedding, begin to move."""
+    task = seven(active=(0, 1))
+    step, bound = simulated(task, link, HBM), bound_seconds(task, link, HBM)
+    assert least * step.floor < bound <= step.seconds < most * step.floor
+    assert step.seconds < 1.005 * bound
+
+
+ROW = re.compile(
+    r"\| (8 and 24|0 and 1), ([\d,]+) \| ([\d.]+) % \| ([\d.]+) % \| ([\d.]+) % \| ([\d.]+) % \|"
+)
+
+
+def test_the_log_says_what_is_simulated_for_other_layers_and_fewer_tokens():
+    found = ROW.findall((Path(__file__).parents[2] / "docs" / "kernel-log.md").read_text())
+    assert len(found) == 4
+    for layers, tokens, *told in found:
+        compute = Compute(int(tokens.replace(",", "")), 200e12)
+        task = seven(compute, active=tuple(map(int, layers.split(" and "))))
+        steps = [
+            (simulated(task, link, 2e12), bound_seconds(task, link, 2e12)) for link in (LINK, TAKING_TURNS)
+        ]
+        above = [step.seconds / step.floor for step, _ in steps] + [
+            step.seconds / bound for step, bound in steps
+        ]
+        assert told == [f"{100 * (ratio - 1):.1f}" for ratio in above]
+
+
+@pytest.mark.parametrize("link", [LINK, TAKING_TURNS], ids=LINKS)
+def test_no_layers_take_longer_than_the_lowest(link):
+    longest = simulated(seven(active=(0, 1)), link, HBM).seconds
+    for active in ((30, 31), (15, 16), (0, 31), (1, 2), (0, 2), (8, 24)):
+        assert simulated(seven(active=active), link, HBM).seconds < longest
+
+
+@pytest.mark.parametrize("link", [LINK, Link(50e9, 50e9, 0.7), TAKING_TURNS], ids=str)
+@pytest.mark.parametrize("active", [(0, 1), (8, 24), (15, 16), (30, 31)], ids=str)
+@pytest.mark.parametrize(("buffer_mb", "buffer_count", "most"), [(64, 2, 1.03), (64, 3, 1.02), (32, 4, 1.01)])
+def test_the_ring_is_used_as_well_as_it_can_be(link, active, buffer_mb, buffer_count, most):
+    """With any share of computing, from copies alone to hardly any."""
+    for tokens in (0, 512, 1024, 2048, 4096):
+        compute = Compute(tokens, 200e12) if tokens else NO_COMPUTE
+        task = seven(compute, active=active, buffer_bytes=buffer_mb * 2**20, buffer_count=buffer_count)
+        step, bound = simulated(task, link, HBM), bound_seconds(task, link, HBM)
+        assert step.floor <= bound * (1 + 1e-9)
+        assert bound <= step.seconds * (1 + 1e-9)
+        assert step.seconds < most * bound
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sets(st.integers(0, 4), min_size=1),
+    st.sampled_from([1.0, 3e8, 3e9, 3e10]),
+    st.sampled_from([(1e9, 1e9), (1e9, 3e9), (2e9, 1e9)]),
+    st.sampled_from([0.3, 0.5, 0.8, 1.0]),
+    st.sampled_from([0.3, 1.0, 2.5]),
+    st.integers(1, 4),
+    st.booleans(),
+)
+def test_no_step_beats_the_bound(active, flops, rates, factor, buffer_mb, buffer_count, vanilla):
+    task = Task(
+        shape_of("5x128x256x3000"),
+        Compute(1, flops),
+        tuple(sorted(active)),
+        int(buffer_mb * 2**20),
+        buffer_count,
+    )
+    link, hbm = Link(*rates, factor), 2e10
+    step = simulated(task, link, hbm, vanilla=vanilla)
+    assert bound_seconds(task, link, hbm) <= step.seconds * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("link", [LINK, TAKING_TURNS], ids=["full duplex", "taking turns"])
@@ -219,12 +302,36 @@ def test_the_command(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("no_device")
+def test_layers_can_be_named(capsys):
+    assert bench("--model", SMALL, "--layers", "1,0", "--json") == 0
+    named = json.loads(capsys.readouterr().out)
+    assert {tuple(row["active_layers"]) for row in named} == {(0, 1)}
+    simulation = next(row for row in named if row["variant"] == "overlapped" and row["seconds"])
+    assert simulation["floor_seconds"] < simulation["bound_seconds"] <= simulation["seconds"]
+    assert simulation["above_bound"] == simulation["seconds"] / simulation["bound_seconds"] - 1
+    assert bench("--model", SMALL, "--layers", "0,1") == 0
+    printed = capsys.readouterr().out
+    assert "layers 0, 1 and what is in no layer" in printed
+    assert "bound ms" in printed
+    assert bench("--model", "1x256x512x1000", "--layers", "0") == 0
+    assert "layers 0 and what is in no layer" in capsys.readouterr().out
+    assert bench("--model", SMALL, "--active-layers", 2) == 0
+    assert "layers 1, 3 and what is in no layer" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_device")
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["--model", "gpt"], 1, "pass one of"),
         (["--model", SMALL, "--active-layers", 5], 1, "has 4 layers"),
         (["--model", SMALL, "--buffer-mb", 0.01], 1, "buffer_mb"),
+        (["--model", SMALL, "--layers", "1,4"], 1, "has 4 layers"),
+        (["--layers", "0,1", "--active-layers", 2], 2, "not allowed with"),
+        (["--layers", "1,1"], 2, "twice"),
+        (["--layers", "0,-1"], 2, "not a layer's number"),
+        (["--layers", "one"], 2, "not a layer's number"),
+        (["--layers", ","], 2, "not a layer's number"),
         (["--active-layers", 0], 2, "at least 1"),
         (["--active-layers", "two"], 2, "not a whole number"),
         (["--duplex-factor", 1.5], 2, "at most 1"),

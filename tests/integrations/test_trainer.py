@@ -1,10 +1,11 @@
 """Failures these tests catch: a Trainer run in which the method does not get its gradients (accumulation,
 checkpointing, clipping), its groups (decay for weights only) or its learning rates; a run that is resumed
 otherwise than it would have gone on; a factory that cannot be used twice, or takes a stopped optimizer's
-frozen layers for the user's.
+frozen layers for the user's; clipping that is asked for, cannot be, and is not told of.
 """
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +223,32 @@ def test_a_frozen_embedding_under_trainers_checkpointing(tmp_path: Path) -> None
     owner = tiny.layer_names(model, opt)
     moved = {owner[name] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {layer for active in watch_of(run).active for layer in active}
+
+
+CLIPS = r"max_grad_norm=1.0\) clips nothing.* pass max_grad_norm=0"
+
+
+def test_clipping_that_updates_inside_backward_rule_out_is_told_once(tmp_path: Path) -> None:
+    args = arguments(tmp_path, max_steps=6, save_strategy="no", gradient_accumulation_steps=1)
+    assert args.max_grad_norm == 1.0, "Trainer's default"
+    fused = tiny.config(probe_steps=0, fused_backward=True)
+    model = tiny.llama(layers=4)
+    with pytest.warns(UserWarning, match=CLIPS):
+        given = trainer_optimizer(lr=LR, config=fused, args=args)
+    run = Trainer(model, args, train_dataset=Ids(), optimizer_cls_and_kwargs=given)
+    run.train()  # a second warning would be an error
+    assert method_of(run).step_count == 6
+
+
+@pytest.mark.parametrize(
+    ("fused", "options"), [(True, {"max_grad_norm": 0}), (True, None), (False, {})], ids=str
+)
+def test_no_warning_where_nothing_is_clipped_in_vain(
+    tmp_path: Path, fused: bool, options: dict[str, Any] | None
+) -> None:
+    args = None if options is None else arguments(tmp_path, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        factory, given = trainer_optimizer(lr=LR, config=tiny.config(fused_backward=fused), args=args)
+        opt = factory()(tiny.llama(layers=4), **given)
+    assert isinstance(opt, grass.GrassAdamW)

@@ -4,8 +4,10 @@ Would catch: a bad call that updates the first tensors and raises at the third; 
 position; a combination of dtypes accepted that no kernel computes; a device index read as a host value.
 """
 
+import numpy as np
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 from grass_kernels import KernelArgumentError, is_supported, layer_sq_norms, masked_adamw_
 
@@ -50,7 +52,10 @@ BAD = {
     "step device": (replace("steps", 1, torch.tensor(0.0, device=meta)), r"steps\[1\] is on meta"),
     "step dtype": (replace("steps", 1, torch.tensor(0)), r"steps\[1\] is int64"),
     "step shape": (replace("steps", 2, torch.zeros(1)), r"steps\[2\] is float32 of shape \(1,\)"),
-    "expanded": (replace("params", 1, torch.ones(1).expand(4)), r"params\[1\] is expanded"),
+    "expanded": (
+        replace("params", 1, torch.ones(1).expand(4)),
+        r"params\[1\] has strides \(0,\) .* expanded",
+    ),
     "layer too high": (put(active=[True, True], layer_index=[0, 1, 2]), r"layer_index\[2\] is 2.*2 layers"),
     "layer negative": (put(layer_index=[0, -1, 1]), r"layer_index\[1\] is -1"),
     "few layers": (put(layer_index=[0, 1]), r"layer_index has 2 entries for 3"),
@@ -69,7 +74,10 @@ BAD = {
     "lr no number": (put(lr="x"), r"lr is 'x': give a number"),
     "lr nan": (put(lr=float("nan")), r"lr is nan: give a number"),
     "eps": (put(eps=-1.0), r"eps is -1.0"),
-    "moment expanded": (replace("exp_avgs", 1, torch.zeros(1).expand(4)), r"exp_avgs\[1\] is expanded"),
+    "moment expanded": (
+        replace("exp_avgs", 1, torch.zeros(1).expand(4)),
+        r"exp_avgs\[1\] has strides \(0,\) .* expanded",
+    ),
     "step a number": (replace("steps", 1, 0.0), r"steps\[1\] is 0.0: give a tensor"),
     "seed a fraction": (put(rounding_seeds=[1, 1.5, 2]), r"rounding_seeds\[1\] is 1.5"),
     "layer a fraction": (put(layer_index=[0, 1.5, 1]), r"layer_index\[1\] is 1.5"),
@@ -81,7 +89,21 @@ BAD = {
     "scale number": (put(grad_scale=2.0), r"grad_scale is 2.0: give a tensor"),
     "clip shape": (put(clip_coef=torch.ones(2)), r"clip_coef is \(2,\) on cpu"),
     "clip device": (put(clip_coef=torch.ones(1, device=meta)), r"clip_coef is \(1,\) on meta"),
-    "found complex": (put(found_inf=torch.tensor(1j)), r"found_inf is complex64"),
+    "found complex": (put(found_inf=torch.tensor(1j)), r"found_inf is complex64: convert it to a real dtype"),
+    "wrapped": (replace("params", 2, TwoTensor(torch.ones(4), torch.ones(4))), r"params\[2\] is a TwoTensor"),
+    "wrapped gradient": (
+        replace("grads", 0, TwoTensor(torch.ones(4), torch.ones(4))),
+        r"grads\[0\] is a TwoTensor",
+    ),
+    "no gradient": (replace("grads", 1, None), r"grads\[1\] is None: give a tensor"),
+    "norms a list": (put(sq_norms=[0.0]), r"sq_norms is \[0.0\]: give a float32 tensor"),
+    "mask a scalar": (put(active=torch.tensor(True)), r"active has shape \(\)"),
+    "mask of words": (put(active=["no", "yes"]), r"active\[0\] is 'no': give bools"),
+    "layer a word": (put(layer_index=["a", 1, 1]), r"layer_index\[0\] is 'a': give integers"),
+    "layer None": (put(layer_index=[None, 1, 1]), r"layer_index\[0\] is None: give integers"),
+    "no betas": (put(betas=None), r"betas is None: give two numbers"),
+    "betas in words": (put(betas=("a", "b")), r"betas\[0\] is 'a': give a number"),
+    "eps a tensor": (put(eps=torch.tensor(1e-8)), r"eps is tensor.*: give a number"),
 }
 
 
@@ -102,10 +124,66 @@ def test_a_good_call_is_good():
     masked_adamw_(**good())
 
 
+def test_numbers_of_any_kind_are_taken():
+    calls = [
+        good(),
+        {
+            **good(),
+            "lr": np.float32(0.5),
+            "betas": [0.5, np.float64(0.25)],
+            "eps": np.float16(0),
+            "weight_decay": 0,
+        },
+    ]
+    calls[0].update(lr=0.5, betas=(0.5, 0.25), eps=0.0, weight_decay=0.0)
+    for call in calls:
+        masked_adamw_(**call)
+    for a, b in zip(calls[0]["params"], calls[1]["params"], strict=True):
+        assert same_bits(a, b)
+
+
+def test_elements_that_share_memory_are_refused():
+    call = good()
+    for name in ("params", "grads", "exp_avgs", "exp_avg_sqs"):
+        call[name] = [t.reshape(2, 2) for t in call[name]]
+    call["params"][1] = torch.ones(5).as_strided((2, 2), (1, 1))
+    with pytest.raises(KernelArgumentError, match=r"params\[1\] has strides \(1, 1\)"):
+        masked_adamw_(**call)
+    call["params"][1] = torch.ones(8).as_strided((2, 2), (5, 2))  # gaps are no matter
+    masked_adamw_(**call)
+
+
+def test_layers_that_mean_nothing_take_no_memory():
+    """Neither norms nor a mask: the highest index is no number of layers."""
+    call = {**good(), "layer_index": [0, 10**12, 1]}
+    masked_adamw_(**call)
+    expected = good()
+    masked_adamw_(**expected)
+    assert all(same_bits(a, b) for a, b in zip(call["params"], expected["params"], strict=True))
+
+
+@pytest.mark.parametrize("name", ["params", "exp_avgs", "exp_avg_sqs", "grads"])
+def test_negative_views_are_what_they_say(name):
+    """Their sign stands beside their elements, where an address does not lead."""
+    call, expected = good(), good()
+    signed = [torch._neg_view(-t) for t in call[name]]
+    call[name] = signed
+    if name == "exp_avg_sqs":  # squares stay positive
+        assert all((t >= 0).all() for t in signed)
+    for arguments in (call, expected):
+        masked_adamw_(**arguments)
+    for column in ("params", "exp_avgs", "exp_avg_sqs"):
+        for a, b in zip(call[column], expected[column], strict=True):
+            torch.testing.assert_close(a.resolve_neg(), b, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (([torch.ones(2, dtype=F64)], [0], 1), r"grads\[0\] is float64"),
+        (([torch.ones(2)], [0], -1), r"num_layers is -1"),
+        (([torch.ones(2)], [0], 1.0), r"num_layers is 1.0"),
+        (([None], [0], 1), r"grads\[0\] is None"),
         (([torch.ones(2)], [1], 1), r"layer_index\[0\] is 1, but there are 1 layers"),
         (([torch.ones(2)], [0, 0], 1), r"layer_index has 2 entries for 1"),
         (([torch.ones(2), torch.ones(2, device=meta)], [0, 0], 1), r"grads\[1\] is on meta"),

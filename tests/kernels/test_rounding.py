@@ -107,6 +107,41 @@ def test_kernels_split_and_join_as_the_reference(sample):
     assert same_bits(joined, x)
 
 
+@interpreter_only
+@pytest.mark.parametrize(
+    "upper",
+    [
+        0x0000,
+        0x0001,
+        0x007F,
+        0x0080,
+        0x3F7F,
+        0x3F80,
+        0x7F7F,
+        0x7F80,
+        0x7FC0,
+        0x8000,
+        0x8001,
+        0xBF80,
+        0xFF7F,
+        0xFF80,
+    ],
+    ids=lambda upper: f"{upper:04x}",
+)
+def test_kernels_split_and_join_every_lower_half(upper):
+    """Of zeros, denormals, one, the largest, infinities and NaN."""
+    x = from_bits((upper << 16) + torch.arange(N))
+    halves, remainder = torch.empty(N, dtype=torch.int16), torch.empty(N, dtype=torch.int16)
+    joined = torch.empty(N)
+    launch(
+        _split_and_join_kernel, 1, CPU, x_ptr=x, upper_ptr=halves, remainder_ptr=remainder, joined_ptr=joined, N=N
+    )  # fmt: skip
+    visible, expected = rounding.split_fp32(x)
+    assert same_bits(halves.view(BF16), visible)
+    assert torch.equal(remainder, expected)
+    assert same_bits(joined, x)
+
+
 @jit()
 def _join_kernel(upper_ptr, remainder_ptr, joined_ptr, N: tl.constexpr):
     index = tl.arange(0, N)

@@ -1,84 +1,41 @@
 """`grass.AdamW` with the options that decide how parameters and moments are stored.
 
 Would catch: bf16 training with `master_weights` that is not float32 training; remainders lost, rounded or cast on
-the way through a file, a copy, a pickle, or a group that is added; remainders invented or kept where the option is
-off; a remainder that outlives a write from outside, or does not outlive a step without one; options refused too late
-or not at all; moments of another dtype than asked for, or computed in it; rounding by chance that stalls, leans to
-one side, or cannot be repeated.
+the way through a file, a copy, a pickle, torch's own optimizer, or a group that is added; remainders invented or kept
+where the option is off; options refused too late or not at all; moments of another dtype than asked for, or computed
+in it; rounding by chance that stalls, leans to one side, or cannot be repeated.
 
 Runs in both passes: with ``TRITON_INTERPRET=1`` the kernels compute, and bit for bit as in float32.
 """
 
 import copy
 import io
-import pickle
 
 import pytest
 import tiny
 import torch
+from exact import (
+    BF16,
+    F16,
+    F32,
+    HYPER,
+    assert_as_fp32,
+    assert_bits,
+    assert_same_state,
+    copy_deeply,
+    exact_weights,
+    normal,
+    parameters,
+    pickle_and_back,
+    reload,
+    set_grads,
+    through_a_file,
+    train,
+)
 from torch import Tensor, nn
 
 import grass
 from grass_kernels import _triton
-from grass_kernels.rounding import join_fp32
-
-BF16, F32, F16 = torch.bfloat16, torch.float32, torch.float16
-SHAPES = ((4, 5), (513,), ())
-HYPER = {"lr": 1e-4, "weight_decay": 0.1}
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def parameters(dtype: torch.dtype = BF16, first: int = 0) -> list[nn.Parameter]:
-    """Values that bf16 holds, in any dtype."""
-    values = [normal(*shape, seed=first + i).to(BF16) for i, shape in enumerate(SHAPES)]
-    return [nn.Parameter(v.to(dtype)) for v in values]
-
-
-def set_grads(params: list[nn.Parameter], step: int) -> None:
-    for i, p in enumerate(params):
-        p.grad = normal(*p.shape, seed=1000 * (step + 1) + i).to(BF16).to(p.dtype)
-
-
-def train(optimizer, params, steps) -> None:
-    for step in steps:
-        set_grads(params, step)
-        optimizer.step()
-
-
-def exact_weights(optimizer, p: Tensor) -> Tensor:
-    return join_fp32(p.detach(), optimizer.state[p]["remainder"])
-
-
-def through_a_file(saved):
-    file = io.BytesIO()
-    torch.save(saved, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def assert_bits(actual, expected) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-
-
-def assert_as_fp32(actual: Tensor, expected: Tensor) -> None:
-    """Equal where the kernels run; on the CPU torch's two ways to the same result differ by some ulps."""
-    if _triton.INTERPRETING:
-        assert_bits(actual, expected)
-    else:
-        torch.testing.assert_close(actual, expected, rtol=2e-6, atol=1e-7)
-
-
-def assert_same_state(one, its_params, other, others_params) -> None:
-    for p, q in zip(its_params, others_params, strict=True):
-        assert_bits(p.detach(), q.detach())
-        assert one.state[p].keys() == other.state[q].keys()
-        for key, value in other.state[q].items():
-            assert one.state[p][key].dtype == value.dtype, key
-            assert_bits(one.state[p][key], value)
-
 
 # Exact weights
 
@@ -115,23 +72,6 @@ def test_a_model_with_other_dtypes_beside():
     optimizer = grass.AdamW(params, master_weights=True)
     train(optimizer, params, range(2))
     assert [("remainder" in optimizer.state[p]) for p in params] == [p.dtype == BF16 for p in params]
-
-
-def reload(optimizer, params):
-    copied = [nn.Parameter(p.detach().clone()) for p in params]
-    fresh = grass.AdamW(copied, master_weights=True)
-    fresh.load_state_dict(through_a_file(optimizer.state_dict()))
-    return fresh, copied
-
-
-def copy_deeply(optimizer, params):
-    copied = copy.deepcopy(optimizer)
-    return copied, [p for group in copied.param_groups for p in group["params"]]
-
-
-def pickle_and_back(optimizer, params):
-    restored = pickle.loads(pickle.dumps(optimizer))
-    return restored, [p for group in restored.param_groups for p in group["params"]]
 
 
 @pytest.mark.parametrize("way", [reload, copy_deeply, pickle_and_back])
@@ -221,100 +161,28 @@ def test_with_the_option_they_begin_at_zero():
         assert_as_fp32(exact_weights(exact, p), q.detach())
 
 
-# Writes from outside
-
-
-def write_in_place(model: nn.Module, values: Tensor) -> None:
-    with torch.no_grad():
-        model.weight.copy_(values)
-
-
-def replace_data(model: nn.Module, values: Tensor) -> None:
-    model.weight.data = values.clone()
-
-
-def load(model: nn.Module, values: Tensor) -> None:
-    model.load_state_dict({"weight": values})
-
-
-def write_half(model: nn.Module, values: Tensor) -> None:
-    """The other half keeps its visible value, and starts anew too: a version belongs to the whole tensor."""
-    with torch.no_grad():
-        model.weight[:2] = values[:2]
-
-
-@pytest.mark.parametrize("write", [write_in_place, replace_data, load, write_half])
-@pytest.mark.parametrize("with_gradient", [True, False], ids=["at once", "after a step without it"])
-def test_who_writes_a_parameter_starts_it_anew(write, with_gradient):
-    model, values = nn.Linear(5, 4, bias=False).to(BF16), normal(4, 5, seed=7).to(BF16)
-    other = parameters()
-    optimizer = grass.AdamW([model.weight, *other], **HYPER, master_weights=True)
-    train(optimizer, [model.weight, *other], range(4))
-    assert (optimizer.state[model.weight]["remainder"] != 0).any()
-    kept = {key: value.clone() for key, value in optimizer.state[model.weight].items()}
-    others = [exact_weights(optimizer, p) for p in other]
-    write(model, values)
-    if not with_gradient:
-        model.weight.grad = None
-        set_grads(other, 4)
-        optimizer.step()
-        others = [exact_weights(optimizer, p) for p in other]
-
-    fresh = nn.Parameter(model.weight.detach().clone())
-    reference = grass.AdamW([fresh], **HYPER, master_weights=True)
-    saved = reference.state_dict()
-    saved["state"] = {0: {**kept, "remainder": torch.zeros_like(kept["remainder"])}}
-    reference.load_state_dict(saved)
-    model.weight.grad = fresh.grad = normal(4, 5, seed=77).to(BF16)
-    for p in other:
-        p.grad = None
-    optimizer.step()
-    reference.step()
-    assert_same_state(optimizer, [model.weight], reference, [fresh])
-    for p, expected in zip(other, others, strict=True):
-        assert_bits(exact_weights(optimizer, p), expected)
-
-
-def test_who_does_not_write_keeps_it():
-    """Reading, freezing, views, gradients, a step of no effect and one that is skipped are no writes."""
-    params, untouched = parameters(), parameters()
-    optimizer = grass.AdamW(params, **HYPER, master_weights=True, max_grad_norm=1e6)
-    reference = grass.AdamW(untouched, **HYPER, master_weights=True, max_grad_norm=1e6)
-    train(optimizer, params, range(3))
-    train(reference, untouched, range(3))
-    for p in params:
-        p.detach().float().sum()
-        p.requires_grad_(False).requires_grad_(True)
-        p.view(-1)
-        copy.deepcopy(p)
-    sum((p * p).sum() for p in params).backward()
-    optimizer.zero_grad()
-    optimizer.step()  # without gradients
-    set_grads(params, 8)
-    params[0].grad[0, 0] = torch.inf
-    optimizer.step()
-    optimizer.found_inf = torch.tensor(1.0)
-    train(optimizer, params, [9])
-    del optimizer.found_inf
-    train(optimizer, params, range(3, 5))
-    train(reference, untouched, range(3, 5))
-    assert_same_state(optimizer, params, reference, untouched)
-
-
-def test_a_copy_notices_writes_too():
-    """To the copy's parameters, before its first step and after it."""
+@pytest.mark.parametrize("file", [copy.deepcopy, through_a_file], ids=["copied", "through a file"])
+def test_a_remainder_that_torch_has_cast_begins_at_zero(file):
+    """torch's optimizer takes a remainder along as a bfloat16 number, and its steps leave it as it was."""
     params = parameters()
     optimizer = grass.AdamW(params, **HYPER, master_weights=True)
     train(optimizer, params, range(3))
-    copied, its_params = copy_deeply(optimizer, params)
-    train(copied, its_params, [3])
-    with torch.no_grad():
-        its_params[0].fill_(1.0)
-    for group in copied.param_groups:
-        group["lr"] = 0.0
-    train(copied, its_params, [4])
-    assert (copied.state[its_params[0]]["remainder"] == 0).all()
-    assert (copied.state[its_params[1]]["remainder"] != 0).any()
+    of_torch = torch.optim.AdamW(params, **HYPER, foreach=False)
+    of_torch.load_state_dict(file(optimizer.state_dict()))
+    assert of_torch.state[params[0]]["remainder"].dtype == BF16
+    train(of_torch, params, [3])
+    saved = file(of_torch.state_dict())
+    twins = [nn.Parameter(p.detach().clone()) for p in params]
+
+    back = grass.AdamW(params, **HYPER, master_weights=True)
+    back.load_state_dict(saved)
+    reference = grass.AdamW(twins, **HYPER, master_weights=True)
+    for state in saved["state"].values():
+        state.pop("remainder", None)
+    reference.load_state_dict(saved)
+    train(back, params, [4])
+    train(reference, twins, [4])
+    assert_same_state(back, params, reference, twins)
 
 
 # Refusals

@@ -143,6 +143,28 @@ def test_fp32_gradients_of_low_precision_parameters(dtype):
     pair.go()
 
 
+@pytest.mark.skipif(
+    not hasattr(Tensor, "grad_dtype"), reason="torch before 2.10: a gradient has its tensor's dtype"
+)
+@pytest.mark.parametrize("options", [{}, {"master_weights": True}], ids=["plain", "exact"])
+@pytest.mark.parametrize("first", [F32, BF16])
+def test_a_gradient_of_another_dtype_where_the_last_was(first, options):
+    """Behind the end of a bfloat16 one is what a float32 one would have had: it must not be read."""
+    p = nn.Parameter(torch.ones(64, dtype=BF16))
+    p.grad_dtype = None
+    optimizer = grass.AdamW([p], lr=0.01, betas=(0.0, 0.9), **options)
+    memory = torch.empty(64)
+    for step, dtype in enumerate((first, BF16 if first == F32 else F32, first), start=1):
+        memory.fill_(torch.nan)
+        grad = memory.view(dtype)[:64]
+        grad.fill_(-step)
+        p.grad = None
+        p.grad = grad
+        optimizer.step()
+        assert torch.equal(optimizer.state[p]["exp_avg"], torch.full((64,), -float(step)))
+        assert optimizer.grad_norm == 8 * step
+
+
 def test_a_sparse_gradient_is_refused_and_changes_nothing():
     pair = Pair()
     pair.go(2)
@@ -337,6 +359,19 @@ def test_a_tensor_lr_written_in_place():
     pair.both(lr_becomes_a_tensor)
     pair.go(2)
     pair.both(lambda optimizer, _: [group["lr"].mul_(3) for group in optimizer.param_groups])
+    pair.go(2)
+
+
+def test_betas_in_a_list_that_is_written_in_place():
+    pair = Pair()
+    pair.both(lambda optimizer, _: [group.update(betas=[0.9, 0.99]) for group in optimizer.param_groups])
+    pair.go(2)
+
+    def write(optimizer, params):
+        optimizer.param_groups[0]["betas"][:] = [0.4, 0.8]
+        optimizer.param_groups[1]["betas"][1] = 0.7
+
+    pair.both(write)
     pair.go(2)
 
 

@@ -1,5 +1,6 @@
 """Failures these tests catch: rows or keys other than what scripts read, a traceback or several lines where one is due,
-a wrong exit code, a picture that is not drawn or is left half made, a network asked for a preset that is mistyped.
+a wrong exit code, rows printed before what cannot be is refused, a picture that is not drawn or is left half made, a
+network asked for a preset that is mistyped, models refused for the attention or the loss that they train with.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import pytest
 
 from grass.cli.plan import add_parser
 from grass.plan.prediction import METHODS
+from tests.plan.conftest import SIZES
 
 pytest.importorskip("transformers", reason="plans are of transformers models")
 
@@ -66,7 +68,7 @@ def test_plot(folder, capsys, tmp_path):
 
 
 def test_plot_that_cannot_be_written_is_known_at_once(folder, capsys, tmp_path):
-    assert grass("plan", "--model", folder, "--plot", tmp_path / "no" / "file.png") == 1
+    assert grass("plan", "--model", folder, "--plot", tmp_path / "no" / "file.png") == 2
     assert_one_line(capsys, "cannot be written")
 
 
@@ -87,20 +89,63 @@ def test_folder_without_a_usable_configuration(tmp_path, capsys, content):
     assert_one_line(capsys, str(tmp_path))
 
 
+def test_a_configuration_that_its_own_class_refuses(tmp_path, capsys):
+    LlamaConfig = pytest.importorskip("transformers").LlamaConfig
+    values = {**LlamaConfig(**SIZES).to_dict(), "hidden_size": 63}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert grass("plan", "--model", tmp_path) == 1
+    assert_one_line(capsys, str(tmp_path), "63")
+
+
 @pytest.mark.parametrize(
     ("option", "told"),
     [
         (("--seq", "513"), "512 positions"),
         (("--active-layers", "9"), "only 5 layers"),
+        (("--layers", "100"), "only 5 layers"),
         (("--buffer-mb", "0.01"), "buffer_mb"),
+        (("--buffer-mb", "0.0001"), "buffer_mb"),
     ],
 )
-def test_what_does_not_fit_the_model(folder, capsys, option, told):
-    assert grass("plan", "--model", folder, "--batch", "1", "--seq", "16", *option) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("grass plan: ")
-    assert told in error
-    assert error.count("\n") == 1
+def test_what_does_not_fit_the_model_is_wrong_usage_before_the_first_row(folder, capsys, option, told):
+    assert grass("plan", "--model", folder, "--batch", "1", "--seq", "16", *option) == 2
+    assert_one_line(capsys, told)
+
+
+def test_a_buffer_that_holds_a_chunk_of_small_moments_only(folder, capsys):
+    """What the refusal names is enough, and not for moments twice as wide."""
+    options = ("--buffer-mb", "0.01", "--state-dtype", "bfloat16")
+    assert grass("plan", "--model", folder, *SMALL, *options) == 2
+    least = float(capsys.readouterr().err.split()[-1])
+    options = ("--buffer-mb", str(least), "--state-dtype")
+    assert grass("plan", "--model", folder, *SMALL, *options, "bfloat16") == 0
+    capsys.readouterr()
+    assert grass("plan", "--model", folder, *SMALL, *options, "float32") == 2
+    assert_one_line(capsys, "buffer_mb")
+
+
+@pytest.fixture
+def capped(tmp_path):
+    """A model that transformers trains with eager attention, and whose logits no linear layer gives."""
+    config = pytest.importorskip("transformers").Gemma2Config(**SIZES, head_dim=32, sliding_window=8)
+    config.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_model_without_sdpa_has_its_full_loss_unless_told_otherwise(capped, capsys):
+    assert grass("plan", "--model", capped, *SMALL) == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[0].startswith(
+        f"{capped}: batch 1 x 16, bfloat16, checkpointed, full loss"
+    )
+    assert captured.out.splitlines()[-1].startswith("Take ")
+    assert captured.err.count("\n") == 1
+    assert "full loss" in captured.err
+
+
+def test_a_chunked_loss_that_cannot_be_is_wrong_usage(capped, capsys):
+    assert grass("plan", "--model", capped, *SMALL, "--loss", "chunked") == 2
+    assert_one_line(capsys, "--loss full")
 
 
 @pytest.mark.parametrize(

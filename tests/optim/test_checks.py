@@ -1,0 +1,180 @@
+"""What a step refuses, before it changes anything; and what settings may be.
+
+Would catch: a setting of a later group that is refused when the first has been updated, or taken at the second try; a
+parameter or a gradient that no way can serve and that is found in the middle of a step, or raises what nobody can
+catch; a learning rate that torch takes and we do not, or that is read in another precision.
+
+Runs in both passes: with ``TRITON_INTERPRET=1`` steps go by plans, without it by the kernels' function.
+"""
+
+import math
+
+import pytest
+import torch
+from pair import BF16, F16, F32, Pair, normal
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.testing._internal.two_tensor import TwoTensor
+
+import grass
+import grass_kernels
+
+needs_grad_dtype = pytest.mark.skipif(
+    not hasattr(Tensor, "grad_dtype"), reason="torch before 2.10: a gradient has its tensor's dtype"
+)
+
+
+def content(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Parameters, moments and counters; a state that is all zeros is as good as none."""
+    members = [p for group in optimizer.param_groups for p in group["params"]]
+    states = [optimizer.state.get(p, {}) for p in members]
+    values = [value for state in states for value in state.values() if value.any()]
+    return [t.detach().clone() for t in (*members, *values)]
+
+
+def assert_refused(optimizer: grass.AdamW, match: str) -> None:
+    """Also when it is tried again."""
+    before = content(optimizer)
+    for _ in range(2):
+        with pytest.raises(grass_kernels.KernelArgumentError, match=match):
+            optimizer.step()
+        torch.testing.assert_close(content(optimizer), before, rtol=0, atol=0)
+
+
+# Settings
+
+BAD = {
+    "lr nan": ({"lr": math.nan}, "lr is nan"),
+    "lr text": ({"lr": "fast"}, "lr is 'fast'"),
+    "first beta 1": ({"betas": (1.0, 0.9)}, r"betas\[0\] is 1.0"),
+    "second beta 1": ({"betas": [0.9, 1.0]}, r"betas\[1\] is 1.0"),
+    "negative eps": ({"eps": -1e-8}, "eps is -1e-08"),
+    "decay nan": ({"weight_decay": math.nan}, "weight_decay is nan"),
+}
+
+
+@pytest.mark.parametrize("steps", [0, 2], ids=["first step", "third step"])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=["plain", "clipped"])
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_setting_of_the_second_group_is_refused_before_the_first_is_updated(case, options, steps):
+    settings, match = BAD[case]
+    params = [nn.Parameter(normal(5, seed=i)) for i in range(2)]
+    others = [nn.Parameter(p.detach().clone()) for p in params]
+    optimizer, reference = (
+        grass.AdamW([{"params": own[:1]}, {"params": own[1:], "lr": 0.02}], lr=0.01, **options)
+        for own in (params, others)
+    )
+
+    def set_grads(step: int) -> None:
+        for i, (p, q) in enumerate(zip(params, others, strict=True)):
+            p.grad = normal(5, seed=10 * step + i + 5)
+            q.grad = p.grad.clone()
+
+    for step in range(steps):
+        set_grads(step)
+        optimizer.step()
+        reference.step()
+    set_grads(steps)
+    group = optimizer.param_groups[1]
+    good = {key: group[key] for key in settings}
+    group.update(settings)
+    assert_refused(optimizer, match)
+    group.update(good)
+    optimizer.step()
+    reference.step()
+    torch.testing.assert_close(content(optimizer), content(reference), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_schedule_in_numpy(dtype):
+    """Its product with a learning rate is numpy's too."""
+    numpy = pytest.importorskip("numpy")
+    pair = Pair(dtype)
+    schedules = [LambdaLR(opt, lambda i: numpy.float32(1 / (1 + i))) for opt in (pair.ours, pair.torchs)]
+    for _ in range(3):
+        pair.go()
+        for schedule in schedules:
+            schedule.step()
+    assert isinstance(pair.ours.param_groups[0]["lr"], numpy.float32)
+
+
+def test_other_settings_in_numpy():
+    numpy = pytest.importorskip("numpy")
+    pair = Pair()
+
+    def set_all(optimizer, _):
+        for group in optimizer.param_groups:
+            group.update(eps=numpy.float32(1e-3), weight_decay=numpy.float64(0.2), lr=numpy.float64(0.03))
+
+    pair.go()
+    pair.both(set_all)
+    pair.go(2)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32, torch.float64])
+@pytest.mark.parametrize("of", [F32, BF16])
+def test_a_learning_rate_in_a_tensor_of_any_dtype(dtype, of):
+    """On the CPU, as schedules of others make it; what it holds is what counts, also if it is written in place."""
+    pair = Pair(of)
+    rates = [torch.tensor(value, dtype=dtype) for value in (0.02, 0.01)]
+    for group, rate in zip(pair.ours.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for factor in (1.0, 1.0, 0.3):
+        for group, rate in zip(pair.torchs.param_groups, rates, strict=True):
+            rate.mul_(factor)
+            group["lr"] = float(rate)
+        pair.go()
+
+
+# Parameters and gradients
+
+
+def beside_another(p: nn.Parameter) -> tuple[nn.Parameter, grass.AdamW]:
+    """An optimizer whose first group can be updated."""
+    first = nn.Parameter(normal(5, seed=1))
+    first.grad = normal(5, seed=2)
+    return first, grass.AdamW([{"params": [first]}, {"params": [p]}], lr=0.01)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float64])
+def test_an_expanded_parameter_is_refused_before_the_first_group_is_updated(dtype):
+    p = nn.Parameter(torch.ones(1, dtype=dtype).expand(5))
+    first, optimizer = beside_another(p)
+    p.grad = torch.ones(5, dtype=dtype)
+    assert_refused(optimizer, r"parameter 1, of shape \(5,\).*share memory.*clone\(\)")
+    p.data = p.data.clone()
+    optimizer.step()
+    assert optimizer.state[first]["step"] == optimizer.state[p]["step"] == 1
+
+
+@needs_grad_dtype
+@pytest.mark.parametrize("steps", [0, 2], ids=["first step", "third step"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.complex128])
+def test_a_float32_gradient_of_what_torch_updates_is_refused_before_the_first_group_is_updated(dtype, steps):
+    p = nn.Parameter(torch.ones(5, dtype=dtype))
+    p.grad_dtype = None
+    first, optimizer = beside_another(p)
+    for _ in range(steps):
+        p.grad = torch.ones(5, dtype=dtype)
+        optimizer.step()
+    memory = torch.ones(5, dtype=dtype) if p.grad is None else p.grad  # or where the last one was
+    p.grad = (torch.view_as_real(memory) if dtype.is_complex else memory).flatten().view(F32)[:5]
+    match = rf"gradient of parameter 1, .*is torch.float32 and the parameter {dtype}: .*convert it"
+    assert_refused(optimizer, match)
+    p.grad = p.grad.to(dtype)
+    optimizer.step()
+    assert optimizer.state[first]["step"] == optimizer.state[p]["step"] == steps + 1
+
+
+@pytest.mark.parametrize("which", ["parameter", "gradient"])
+def test_what_keeps_its_elements_elsewhere_is_refused(which):
+    """Its address is 0, to which a kernel would write: the process ended. Of this kind are a DTensor's shards."""
+    plain = nn.Parameter(torch.ones(4))
+    plain.grad = torch.ones(4)
+    wrapped = TwoTensor(torch.ones(4), torch.ones(4))
+    p = nn.Parameter(wrapped) if which == "parameter" else nn.Parameter(torch.ones(4))
+    p.grad = TwoTensor(torch.ones(4), torch.ones(4))
+    optimizer = grass.AdamW([{"params": [plain]}, {"params": [p]}], lr=0.1)
+    with pytest.raises(grass_kernels.KernelArgumentError, match=f"{which}.*TwoTensor.*to_local"):
+        optimizer.step()
+    assert torch.equal(plain, torch.ones(4))
