@@ -39,7 +39,8 @@ unit: $(READY) $(TRITON_DIRS)
 
 # The same kernels, tables and launchers that a GPU runs, in Triton's interpreter.
 interpreter: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels tests/gpu $(addprefix tests/optim/test_, \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels tests/gpu tests/offload/test_exact_weights_in_store.py \
+		$(addprefix tests/optim/test_, \
 		torch_contract.py method_on_kernels.py exact_weights.py outside_writes.py checks.py clipping.py plans.py plans_states.py plan_runs.py watching.py)
 
 bench: $(READY)
