@@ -61,8 +61,10 @@ def masked_adamw_(
         exp_avgs: First moments, fp32 or bf16. Updated.
         exp_avg_sqs: Second moments, of the first's dtype. Updated.
         steps: Updates so far, one float32 tensor of shape ``()`` a parameter, on its device. Advanced by one.
-        layer_index: The layer of each parameter, integers in ``[0, num_layers)``; None is all 0.
-        active: Which layers to update, ``[num_layers]``; None is all. A sequence of bools or a bool tensor
+        layer_index: The layer of each parameter, integers in ``[0, num_layers)``; None is all 0. Without `active`
+            and `sq_norms` layers mean nothing, and any index from 0 on will do.
+        active: Which layers to update, ``[num_layers]``; None is all. Its length, or that of `sq_norms`, is the
+            number of layers; a layer need not have parameters. A sequence of bools or a bool tensor
             on the CPU is known to the host: inactive layers cost nothing. A bool tensor on the
             parameters' device is read there, without waiting for it.
         sq_norms: float32 ``[num_layers]``, overwritten with the squared gradient norm of each active layer,
@@ -85,8 +87,8 @@ def masked_adamw_(
 
     Raises:
         KernelArgumentError: Lengths, shapes, dtypes or devices that do not fit, an index out of range,
-            sparse or complex gradients, expanded parameters, wrapped tensors (DTensor). Nothing has been changed
-            then.
+            sparse or complex gradients, parameters or states that are expanded or overlap themselves, tensors
+            without memory of their own (DTensor). Nothing has been changed then.
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019), in torch.optim.AdamW's
     order of operations; there a low-precision parameter needs moments of its own dtype.
@@ -105,14 +107,14 @@ def masked_adamw_(
     device = arguments.check_adamw_lists(
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, remainders, rounding_seeds
     )
+    arguments.check_sq_norms(sq_norms, device)
+    host_active, device_active = arguments.split_mask(active, device)
     found_layers = arguments.layer_count(active, sq_norms)
     layers = arguments.layer_list(layer_index, len(params), found_layers)
     num_layers = 1 if found_layers is None else found_layers
     arguments.check_hyperparameters(lr, betas, eps, weight_decay, device)
-    lr, eps, weight_decay = lr if isinstance(lr, Tensor) else float(lr), float(eps), float(weight_decay)
-    betas = (float(betas[0]), float(betas[1]))
-    arguments.check_sq_norms(sq_norms, device)
-    host_active, device_active = arguments.split_mask(active, device)
+    lr = lr.resolve_neg() if isinstance(lr, Tensor) else float(lr)
+    betas, eps, weight_decay = (float(betas[0]), float(betas[1])), float(eps), float(weight_decay)
     grad_scale = arguments.device_scalar("grad_scale", grad_scale, device)
     found_inf = arguments.device_scalar("found_inf", found_inf, device, dtype=None)
     clip_coef = arguments.device_scalar("clip_coef", clip_coef, device)

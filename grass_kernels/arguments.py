@@ -1,11 +1,12 @@
 """What the public functions accept: every check runs before anything is launched or changed."""
 
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from grass_kernels import layout
@@ -70,6 +71,33 @@ def check_addressable(name: str, t: Any) -> None:
             f"{name} is a {type(t).__name__}, which keeps its elements in other tensors: give those (of a DTensor its "
             "to_local()), or use torch.optim.AdamW"
         )
+    _check_memory(name, t)
+
+
+def check_memory(lists: Mapping[str, Sequence[Tensor]]) -> None:
+    """Elements must be somewhere: kernels would read and write at address 0."""
+    for name, tensors in lists.items():
+        try:
+            somewhere = all([t.data_ptr() for t in tensors])  # whole columns first
+        except RuntimeError:  # one of those that have no address to tell
+            somewhere = False
+        for position, t in enumerate(() if somewhere else tensors):
+            _check_memory(f"{name}[{position}]", t)
+
+
+def _check_memory(name: str, t: Tensor) -> None:
+    """Not of fake and functional tensors: memory is a compiler's matter there."""
+    if isinstance(t, FakeTensor) or torch._is_functional_tensor(t):
+        return
+    try:
+        nowhere = t.numel() > 0 and t.data_ptr() == 0
+    except RuntimeError:  # functional tensors of Python's, and those of vmap: no address to tell
+        return
+    if nowhere:
+        raise KernelArgumentError(
+            f"{name}, a {type(t).__name__} on {t.device}, has no memory (on meta, freed, or elsewhere): give a "
+            "tensor that holds its elements, or use torch.optim.AdamW"
+        )
 
 
 def layer_list(layer_index: Sequence[int] | Tensor | None, count: int, num_layers: int | None) -> list[int]:
@@ -95,12 +123,15 @@ def layer_list(layer_index: Sequence[int] | Tensor | None, count: int, num_layer
 
 def _host_list(name: str, values: Sequence[int] | Tensor) -> list[int]:
     if isinstance(values, Tensor):
-        if values.device.type != "cpu" or values.is_floating_point() or values.dim() != 1:
+        fractions = values.is_floating_point() or values.is_complex()
+        if values.device.type != "cpu" or fractions or values.dim() != 1:
             raise KernelArgumentError(
                 f"{name} is a {values.dim()}-dimensional {_bare(values.dtype)} tensor on {values.device}: "
                 f"it is read by the host; give a list or a 1-D integer tensor on the CPU"
             )
         return [int(v) for v in values.tolist()]
+    if not isinstance(values, Collection):
+        raise KernelArgumentError(f"{name} is {values!r}: give a list of integers")
     wrong = next((i for i, v in enumerate(values) if not isinstance(v, numbers.Integral)), None)
     if wrong is not None:
         raise KernelArgumentError(f"{name}[{wrong}] is {values[wrong]!r}: give integers")
@@ -119,7 +150,8 @@ def device_scalar(
     if value.is_complex() or (dtype is not None and value.dtype != dtype):
         wanted = "a real dtype" if dtype is None else _bare(dtype)
         raise KernelArgumentError(f"{name} is {_bare(value.dtype)}: convert it to {wanted}")
-    return value
+    check_addressable(name, value)
+    return value.resolve_neg()
 
 
 def check_adamw_lists(
@@ -150,7 +182,9 @@ def check_adamw_lists(
                 check_addressable(f"{name}[{position}]", t)
     check_grads(grads)
     low_halves = [r for r in remainders or () if r is not None]
-    device = common_device({"params": params, **lists, "steps": steps, "remainders": low_halves})
+    tensors_of = {"params": params, **lists, "steps": steps, "remainders": low_halves}
+    device = common_device(tensors_of)
+    check_memory(tensors_of)
     # Whole columns are compared first: there may be thousands of tensors, and hardly ever an error.
     shapes = [p.shape for p in params]
     for name, tensors in lists.items():
@@ -175,7 +209,7 @@ def check_adamw_lists(
         for position, t in enumerate(tensors):
             if t is not None and layout.may_overlap(t):
                 raise KernelArgumentError(
-                    f"{name}[{position}] has strides {t.stride()} for shape {tuple(t.shape)}: its elements share "
+                    f"{name}[{position}] has strides {t.stride()} for shape {tuple(t.shape)}: its elements may share "
                     "memory, as those of expanded tensors do; update the tensor it views"
                 )
     _check_rounding(params, remainders, rounding_seeds)
@@ -185,6 +219,8 @@ def check_adamw_lists(
                 f"steps[{position}] is {_bare(step.dtype)} of shape {tuple(step.shape)}: "
                 f"give a float32 tensor of shape ()"
             )
+        if step.is_neg():
+            raise KernelArgumentError(f"steps[{position}] is a negative view: give its resolve_neg()")
     return device
 
 
@@ -217,10 +253,6 @@ def _check_rounding(
 
 def layer_count(active: Sequence[bool] | Tensor | None, sq_norms: Tensor | None) -> int | None:
     """Number of layers: the length of `sq_norms` or `active`; None without either, where layers mean nothing."""
-    if sq_norms is not None and not isinstance(sq_norms, Tensor):
-        raise KernelArgumentError(f"sq_norms is {sq_norms!r}: give a float32 tensor [num_layers] to write to")
-    if isinstance(active, Tensor) and active.dim() == 0:
-        raise KernelArgumentError("active has shape (): give bool [num_layers]")
     if sq_norms is not None and active is not None and sq_norms.numel() != len(active):
         raise KernelArgumentError(
             f"active has {len(active)} entries, sq_norms {sq_norms.numel()}: both have one a layer"
@@ -234,6 +266,8 @@ def check_sq_norms(sq_norms: Tensor | None, device: torch.device) -> None:
     """The output for norms: contiguous float32 on the tensors' device."""
     if sq_norms is None:
         return
+    if not isinstance(sq_norms, Tensor):
+        raise KernelArgumentError(f"sq_norms is {sq_norms!r}: give a float32 tensor [num_layers] to write to")
     if sq_norms.dtype != torch.float32 or sq_norms.dim() != 1 or sq_norms.device != device:
         raise KernelArgumentError(
             f"sq_norms is {_bare(sq_norms.dtype)} of shape {tuple(sq_norms.shape)} on {sq_norms.device}: "
@@ -241,17 +275,25 @@ def check_sq_norms(sq_norms: Tensor | None, device: torch.device) -> None:
         )
     if not sq_norms.is_contiguous():
         raise KernelArgumentError("sq_norms has gaps between its elements: give a contiguous tensor")
+    if sq_norms.is_neg():
+        raise KernelArgumentError("sq_norms is a negative view: give its resolve_neg()")
+    check_addressable("sq_norms", sq_norms)
+    check_memory({"sq_norms": [sq_norms]})
 
 
 def split_mask(
     active: Sequence[bool] | Tensor | None, device: torch.device
 ) -> tuple[list[bool] | None, Tensor | None]:
     """`active` as what the host knows and what only the device knows; at most one is not None."""
+    if active is None:
+        return None, None
     if not isinstance(active, Tensor):
-        for position, value in enumerate(active or ()):
-            if not isinstance(value, bool | numbers.Integral):
+        if not isinstance(active, Collection):
+            raise KernelArgumentError(f"active is {active!r}: give a list of bools, one a layer")
+        for position, value in enumerate(active):
+            if type(value).__name__ not in ("bool", "bool_"):  # Python's and numpy's
                 raise KernelArgumentError(f"active[{position}] is {value!r}: give bools")
-        return (None if active is None else [bool(a) for a in active]), None
+        return [bool(a) for a in active], None
     if active.dtype != torch.bool or active.dim() != 1:
         raise KernelArgumentError(
             f"active is {_bare(active.dtype)} of shape {tuple(active.shape)}: give bool [num_layers]"
@@ -265,19 +307,26 @@ def split_mask(
     return None, active.contiguous()
 
 
-def check_num_layers(num_layers: Any) -> None:
-    """How many layers a result has."""
+def check_num_layers(num_layers: Any) -> int:
+    """How many layers a result has, as Python's integer."""
     if not isinstance(num_layers, numbers.Integral) or isinstance(num_layers, bool) or num_layers < 0:
         raise KernelArgumentError(f"num_layers is {num_layers!r}: give an integer of at least 0")
+    return int(num_layers)
 
 
 def check_hyperparameters(
     lr: float | Tensor, betas: Sequence[float], eps: float, weight_decay: float, device: torch.device
 ) -> None:
-    """`betas` in ``[0, 1)``; `lr` a number, or one element on the tensors' device or the CPU; `eps` not negative."""
-    numbers = {"eps": eps, "weight_decay": weight_decay}
-    for name, value in numbers.items() if isinstance(lr, Tensor) else {"lr": lr, **numbers}.items():
-        _check_number(name, value)
+    """`betas` in ``[0, 1)``; `lr` a number, or one element on the tensors' device or the CPU; `eps` not negative.
+
+    Numbers are what `float` takes without loss of meaning: Python's and numpy's, no strings, bools or tensors.
+    """
+    if isinstance(lr, Tensor):
+        check_addressable("lr", lr)
+    else:
+        _check_number("lr", lr)
+    _check_number("eps", eps)
+    _check_number("weight_decay", weight_decay)
     if eps < 0:
         raise KernelArgumentError(f"eps is {eps}: give a number of at least 0")
     if not isinstance(betas, Sequence) or isinstance(betas, str):

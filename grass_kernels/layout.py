@@ -28,8 +28,12 @@ def is_dense(t: Tensor) -> bool:
 
 
 def may_overlap(t: Tensor) -> bool:
-    """Whether elements may share memory: not if each stride steps over all that smaller strides reach."""
-    if is_dense(t):
+    """Whether elements may share memory: not if each stride steps over all that smaller strides reach.
+
+    Of the others some interleave without sharing; nothing that torch makes is laid out so, and telling them apart
+    takes a walk over all elements.
+    """
+    if t.is_contiguous():
         return False
     reach = 0
     for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):

@@ -196,16 +196,17 @@ def layer_sq_norms(
 
     Raises:
         KernelArgumentError: A list of the wrong length, an index out of range, gradients on several
-            devices, of another dtype, sparse, complex or wrapped (DTensor).
+            devices, of another dtype, sparse, complex or without memory of their own (DTensor).
 
     Source: the per-layer norms of GRASS's importance, before the square root.
     """
     if operators.is_needed(grads):
         layers = layer_index.tolist() if isinstance(layer_index, Tensor) else layer_index
         return torch.ops.grass_kernels.layer_sq_norms(grads, layers, num_layers, grad_scale=grad_scale)
-    arguments.check_num_layers(num_layers)
+    num_layers = arguments.check_num_layers(num_layers)
     arguments.check_grads(grads)
     device = arguments.common_device({"grads": grads})
+    arguments.check_memory({"grads": grads})
     layers = arguments.layer_list(layer_index, len(grads), num_layers)
     grad_scale = arguments.device_scalar("grad_scale", grad_scale, device)
     grads = [g if layout.is_dense(g) else g.contiguous() for g in grads]

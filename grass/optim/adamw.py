@@ -53,8 +53,9 @@ class AdamW(torch.optim.AdamW):
 
     A step compares with the last by address: parameters, gradients and states may be moved, replaced, loaded or
     dropped between steps. Taken on trust is that a gradient at the address of its last has that one's strides and
-    sign (autograd's have) and, unless ``grad_dtype`` was set before the first step, its dtype; and that who replaces tensors inside ``state[p]`` by hand lets go of the old ones: to
-    swap states that are kept, replace ``state[p]`` or use `load_state_dict`.
+    sign (autograd's have) and, unless ``grad_dtype`` was set before the first step, its dtype; and that who replaces
+    tensors inside ``state[p]`` by hand lets go of the old ones: to swap states that are kept, replace ``state[p]`` or
+    use `load_state_dict`.
 
     Complex and float64 parameters, and tensor betas, take torch's own functional AdamW. Gradients are
     read-only: with a GradScaler they are unscaled inside the step, not rewritten.
