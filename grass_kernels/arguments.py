@@ -14,6 +14,7 @@ from grass_kernels.errors import KernelArgumentError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATE_DTYPES = (torch.float32, torch.bfloat16)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _LR_DTYPES = (torch.float32, torch.float64)
 
 
@@ -46,8 +47,8 @@ def common_device(lists: Mapping[str, Sequence[Tensor]]) -> torch.device:
 
 def check_grads(grads: Sequence[Tensor]) -> None:
     """Gradients must be dense (in torch's sense: not sparse) and of a supported dtype."""
+    _check_tensors("grads", grads)
     for position, g in enumerate(grads):
-        check_addressable(f"grads[{position}]", g)
         if g.layout != torch.strided:
             raise KernelArgumentError(
                 f"grads[{position}] is {_bare(g.layout)}: sparse gradients have no kernel; use "
@@ -62,7 +63,7 @@ def check_grads(grads: Sequence[Tensor]) -> None:
 
 def check_addressable(name: str, t: Any) -> None:
     """It must be a tensor, and have its elements in memory of its own."""
-    if type(t) in (Tensor, torch.nn.Parameter):
+    if type(t) in _PLAIN:
         return
     if not isinstance(t, Tensor):
         raise KernelArgumentError(f"{name} is {t!r}: give a tensor")
@@ -74,11 +75,19 @@ def check_addressable(name: str, t: Any) -> None:
     _check_memory(name, t)
 
 
+def _check_tensors(name: str, tensors: Sequence[Tensor | None], optional: bool = False) -> None:
+    """`check_addressable` of a column, where None may stand if they are `optional`."""
+    if not _PLAIN.issuperset(map(type, tensors)):
+        for position, t in enumerate(tensors):
+            if t is not None or not optional:
+                check_addressable(f"{name}[{position}]", t)
+
+
 def check_memory(lists: Mapping[str, Sequence[Tensor]]) -> None:
     """Elements must be somewhere: kernels would read and write at address 0."""
     for name, tensors in lists.items():
         try:
-            somewhere = all([t.data_ptr() for t in tensors])  # whole columns first
+            somewhere = 0 not in [t.data_ptr() for t in tensors]  # whole columns first
         except RuntimeError:  # one of those that have no address to tell
             somewhere = False
         for position, t in enumerate(() if somewhere else tensors):
@@ -177,9 +186,7 @@ def check_adamw_lists(
             )
     everything = {"params": params, **lists, "steps": steps, "remainders": remainders or ()}
     for name, tensors in everything.items():
-        for position, t in enumerate(tensors):
-            if t is not None or name != "remainders":
-                check_addressable(f"{name}[{position}]", t)
+        _check_tensors(name, tensors, optional=name == "remainders")
     check_grads(grads)
     low_halves = [r for r in remainders or () if r is not None]
     tensors_of = {"params": params, **lists, "steps": steps, "remainders": low_halves}

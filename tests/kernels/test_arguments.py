@@ -1,21 +1,56 @@
 """What the kernels refuse, and that they refuse it before they change anything.
 
 Would catch: a bad call that updates the first tensors and raises at the third; a message without the
-position; a combination of dtypes accepted that no kernel computes; a device index read as a host value.
+position; a combination of dtypes accepted that no kernel computes; a device index read as a host value; Python's
+own errors in place of ours; numbers, masks or lists that only one path takes; a word that counts as True; an
+index that asks for its own size in memory; parameters or states that overlap themselves; a negative view read
+or written without its sign; a write to address 0 through a wrapper, or to memory that was freed.
 """
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils import _pytree
 
-from grass_kernels import KernelArgumentError, is_supported, layer_sq_norms, masked_adamw_
+from grass_kernels import KernelArgumentError, _triton, is_supported, layer_sq_norms, masked_adamw_
+from grass_kernels.arguments import check_addressable, check_memory
 
 from .conftest import same_bits
 from .oracle import BF16, COMBINATIONS, F16, F32
 
 HYPER = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 F64 = torch.float64
+
+
+class Wrapper(torch.Tensor):
+    """Keeps its elements elsewhere, and does not say where."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        args = _pytree.tree_map(lambda t: t.inner if isinstance(t, Wrapper) else t, args)
+        return function(*args, **(kwargs or {}))
+
+
+def freed() -> torch.Tensor:
+    """As a sharded parameter between its uses."""
+    t = torch.ones(4)
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def on_meta(call):
+    for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps"):
+        call[name] = [t.to("meta") for t in call[name]]
 
 
 def good() -> dict:
@@ -95,15 +130,40 @@ BAD = {
         replace("grads", 0, TwoTensor(torch.ones(4), torch.ones(4))),
         r"grads\[0\] is a TwoTensor",
     ),
+    "wrapped moment": (
+        replace("exp_avgs", 1, Wrapper(torch.ones(4))),
+        r"exp_avgs\[1\], a Wrapper .* no memory",
+    ),
+    "wrapped step": (replace("steps", 1, Wrapper(torch.tensor(0.0))), r"steps\[1\], a Wrapper .* no memory"),
+    "wrapped norms": (put(sq_norms=Wrapper(torch.ones(2))), r"sq_norms, a Wrapper .* no memory"),
+    "wrapped scale": (put(grad_scale=Wrapper(torch.ones(1))), r"grad_scale, a Wrapper .* no memory"),
+    "wrapped lr": (put(lr=TwoTensor(torch.tensor(1.0), torch.tensor(1.0))), r"lr is a TwoTensor"),
+    "freed": (replace("params", 1, freed()), r"params\[1\], a Tensor .* no memory"),
+    "freed gradient": (replace("grads", 2, freed()), r"grads\[2\], a Tensor .* no memory"),
+    "all on meta": (on_meta, r"params\[0\], a Tensor on meta, has no memory"),
+    "negative step": (
+        replace("steps", 1, torch._neg_view(torch.tensor(-1.0))),
+        r"steps\[1\] is a negative view",
+    ),
+    "negative norms": (put(sq_norms=torch._neg_view(torch.ones(2))), r"sq_norms is a negative view"),
     "no gradient": (replace("grads", 1, None), r"grads\[1\] is None: give a tensor"),
     "norms a list": (put(sq_norms=[0.0]), r"sq_norms is \[0.0\]: give a float32 tensor"),
-    "mask a scalar": (put(active=torch.tensor(True)), r"active has shape \(\)"),
+    "mask a scalar": (put(active=torch.tensor(True)), r"active is bool of shape \(\)"),
+    "mask a bool": (put(active=True), r"active is True: give a list of bools"),
+    "mask of numbers": (put(active=[True, 1]), r"active\[1\] is 1: give bools"),
     "mask of words": (put(active=["no", "yes"]), r"active\[0\] is 'no': give bools"),
     "layer a word": (put(layer_index=["a", 1, 1]), r"layer_index\[0\] is 'a': give integers"),
+    "layers a number": (put(layer_index=3), r"layer_index is 3: give a list of integers"),
+    "complex layers": (put(layer_index=torch.zeros(3) * 1j), r"layer_index .* complex64"),
+    "layer far too high": (
+        put(layer_index=[0, 10**12, 1], active=[True] * 2),
+        r"layer_index\[1\] is 10{12}, but",
+    ),
     "layer None": (put(layer_index=[None, 1, 1]), r"layer_index\[0\] is None: give integers"),
     "no betas": (put(betas=None), r"betas is None: give two numbers"),
     "betas in words": (put(betas=("a", "b")), r"betas\[0\] is 'a': give a number"),
     "eps a tensor": (put(eps=torch.tensor(1e-8)), r"eps is tensor.*: give a number"),
+    "decay a tensor": (put(weight_decay=torch.tensor(0.1)), r"weight_decay is tensor.*: give a number"),
 }
 
 
@@ -125,32 +185,73 @@ def test_a_good_call_is_good():
 
 
 def test_numbers_of_any_kind_are_taken():
-    calls = [
-        good(),
-        {
-            **good(),
-            "lr": np.float32(0.5),
-            "betas": [0.5, np.float64(0.25)],
-            "eps": np.float16(0),
-            "weight_decay": 0,
-        },
-    ]
-    calls[0].update(lr=0.5, betas=(0.5, 0.25), eps=0.0, weight_decay=0.0)
+    calls = [good(), good()]
+    calls[0].update(lr=0.5, betas=(0.5, 0.25), eps=0.5, weight_decay=0.25)
+    calls[1].update(
+        lr=np.float32(0.5), betas=[0.5, np.float64(0.25)], eps=np.float16(0.5), weight_decay=np.float32(0.25)
+    )
     for call in calls:
         masked_adamw_(**call)
     for a, b in zip(calls[0]["params"], calls[1]["params"], strict=True):
         assert same_bits(a, b)
+    norms = [layer_sq_norms([torch.ones(2)], [0], n) for n in (2, np.int64(2))]
+    assert same_bits(*norms)
 
 
-def test_elements_that_share_memory_are_refused():
-    call = good()
-    for name in ("params", "grads", "exp_avgs", "exp_avg_sqs"):
-        call[name] = [t.reshape(2, 2) for t in call[name]]
-    call["params"][1] = torch.ones(5).as_strided((2, 2), (1, 1))
-    with pytest.raises(KernelArgumentError, match=r"params\[1\] has strides \(1, 1\)"):
-        masked_adamw_(**call)
-    call["params"][1] = torch.ones(8).as_strided((2, 2), (5, 2))  # gaps are no matter
+@pytest.mark.parametrize("mask", [np.array([True, False]), [np.bool_(True), np.bool_(False)]])
+def test_a_mask_may_be_numpys(mask):
+    call = {**good(), "active": mask}
     masked_adamw_(**call)
+    assert [step.item() for step in call["steps"]] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("with_norms", [False, True])
+def test_layers_need_no_parameters(with_norms):
+    """The mask's length is the number of layers, not the highest index."""
+    call = {**good(), "active": [False, True, True, True]}
+    if with_norms:
+        call["sq_norms"] = torch.full((4,), torch.nan)
+    masked_adamw_(**call)
+    assert [step.item() for step in call["steps"]] == [0, 1, 1]
+    if with_norms:
+        assert call["sq_norms"].tolist() == [0, 8, 0, 0]
+
+
+def full(shape=(2, 2)) -> dict:
+    """A call with every column, of values that differ."""
+    generator = torch.Generator().manual_seed(0)
+    columns = ("grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
+    call = {name: [torch.rand(shape, generator=generator) + 0.5 for _ in range(2)] for name in columns}
+    call["params"] = [torch.randn(shape, generator=generator).to(BF16) for _ in range(2)]
+    call["remainders"] = [torch.full(shape, -77, dtype=torch.int16) for _ in range(2)]
+    call["steps"] = [torch.tensor(3.0) for _ in range(2)]
+    return {**call, **HYPER}
+
+
+WRITTEN = ["params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "remainders"]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("strides", [(1, 1), (0, 1), (2, 0), (1, 0), (3, 3)])
+def test_elements_that_share_memory_are_refused(name, strides):
+    call = full()
+    call[name][1] = torch.ones(7, dtype=call[name][1].dtype).as_strided((2, 2), strides)
+    before = {column: [t.clone() for t in call[column]] for column in (*WRITTEN, "steps")}
+    with pytest.raises(KernelArgumentError, match=rf"{name}\[1\] has strides \({strides[0]}, {strides[1]}\)"):
+        masked_adamw_(**call)
+    for column, tensors in before.items():
+        assert all(torch.equal(a, b) for a, b in zip(call[column], tensors, strict=True))
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("strides", [(2, 1), (1, 2), (5, 2), (2, 5), (1, 4)])
+def test_gaps_between_elements_are_no_matter(name, strides):
+    call, expected = full(), full()
+    call[name][1] = torch.empty(8, dtype=call[name][1].dtype).as_strided((2, 2), strides).copy_(call[name][1])
+    for arguments in (call, expected):
+        masked_adamw_(**arguments)
+    for column in WRITTEN:
+        assert all(torch.equal(a, b) for a, b in zip(call[column], expected[column], strict=True))
 
 
 def test_layers_that_mean_nothing_take_no_memory():
@@ -162,19 +263,58 @@ def test_layers_that_mean_nothing_take_no_memory():
     assert all(same_bits(a, b) for a, b in zip(call["params"], expected["params"], strict=True))
 
 
-@pytest.mark.parametrize("name", ["params", "exp_avgs", "exp_avg_sqs", "grads"])
-def test_negative_views_are_what_they_say(name):
+def negative_view(t: torch.Tensor) -> torch.Tensor:
+    """Equal to `t`; what stands in memory is its negative."""
+    return torch._neg_view(-t)
+
+
+@pytest.mark.parametrize("order", ["contiguous", "transposed"])
+@pytest.mark.parametrize("name", [*WRITTEN, "grads"])
+def test_negative_views_are_what_they_say(name, order):
     """Their sign stands beside their elements, where an address does not lead."""
-    call, expected = good(), good()
-    signed = [torch._neg_view(-t) for t in call[name]]
-    call[name] = signed
-    if name == "exp_avg_sqs":  # squares stay positive
-        assert all((t >= 0).all() for t in signed)
+    call, expected = full(), full()
+    call[name] = [negative_view(t if order == "contiguous" else t.T.contiguous().T) for t in call[name]]
     for arguments in (call, expected):
         masked_adamw_(**arguments)
-    for column in ("params", "exp_avgs", "exp_avg_sqs"):
-        for a, b in zip(call[column], expected[column], strict=True):
-            torch.testing.assert_close(a.resolve_neg(), b, rtol=0, atol=0)
+    assert all(t.is_neg() for t in call[name])
+    for column in WRITTEN:
+        assert all(torch.equal(a, b) for a, b in zip(call[column], expected[column], strict=True)), column
+
+
+@pytest.mark.parametrize("name", ["grad_scale", "clip_coef", "lr"])
+def test_negative_scalars_are_what_they_say(name):
+    call, expected = full(), full()
+    call[name], expected[name] = negative_view(torch.tensor(0.25)), torch.tensor(0.25)
+    for arguments in (call, expected):
+        masked_adamw_(**arguments)
+    for column in WRITTEN:
+        assert all(torch.equal(a, b) for a, b in zip(call[column], expected[column], strict=True)), column
+
+
+class Named(torch.Tensor):
+    """A subclass that holds its elements itself."""
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, lambda t: t.as_subclass(Named)])
+def test_subclasses_with_memory_of_their_own_are_taken(kind):
+    call, expected = good(), good()
+    call["params"] = [kind(p) for p in call["params"]]
+    for arguments in (call, expected):
+        masked_adamw_(**arguments)
+    for a, b in zip(call["params"], expected["params"], strict=True):
+        assert same_bits(a.as_subclass(torch.Tensor), b)
+
+
+def test_a_compilers_tensors_are_taken():
+    """Fake and functional ones have no memory yet; neither has an empty one."""
+    with FakeTensorMode():
+        check_addressable("fake", torch.ones(2))
+    with FunctionalTensorMode():
+        check_addressable("functional", FunctionalTensor.to_functional(torch.ones(2)))
+    functional = torch.func.functionalize(lambda g: layer_sq_norms([g], [0], 1))
+    if not _triton.INTERPRETING:
+        assert functional(torch.ones(3)).tolist() == [3]
+    check_memory({"empty": [torch.ones(0)], "functional": [torch._to_functional_tensor(torch.ones(2))]})
 
 
 @pytest.mark.parametrize(
@@ -183,6 +323,9 @@ def test_negative_views_are_what_they_say(name):
         (([torch.ones(2, dtype=F64)], [0], 1), r"grads\[0\] is float64"),
         (([torch.ones(2)], [0], -1), r"num_layers is -1"),
         (([torch.ones(2)], [0], 1.0), r"num_layers is 1.0"),
+        (([torch.ones(2)], [0], "1"), r"num_layers is '1'"),
+        (([freed()], [0], 1), r"grads\[0\], a Tensor .* no memory"),
+        (([Wrapper(torch.ones(2))], [0], 1), r"grads\[0\], a Wrapper .* no memory"),
         (([None], [0], 1), r"grads\[0\] is None"),
         (([torch.ones(2)], [1], 1), r"layer_index\[0\] is 1, but there are 1 layers"),
         (([torch.ones(2)], [0, 0], 1), r"layer_index has 2 entries for 1"),
