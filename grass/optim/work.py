@@ -116,6 +116,7 @@ class Work:
 
         kernels = [row for row in rows if takes_kernel(groups[row.group], row.param, options)]
         self._checked = {row.group: row.param.device for row in kernels}
+        self._sound: dict[int, list[Any]] = {}  # what was found right beside the learning rate, by group
         self._settings = list(map(_settings, groups))
         self._check_settings(groups)
         self.hyperparameters = self._hyperparameters(groups)
@@ -266,9 +267,14 @@ class Work:
     def _check_settings(self, groups: Sequence[dict[str, Any]]) -> None:
         """Refuse what kernels cannot be given, for all groups before any is updated."""
         for index, device in self._checked.items():
-            lr, beta1, beta2, eps, weight_decay, _ = _settings(groups[index])
+            lr, *rest = _settings(groups[index])
+            if type(lr) is float and lr == lr and rest == self._sound.get(index):
+                continue  # a schedule changes the learning rate in every step
+            beta1, beta2, eps, weight_decay, _ = rest
             betas = tuple(float(beta) if isinstance(beta, Tensor) else beta for beta in (beta1, beta2))
             check_hyperparameters(kernel_lr(lr, device), betas, eps, weight_decay, device)
+            if not any(isinstance(value, Tensor) for value in rest):
+                self._sound[index] = rest
 
 
 def kernel_lr(lr: Any, device: torch.device) -> float | Tensor:
