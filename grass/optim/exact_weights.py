@@ -18,7 +18,7 @@ class OutsideWrites:
     """Versions and addresses of parameters with remainders, as the optimizer left them."""
 
     def __init__(self) -> None:
-        self._left: dict[Tensor, tuple[int, int]] = {}  # those that are in no work
+        self._left: dict[Tensor, tuple[int, int]] = {}  # by works that are gone, or at the last save
 
     def drop_stale(self, work: Work, state: dict[Tensor, dict[str, Any]], maker: StateMaker) -> None:
         """Start parameters of a work anew that somebody else has written."""

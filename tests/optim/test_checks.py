@@ -178,3 +178,31 @@ def test_what_keeps_its_elements_elsewhere_is_refused(which):
     with pytest.raises(grass_kernels.KernelArgumentError, match=f"{which}.*TwoTensor.*to_local"):
         optimizer.step()
     assert torch.equal(plain, torch.ones(4))
+
+
+def test_a_tensor_lr_written_in_place():
+    pair = Pair()
+    pair.both(
+        lambda optimizer, _: [
+            group.update(lr=torch.tensor(float(group["lr"]))) for group in optimizer.param_groups
+        ]
+    )
+    pair.go(2)
+    pair.both(lambda optimizer, _: [group["lr"].mul_(3) for group in optimizer.param_groups])
+    pair.go(2)
+
+
+def test_betas_in_a_list_that_is_written_in_place():
+    pair = Pair()
+    pair.both(lambda optimizer, _: [group.update(betas=[0.9, 0.99]) for group in optimizer.param_groups])
+    pair.go(2)
+
+    def write(optimizer, params):
+        optimizer.param_groups[0]["betas"][:] = [0.4, 0.8]
+        optimizer.param_groups[1]["betas"][1] = 0.7
+
+    pair.both(write)
+    pair.go(2)
+
+
+# All of them in any order

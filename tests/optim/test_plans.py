@@ -354,30 +354,6 @@ def test_groups_changed(event):
     pair.go(2)
 
 
-def test_a_tensor_lr_written_in_place():
-    pair = Pair()
-    pair.both(lr_becomes_a_tensor)
-    pair.go(2)
-    pair.both(lambda optimizer, _: [group["lr"].mul_(3) for group in optimizer.param_groups])
-    pair.go(2)
-
-
-def test_betas_in_a_list_that_is_written_in_place():
-    pair = Pair()
-    pair.both(lambda optimizer, _: [group.update(betas=[0.9, 0.99]) for group in optimizer.param_groups])
-    pair.go(2)
-
-    def write(optimizer, params):
-        optimizer.param_groups[0]["betas"][:] = [0.4, 0.8]
-        optimizer.param_groups[1]["betas"][1] = 0.7
-
-    pair.both(write)
-    pair.go(2)
-
-
-# All of them in any order
-
-
 def no_gradient_of_the_second(optimizer, params):
     params[1].grad = None
 
