@@ -93,6 +93,17 @@ def compile_options(backend: str, warp_size: int, threads: int, max_registers: i
     return {**options, "maxnreg": max_registers} if backend == "cuda" and max_registers else options
 
 
+def compile_c(name: str, source: str) -> Any:
+    """A Python module written in C, built as Triton builds its launchers: once a machine, by its compiler.
+
+    Raises:
+        ImportError, RuntimeError, OSError, subprocess.SubprocessError: there is no Triton or no compiler, or it failed.
+    """
+    from triton.runtime.build import compile_module_from_src
+
+    return compile_module_from_src(source, name)
+
+
 def launch(
     kernel: Any,
     programs: int,

@@ -130,7 +130,7 @@ class Inputs:
         words = num_tensors + len(WORDS) * num_groups
         self.data = torch.empty(words, dtype=torch.int64, device=device)
         self._headers_data = self.data[num_tensors:]
-        self._grads: Sequence[int] | None = None
+        self._grads: bytes | None = None
         self._groups: Sequence[Hyperparameters] = ()
         self._slots: list[_Slot] = []
         self._next = 0
@@ -140,11 +140,15 @@ class Inputs:
     def _new_slot(self) -> "_Slot":
         return _Slot(self.data.numel(), self.headers_start, self.data.device)
 
-    def upload(self, grads: Sequence[int], groups: Sequence[Hyperparameters] = ()) -> None:
+    def pack(self, addresses: Sequence[int]) -> bytes:
+        """Addresses as they are in the buffer."""
+        return self._addresses.pack(*addresses)
+
+    def upload(self, grads: bytes, groups: Sequence[Hyperparameters] = ()) -> None:
         """Bring the device's buffer to these values, where it has others.
 
         Args:
-            grads: Addresses of the gradients.
+            grads: Addresses of the gradients, 8 bytes each.
             groups: Hyperparameters, one a group.
         """
         if self._capturable and self._spare is None:
@@ -161,7 +165,7 @@ class Inputs:
         slot.reuse()
         self._write_headers(slot, groups)
         if moved:
-            self._addresses.pack_into(slot.bytes, 0, *grads)
+            slot.write_addresses(grads)
             copy_to_device(self.data, slot.words)
         else:
             copy_to_device(self._headers_data, slot.headers)
@@ -172,7 +176,7 @@ class Inputs:
         words = [word for group in groups for word in group.words()]
         self._headers.pack_into(slot.bytes, 8 * self.headers_start, *words)
 
-    def for_graph(self, grads: Sequence[int], groups: Sequence[Hyperparameters]) -> tuple[Tensor, object]:
+    def for_graph(self, grads: bytes, groups: Sequence[Hyperparameters]) -> tuple[Tensor, object]:
         """A buffer and a slot that no other step writes: a captured copy reads its slot at every replay.
 
         Returns:
@@ -188,7 +192,7 @@ class Inputs:
                 "meanwhile; take one step that is not captured before the capture begins, with capturable=True"
             )
         data = torch.empty_like(self.data)
-        self._addresses.pack_into(slot.bytes, 0, *grads)
+        slot.write_addresses(grads)
         self._write_headers(slot, groups)
         copy_to_device(data, slot.words)
         return data, (slot, data, groups)
@@ -203,6 +207,10 @@ class _Slot:
         self.headers = self.words[headers_start:]
         self.bytes = (ctypes.c_char * (8 * words)).from_address(self.words.data_ptr())
         self._event: Any = None
+
+    def write_addresses(self, grads: bytes) -> None:
+        """Write the first part."""
+        ctypes.memmove(self.bytes, grads, len(grads))
 
     def reuse(self) -> None:
         """Wait until the last copy from here has finished (H9: it would read what is written now)."""

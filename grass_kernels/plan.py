@@ -151,16 +151,19 @@ class AdamWPlan:
         self.buffers = [self.table.data, self._inputs.data, self._coefficients, self._partials]
         self._stream = _current_stream(device)
 
-    def upload(self, grads: Sequence[int], groups: Sequence[Hyperparameters]) -> object:
+    def upload(self, grads: Sequence[int] | bytes, groups: Sequence[Hyperparameters]) -> object:
         """Say where the gradients are and what to update with, for the launches that follow.
 
         Args:
-            grads: Addresses of the gradients, dense and in their parameters' layout.
+            grads: Addresses of the gradients, dense and in their parameters' layout; as numbers, or as bytes that
+                hold one int64 each.
             groups: Hyperparameters, one a group.
 
         Returns:
             None; in a graph capture what must live as long as the graph.
         """
+        if not isinstance(grads, bytes):
+            grads = self._inputs.pack(grads)
         stream = _current_stream(self.device)
         if stream != self._stream:  # the allocator must know, or it gives the memory away while it is read
             for buffer in self.buffers:

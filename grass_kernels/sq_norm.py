@@ -159,7 +159,7 @@ def _layer_sq_norms_triton(
         device=device,
     )
     inputs = Inputs(len(grads), 0, device)
-    inputs.upload([g.data_ptr() for g in grads])
+    inputs.upload(inputs.pack([g.data_ptr() for g in grads]))
     partials = torch.empty(table.num_partials, dtype=torch.float32, device=device)
     sq_norms = torch.empty(num_layers, dtype=torch.float32, device=device)
     launch_norms(table, inputs.data, partials)

@@ -51,11 +51,10 @@ class AdamW(torch.optim.AdamW):
         max_grad_norm: scale gradients down to this norm of them all, inside the step: gradients are only read,
             and a norm that is not finite (also by squares that overflow float32) skips the step, counters included.
 
-    A step compares with the last by address: parameters, gradients and states may be moved, replaced, loaded or
-    dropped between steps. Taken on trust is that a gradient at the address of its last has that one's strides and
-    sign (autograd's have) and, unless ``grad_dtype`` was set before the first step, its dtype; and that who replaces
-    tensors inside ``state[p]`` by hand lets go of the old ones: to swap states that are kept, replace ``state[p]`` or
-    use `load_state_dict`.
+    A step compares with the last by address, dtype, shape and strides: parameters, gradients and states may be moved,
+    replaced, loaded or dropped between steps. Taken on trust is that what lies at the address of its last is no
+    negative view unless that was one (autograd makes none there); and that who replaces tensors inside ``state[p]``
+    by hand lets go of the old ones: to swap states that are kept, replace ``state[p]`` or use `load_state_dict`.
 
     Complex and float64 parameters, and tensor betas, take torch's own functional AdamW. Gradients are
     read-only: with a GradScaler they are unscaled inside the step, not rewritten.

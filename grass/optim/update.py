@@ -44,7 +44,9 @@ def update(
     if pipeline is not None:
         with pipeline.updating():
             return _update_in_units(work, groups, state, scaler, pipeline), []
-    kept = [planned.plan.upload(planned.of(work.grads), work.hyperparameters) for planned in work.planned]
+    kept = [
+        planned.plan.upload(planned.of_bytes(work.grads), work.hyperparameters) for planned in work.planned
+    ]
     kept = [entry for entry in kept if entry is not None]
     measured = None
     if work.options.max_grad_norm is not None:
@@ -162,7 +164,7 @@ def _update_in_units(
 ) -> Tensor:
     """`update` of states that live in a store; what torch updates has its states beside it."""
     for planned in work.planned:
-        planned.plan.upload(planned.of(work.grads), work.hyperparameters)
+        planned.plan.upload(planned.of_bytes(work.grads), work.hyperparameters)
     measured = None if work.options.max_grad_norm is None else _measure(work, scaler.grad_scale)
     rest = []
     for (_, device), rows in work.by_function.items() if measured is None else ():

@@ -1,47 +1,74 @@
 """Watching: whether tensors and states are what they were at the last step, at the least cost a tensor.
 
 The host looks at every parameter and gradient in every step. One call of Python a tensor and question costs
-50 ns, as much as the addresses themselves: so layouts are compared by one call for all tensors, and states by a count.
+50 ns, as much as reading an address: so a few lines of C look at all of them at once (``watching.c``), and changes
+of states are counted.
 """
 
+import functools
+import logging
+import subprocess
+from array import array
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-try:  # what compiled functions compare their inputs with; not public
-    from torch._C._dynamo import guards as torch_guards
-except ImportError:
-    torch_guards = None  # type: ignore[assignment]
+from grass_kernels import compile_c
+
+Gradients = tuple[bytes, list[Tensor]]
+"""Addresses of the gradients that there are, 8 bytes each, and those gradients."""
 
 
-class Layouts:
-    """Dtype, device, shape, strides and sign of tensors, to be compared with others'.
+class Watch(NamedTuple):
+    """Two functions, in C or in Python."""
 
-    Args:
-        tensors: strided; none of them is kept.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._guards: Any = None
-        self._seen: list[Any] = []
-        try:
-            self._guards = torch_guards.TensorGuards(
-                *tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None
-            )
-        except (AttributeError, TypeError):  # this version of torch has none, or takes something else
-            self._seen = _look(tensors)
-
-    def hold(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these tensors have the same, one by one. It may say no if another mode of autograd is on."""
-        if self._guards is None:
-            return self._seen == _look(tensors)
-        return bool(self._guards.check(*tensors))
+    describe: Callable[[list[Tensor]], Any]
+    """What is to be compared of these parameters: which have gradients; address, dtype, device, shape and strides of
+    those that have; and the same of the gradients, but for their addresses. It may raise RuntimeError where a tensor
+    has no address, as a sparse one."""
+    gradients_if_same: Callable[[list[Tensor], Any], Gradients | None]
+    """The gradients, if these parameters are as described. RuntimeError as before."""
 
 
-def _look(tensors: Sequence[Tensor]) -> list[Any]:
-    return [(t.dtype, t.device, t.shape, t.stride(), t.is_neg()) for t in tensors]
+@functools.cache
+def watch() -> Watch:
+    """The functions in C, where they can be built and this version of torch has what they ask."""
+    try:
+        compiled = compile_c("grass_watching", Path(__file__).with_suffix(".c").read_text())
+        compiled.use(torch.Tensor.__dlpack_c_exchange_api__)
+    except (
+        AttributeError,
+        ImportError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        subprocess.SubprocessError,
+    ) as error:
+        logging.getLogger(__name__).info("steps cost the host more than they need: %s", error)
+        return IN_PYTHON
+    return Watch(compiled.describe, compiled.gradients_if_same)
+
+
+def _describe(params: list[Tensor]) -> Any:
+    return [p.grad is not None and (p.data_ptr(), _layout(p), type(p.grad), _layout(p.grad)) for p in params]
+
+
+def _layout(t: Tensor) -> tuple[Any, ...]:
+    return t.layout, t.dtype, t.device, t.shape, t.stride()
+
+
+def _gradients_if_same(params: list[Tensor], description: Any) -> Gradients | None:
+    if _describe(params) != description:
+        return None
+    grads = [p.grad for p in params if p.grad is not None]
+    return array("q", map(Tensor.data_ptr, grads)).tobytes(), grads
+
+
+IN_PYTHON = Watch(_describe, _gradients_if_same)
 
 
 class CountedStates(defaultdict[Tensor, dict[str, Any]]):

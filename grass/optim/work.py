@@ -9,7 +9,7 @@ addresses a parameter, which is most of what a step costs the host.
 import math
 import weakref
 from collections.abc import Sequence
-from itertools import chain, compress
+from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
@@ -20,12 +20,12 @@ import grass_kernels
 from grass.offload.pipeline import Pipeline
 from grass.offload.units import Unit
 from grass.optim.states import StateMaker, has_remainder, takes_kernel
-from grass.optim.watching import Layouts, entries_of
+from grass.optim.watching import entries_of, watch
 from grass_kernels import AdamWPlan, Hyperparameters, Part, TensorLists, layout
 from grass_kernels.arguments import check_hyperparameters
 from grass_kernels.inputs import split_lr
 
-_address = Tensor.data_ptr
+_is_neg = Tensor.is_neg
 _structure = itemgetter("amsgrad", "differentiable", "capturable", "foreach", "fused")
 _version = attrgetter("_version")
 _params = itemgetter("params")
@@ -51,6 +51,14 @@ class Planned(NamedTuple):
         """Its part of a list with an entry a row."""
         return column if self.places is None else [column[place] for place in self.places]
 
+    def of_bytes(self, column: bytes) -> bytes:
+        """Its part of 8 bytes a row."""
+        return (
+            column
+            if self.places is None
+            else b"".join(column[8 * place : 8 * place + 8] for place in self.places)
+        )
+
 
 class Work:
     """What a step found.
@@ -69,7 +77,7 @@ class Work:
         planned: by plan, one a device.
         by_function: rows that take the kernels' function, by group and device.
         by_torch: rows that take torch's functional AdamW, by group.
-        grads: addresses of the rows' gradients, as last compared.
+        grads: addresses of the rows' gradients, 8 bytes each, as last compared.
         hyperparameters: of each group, as last compared.
         written: what plans write and autograd must be told of: parameters, and of their states those tensors that
             do not share the maker's version counter.
@@ -132,17 +140,11 @@ class Work:
         self.versions_written: list[int] | None = None
         self.layers = {row.layer for row in rows}
 
-        self.grads = [_data_ptr_or_0(p.grad) for p in self.params]
         self._members = list(chain.from_iterable(map(_params, groups)))
         self._single_elements = [place for place, p in enumerate(self._members) if p.numel() == 1]
         self._lengths = list(map(len, map(_params, groups)))
-        self._present = [p.grad is not None for p in self._members]
-        present = list(compress(self._members, self._present))
-        self._addresses = [_data_ptr_or_0(p) for p in present]
-        self._param_layouts = Layouts(present)
-        self._grad_layouts = Layouts([p.grad for p in present])
-        self._any_dtype = [place for place, p in enumerate(present) if _allows_any_dtype(p)]
-        self._grad_dtypes = [present[place].grad.dtype for place in self._any_dtype]
+        self._watch = watch()
+        self._description, self.grads = self._describe()
         self._structures = list(map(_structure, groups))
         self._entries = entries_of(state)
         self._sentinel = _sentinel(state)
@@ -185,6 +187,15 @@ class Work:
         plan.buffers.append(sq_norms)
         return Planned(plan, None if len(places) == len(self.rows) else places, sq_norms)
 
+    def _describe(self) -> tuple[Any, bytes]:
+        """What the next step compares, and where the gradients are."""
+        try:
+            description = self._watch.describe(self._members)
+            found = self._watch.gradients_if_same(self._members, description)
+        except RuntimeError:  # of torch's parameters some have no addresses: every step divides anew
+            found = None
+        return (None, b"") if found is None else (description, found[0])
+
     def parts_of(self, rows: Sequence[Row]) -> list[Part]:
         """How the units divide these rows; a row is a tensor."""
         places = {row.param: place for place, row in enumerate(rows)}
@@ -202,37 +213,27 @@ class Work:
     def holds(self, groups: Sequence[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> bool:
         """Whether the next step can take the same ways; if so, `grads` and `hyperparameters` are those of now.
 
-        A gradient at the address of its last is taken to have that one's strides and sign, and its dtype, where the
-        parameter allows no other; one that has moved is looked at. A parameter that has moved, or has another layout,
-        ends the plan.
+        A gradient that has moved is looked at whether it is a negative view; parameters, and gradients where they were,
+        are taken to have the sign they had. A parameter that has moved, or anything of another layout, ends the plan.
         """
         members = list(chain.from_iterable(map(_params, groups)))
         if list(map(len, map(_params, groups))) != self._lengths or not self._are_members(members):
             return False
-        grads = [p.grad for p in members]
-        try:
-            addresses = list(map(_address, grads))
-        except (TypeError, RuntimeError):  # some have none, or it is sparse
-            present = [g is not None for g in grads]
-            if present != self._present:
-                return False
-            grads, members = list(compress(grads, present)), list(compress(members, present))
-            try:
-                addresses = list(map(_address, grads))
-            except RuntimeError:
-                return False
-        if not self._alive[0] or list(map(_address, members)) != self._addresses:
-            return False
-        if not self._param_layouts.hold(members):
+        if not self._alive[0] or self._description is None:
             return False
         if entries_of(state) != self._entries or _sentinel(state) != self._sentinel:
             return False
+        try:
+            found = self._watch.gradients_if_same(members, self._description)
+        except RuntimeError:
+            return False
+        if found is None:
+            return False
+        addresses, grads = found
         if addresses != self.grads:
-            if not self._grad_layouts.hold(grads):
+            if any(map(_is_neg, grads)):
                 return False
             self.grads = addresses
-        elif [grads[place].dtype for place in self._any_dtype] != self._grad_dtypes:
-            return False
         if list(map(_structure, groups)) != self._structures:
             return False
         settings = list(map(_settings, groups))
@@ -313,15 +314,6 @@ def _is_regular(p: Tensor, state: dict[str, Any]) -> bool:
     return layout.is_dense(p) and all(
         layout.is_dense(t) and layout.same_order(t, p) and not t.is_neg() for t in beside if t is not None
     )
-
-
-def _allows_any_dtype(p: Tensor) -> bool:
-    """Whether the user lets gradients have another dtype than the parameter."""
-    return p.is_leaf and getattr(p, "grad_dtype", p.dtype) != p.dtype
-
-
-def _data_ptr_or_0(t: Tensor | None) -> int:
-    return 0 if t is None or t.layout != torch.strided else t.data_ptr()
 
 
 def _with_other_counter(tensors: Sequence[Tensor], counter: Tensor) -> list[Tensor]:

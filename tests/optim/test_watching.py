@@ -2,40 +2,228 @@
 
 Would catch: a layout that changes at the same address and is walked as before, so that elements meet the wrong
 moments; a way of changing an optimizer's ``state`` that is not counted; a count that finds its way into a file; a
-version of torch without the fast comparison that answers otherwise than one with it.
+comparison in C that answers otherwise than the one in Python, reads beyond its end, or keeps what it has seen.
 
 Runs in both passes: with ``TRITON_INTERPRET=1`` steps go by plans, without it by the kernels' function.
 """
 
+import contextlib
 import copy
+import ctypes
 import io
 import pickle
+import subprocess
+import sys
+import sysconfig
+import tracemalloc
+from array import array
 from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import grass
-from grass.optim import watching
-from grass.optim.watching import CountedStates, Layouts, entries_of
+from grass.optim import watching, work
+from grass.optim.watching import IN_PYTHON, CountedStates, entries_of, watch
+from grass_kernels import compile_c
 
 
 def square(seed: int) -> Tensor:
     return torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))
 
 
-def transposed(t: Tensor) -> Tensor:
-    return t.t()
-
-
-@pytest.fixture(params=["torch's comparison", "ours"])
+@pytest.fixture(params=["in C", "in Python"])
 def either(request, monkeypatch):
-    if request.param == "ours":
-        monkeypatch.setattr(watching, "torch_guards", None)
+    if request.param == "in Python":
+        monkeypatch.setattr(work, "watch", lambda: IN_PYTHON)
 
 
-def test_a_parameter_transposed_where_it_lies():
+WATCHES = pytest.mark.parametrize("watched", [watch(), IN_PYTHON], ids=["in C", "in Python"])
+
+
+def test_c_is_what_runs_here():
+    """Else every test of it would pass without it."""
+    assert watch() is not IN_PYTHON
+
+
+@pytest.mark.parametrize("missing", ["a compiler", "the interface", "a known version of it"])
+def test_without_it_python_does(missing, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("Failed to find C compiler")
+
+    with monkeypatch.context() as patch:
+        if missing == "a compiler":
+            patch.setattr(watching, "compile_c", fail)
+        elif missing == "the interface":
+            patch.setattr(watching, "torch", SimpleNamespace(Tensor=object))
+        else:
+            compiled = SimpleNamespace(use=lambda api: (_ for _ in ()).throw(ImportError("DLPack 2.0")))
+            patch.setattr(watching, "compile_c", lambda name, source: compiled)
+        assert watch.__wrapped__() is IN_PYTHON
+
+
+def test_the_compiler_has_no_complaint(tmp_path):
+    source = Path(watching.__file__).with_suffix(".c")
+    include = sysconfig.get_paths()["include"]
+    warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers", "-Werror"]
+    subprocess.run(
+        ["cc", "-c", *warnings, f"-I{include}", str(source), "-o", str(tmp_path / "watching.o")], check=True
+    )
+
+
+@pytest.mark.parametrize("version", [0, 2])
+def test_an_interface_of_another_version_is_refused(version):
+    """Its fields may stand elsewhere: calling one would end the process."""
+    compiled = compile_c("grass_watching", Path(watching.__file__).with_suffix(".c").read_text())
+    words = (ctypes.c_uint64 * 7)(version, *[1] * 6)  # functions at address 1
+    ctypes.pythonapi.PyCapsule_New.restype = ctypes.py_object
+    ctypes.pythonapi.PyCapsule_New.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    name = b"dlpack_exchange_api"
+    with pytest.raises(ImportError, match=f"DLPack {version}"):
+        compiled.use(ctypes.pythonapi.PyCapsule_New(ctypes.addressof(words), name, None))
+
+
+def described() -> list[Tensor]:
+    params = [nn.Parameter(square(seed)) for seed in range(4)]
+    for p, seed in zip(params, (10, 11, None, 13), strict=True):
+        p.grad_dtype = None  # any
+        p.grad = None if seed is None else square(seed)
+    return params
+
+
+class Marked(Tensor):
+    """A tensor of another type."""
+
+
+def put_grad(convert):
+    def change(params):
+        params[1].grad = convert(params[1].grad)
+
+    return change
+
+
+def put_data(convert):
+    def change(params):
+        params[1].data = convert(params[1].data)
+
+    return change
+
+
+def cut(params):
+    grad, params[1].grad = params[1].grad[:2], None
+    params[1].data = params[1].data[:2]
+    params[1].grad = grad
+
+
+CHANGES = {
+    "nothing": (lambda params: None, True),
+    "what is in a gradient": (lambda params: params[1].grad.zero_(), True),
+    "a gradient's address": (put_grad(torch.clone), True),
+    "a gradient's dtype": (put_grad(lambda g: g.view(torch.int32)), False),
+    "a gradient's width": (put_grad(torch.Tensor.half), False),
+    "a gradient's strides": (put_grad(torch.t), False),
+    "a gradient's type": (put_grad(lambda g: g.as_subclass(Marked)), False),
+    "a gradient more": (lambda params: setattr(params[2], "grad", square(12)), False),
+    "a gradient less": (put_grad(lambda g: None), False),
+    "a parameter's address": (put_data(torch.clone), False),
+    "a parameter's dtype": (put_data(lambda p: p.view(torch.int32).view(torch.bfloat16)[:, ::2]), False),
+    "a parameter's strides": (put_data(torch.t), False),
+    "the shape of both": (cut, False),
+    "a parameter less": (lambda params: params.pop(), False),
+    "all parameters": (lambda params: params.clear(), False),
+    "a parameter more": (lambda params: params.append(params[0]), False),
+    "a parameter without gradient more": (lambda params: params.append(params[2]), False),
+}
+
+
+@WATCHES
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_seen(watched, change):
+    make, same = CHANGES[change]
+    params = described()
+    description = watched.describe(params)
+    grads = [p.grad for p in params]  # alive, so that a copy lies elsewhere
+    make(params)
+    found = watched.gradients_if_same(params, description)
+    if not same:
+        assert found is None
+        return
+    addresses, seen = found
+    now = [p.grad for p in params if p.grad is not None]
+    assert len(seen) == len(now)
+    assert all(a is b for a, b in zip(seen, now, strict=True))
+    assert list(array("q", addresses)) == [g.data_ptr() for g in now]
+    del grads
+
+
+@WATCHES
+@pytest.mark.parametrize("sizes", [[], [(0,)], [()], [(3, 0, 2), (1,), (2, 1, 3, 1, 2)], [(1,)] * 3000])
+def test_sizes(watched, sizes):
+    """None, empty, scalars, and more words than are taken at first."""
+    params = [nn.Parameter(torch.zeros(size)) for size in sizes]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    addresses, grads = watched.gradients_if_same(params, watched.describe(params))
+    assert list(array("q", addresses)) == [p.grad.data_ptr() for p in params]
+    assert len(grads) == len(sizes)
+
+
+@WATCHES
+def test_a_tensor_without_addresses(watched):
+    """A sparse one has none: neither same as before, nor same as itself."""
+    params = described()
+    before = watched.describe(params)
+    params[1].grad = square(1).to_sparse()
+    with contextlib.suppress(RuntimeError):
+        assert watched.gradients_if_same(params, before) is None
+    with pytest.raises(RuntimeError):
+        watched.gradients_if_same(params, watched.describe(params))
+
+
+def test_bad_arguments_in_c():
+    for arguments in [((), b""), ([], bytearray()), ([3], b""), ([],)]:
+        with pytest.raises((TypeError, AttributeError)):
+            watch().gradients_if_same(*arguments)
+    with pytest.raises(TypeError, match="list"):
+        watch().describe(())
+
+
+def test_nothing_is_kept():
+    """As leaks of gradients, or of what is returned, would."""
+    params = described()
+    description = watch().describe(params)
+    grad, sparse = params[0].grad, square(3).to_sparse()
+    counts = sys.getrefcount(grad), sys.getrefcount(sparse)
+
+    def all_ways() -> None:
+        for _ in range(200):
+            watch().describe(params)
+            assert watch().gradients_if_same(params, description) is not None
+            assert watch().gradients_if_same(params[:2], description) is None
+        params[1].grad, dense = sparse, params[1].grad
+        for _ in range(200):
+            with contextlib.suppress(RuntimeError):
+                watch().describe(params)
+            with contextlib.suppress(RuntimeError):
+                watch().gradients_if_same(params, description)
+        params[1].grad = dense
+
+    all_ways()
+    tracemalloc.start()
+    try:
+        all_ways()
+        before = tracemalloc.get_traced_memory()[0]
+        all_ways()
+        assert tracemalloc.get_traced_memory()[0] - before < 4096
+    finally:
+        tracemalloc.stop()
+    assert (sys.getrefcount(grad), sys.getrefcount(sparse)) == counts
+
+
+def test_a_parameter_transposed_where_it_lies(either):
     """Same address, same size: only strides tell that its second element is now in another row."""
     p, q = nn.Parameter(square(0)), nn.Parameter(square(0))
     ours = grass.AdamW([p], lr=0.1)
@@ -49,7 +237,7 @@ def test_a_parameter_transposed_where_it_lies():
     torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-def test_a_gradient_that_moved_and_is_transposed():
+def test_a_gradient_that_moved_and_is_transposed(either):
     p, q = nn.Parameter(square(0)), nn.Parameter(square(0))
     ours = grass.AdamW([p], lr=0.1)
     theirs = torch.optim.AdamW([q], lr=0.1, foreach=False)
@@ -63,31 +251,34 @@ def test_a_gradient_that_moved_and_is_transposed():
     torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-CHANGES = {
-    "same": (lambda t: t.clone(), True),
-    "transposed": (transposed, False),
-    "another dtype": (torch.Tensor.double, False),
-    "another shape": (lambda t: t[:2], False),
-    "another sign": (lambda t: torch._neg_view(t), False),
-    "another device": (lambda t: t.to("meta"), False),
-}
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_gradient_transposed_where_it_lies(either, step):
+    """Same address, same size, in the first step or later."""
+    p, q = nn.Parameter(square(0)), nn.Parameter(square(0))
+    ours = grass.AdamW([p], lr=0.1)
+    theirs = torch.optim.AdamW([q], lr=0.1, foreach=False)
+    for t, optimizer in ((p, ours), (q, theirs)):
+        t.grad = square(10)
+        for now in range(5):
+            if now == step:
+                t.grad.data = t.grad.data.t()
+            optimizer.step()
+    torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_layouts(either, change):
-    convert, expected = CHANGES[change]
-    layouts = Layouts([square(0), square(1)])
-    assert layouts.hold([square(2), convert(square(3))]) is expected
-
-
-def test_layouts_keep_no_tensor(either):
-    import weakref
-
-    t = square(0)
-    gone, layouts = weakref.ref(t), Layouts([t])
-    del t
-    assert gone() is None
-    assert layouts.hold([square(1)])
+def test_a_gradient_of_another_dtype_where_it_lies(either):
+    """Same address, shape and strides, after a first step in which the parameter allowed but its own dtype."""
+    p, q = nn.Parameter(square(0).bfloat16()), nn.Parameter(square(0).bfloat16())
+    ours, theirs = grass.AdamW([p], lr=0.1), grass.AdamW([q], lr=0.1)
+    memory = torch.zeros(4, 4)
+    narrow = memory.view(torch.bfloat16).flatten()[:16].view(4, 4)
+    for grad in (narrow, memory):
+        grad.copy_(square(10))
+        p.grad_dtype = q.grad_dtype = None
+        p.grad, q.grad = grad, grad.clone()
+        ours.step()
+        theirs.step()
+    assert torch.equal(p, q)
 
 
 MUTATIONS = {
