@@ -126,23 +126,32 @@ class AdamW(torch.optim.AdamW):
         """Add a group of parameters, as every torch optimizer does."""
         super().add_param_group(param_group)
         try:
-            group = self.param_groups[-1]
-            first = sum(len(other["params"]) for other in self.param_groups[:-1])
-            names = group.get("param_names") or [
-                f"parameter {first + i}" for i in range(len(group["params"]))
-            ]
-            for p, name in zip(group["params"], names, strict=True):
+            for p, name in self._named(self.param_groups[-1:]):
                 self._options.check_param(p, name)
             self._check_counters()
         except ValueError:
             self.param_groups.pop()
             raise
 
+    def _named(self, groups: list[dict[str, Any]]) -> list[tuple[Tensor, str]]:
+        """Parameters of these groups with the names that the user gave, or their places among all."""
+        places = {p: place for place, (_, p) in enumerate(self._members())}
+        return [
+            (p, name)
+            for group in groups
+            for p, name in zip(
+                group["params"],
+                group.get("param_names") or [f"parameter {places[p]}" for p in group["params"]],
+                strict=True,
+            )
+        ]
+
     def _check_counters(self) -> None:
         if self._options.master_weights:
-            members = [p for _, p in self._members()]
-            places = [i for i, p in enumerate(members) if has_remainder(p, self._options)]
-            refuse_shared_counters([members[i] for i in places], [f"parameter {i}" for i in places])
+            named = [
+                (p, name) for p, name in self._named(self.param_groups) if has_remainder(p, self._options)
+            ]
+            refuse_shared_counters([p for p, _ in named], [name for _, name in named])
 
     @property
     def grad_norm(self) -> Tensor | None:

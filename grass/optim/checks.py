@@ -8,7 +8,7 @@ from torch import Tensor
 
 import grass_kernels
 from grass.optim.states import Options, moment_keys, takes_kernel
-from grass.optim.work import Row
+from grass.optim.work import Row, check_settings
 from grass_kernels import layout
 from grass_kernels.arguments import check_addressable
 
@@ -30,6 +30,19 @@ def refuse_sparse(groups: list[dict[str, Any]]) -> None:
                 raise RuntimeError(
                     "Adam does not support sparse gradients, please consider SparseAdam instead"
                 )
+
+
+def check_groups(groups: Sequence[dict[str, Any]], options: Options) -> None:
+    """Refuse hyperparameters of groups that train while none is updated, where one is updated at a time.
+
+    Raises:
+        KernelArgumentError: with the hyperparameter's name.
+    """
+    for group in groups:
+        for p in group["params"]:
+            if p.requires_grad and takes_kernel(group, p, options):
+                check_settings(group, p.device)
+                break
 
 
 def check_rows(rows: Sequence[Row]) -> None:

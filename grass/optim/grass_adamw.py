@@ -18,7 +18,7 @@ from grass.config import GrassConfig
 from grass.errors import ConfigError, GrassError, ParameterError
 from grass.layer_scheduler import Change, LayerScheduler
 from grass.layers import LayerMap, Pattern
-from grass.optim.checks import refuse_sparse
+from grass.optim.checks import check_groups, refuse_sparse
 from grass.optim.embeddings import keep_graph_through_frozen_embeddings
 from grass.optim.freezing import Lease, trainable_flags
 from grass.optim.fused_backward import FusedBackward, tied_parameters
@@ -243,6 +243,8 @@ class GrassAdamW(MethodView, Saving):
     def _update_home(self, home: int) -> Tensor | None:
         """Update what has one home, inside backward; the gradients will be freed."""
         self._refuse_if_ended()
+        if self._fused is not None and not self._fused.done:
+            check_groups(self.param_groups, self._options)
         sq_norms = self._update(home)
         if self._offloading is not None:
             work = self._works[home]

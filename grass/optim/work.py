@@ -271,11 +271,16 @@ class Work:
             lr, *rest = _settings(groups[index])
             if type(lr) is float and lr == lr and rest == self._sound.get(index):
                 continue  # a schedule changes the learning rate in every step
-            beta1, beta2, eps, weight_decay, _ = rest
-            betas = tuple(float(beta) if isinstance(beta, Tensor) else beta for beta in (beta1, beta2))
-            check_hyperparameters(kernel_lr(lr, device), betas, eps, weight_decay, device)
+            check_settings(groups[index], device)
             if not any(isinstance(value, Tensor) for value in rest):
                 self._sound[index] = rest
+
+
+def check_settings(group: dict[str, Any], device: torch.device) -> None:
+    """Refuse hyperparameters of a group that kernels on the device cannot be given."""
+    lr, beta1, beta2, eps, weight_decay, _ = _settings(group)
+    betas = tuple(float(beta) if isinstance(beta, Tensor) else beta for beta in (beta1, beta2))
+    check_hyperparameters(kernel_lr(lr, device), betas, eps, weight_decay, device)
 
 
 def kernel_lr(lr: Any, device: torch.device) -> float | Tensor:

@@ -15,6 +15,7 @@ from fused import FUSED, MODES, STEPS, backward, compare, stack
 from torch import Tensor, nn
 
 import grass
+import grass_kernels
 from grass.errors import BackwardError
 
 
@@ -45,6 +46,27 @@ def torn(offload: str = "none", **options: Any) -> tuple[nn.Module, grass.GrassA
     tiny.train(model, opt, 1, 3)
     failing(model, 3, min(opt.active_layers))
     return model, opt
+
+
+@pytest.mark.parametrize("offload", MODES)
+def test_a_bad_setting_of_a_later_group_tears_nothing(offload: str) -> None:
+    """The head is complete first: with its group's good settings it would be updated, and then the rest refused."""
+    model = tiny.stack()
+    head = list(model.head.parameters())
+    rest = [p for p in model.parameters() if all(p is not q for q in head)]
+    config = tiny.config(probe_steps=1, **FUSED, **MODES[offload])
+    opt = grass.GrassAdamW([{"params": rest}, {"params": head}], model=model, lr=1e-2, config=config)
+    tiny.train(model, opt, 0, 3)
+    before, count = tiny.weights(model), opt.step_count
+    opt.param_groups[0]["eps"] = -1.0
+    with pytest.raises(grass_kernels.KernelArgumentError, match="eps"):
+        backward(model, 3)
+    assert opt.torn_layers == ()
+    assert all(torch.equal(before[name], value) for name, value in tiny.weights(model).items())
+    opt.param_groups[0]["eps"] = 1e-8
+    opt.zero_grad()
+    tiny.train(model, opt, 3, 5)
+    assert opt.step_count == count + 2
 
 
 @pytest.mark.parametrize("offload", MODES)

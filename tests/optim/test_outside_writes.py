@@ -202,6 +202,12 @@ def test_views_of_one_buffer_are_refused():
     assert_bits([p.detach() for p in params], before)
 
 
+def test_they_are_refused_by_name():
+    named = list(zip("abc", views(), strict=True))
+    with pytest.raises(ValueError, match=r"and b shares its version counter with c, "):
+        grass.AdamW(named, master_weights=True)
+
+
 def test_a_group_with_a_view_of_the_same_buffer_is_refused_and_not_added():
     params = views()
     optimizer = grass.AdamW(params[:2], **HYPER, master_weights=True)
