@@ -129,7 +129,7 @@ class Inputs:
         self._headers = struct.Struct(_FORMAT * num_groups)
         words = num_tensors + len(WORDS) * num_groups
         self.data = torch.empty(words, dtype=torch.int64, device=device)
-        self._headers_data = self.data[num_tensors:]
+        self._addresses_data, self._headers_data = self.data[:num_tensors], self.data[num_tensors:]
         self._grads: bytes | None = None
         self._groups: Sequence[Hyperparameters] = ()
         self._slots: list[_Slot] = []
@@ -163,10 +163,15 @@ class Inputs:
             slot = self._slots[self._next]
             self._next = (self._next + 1) % SLOTS
         slot.reuse()
-        self._write_headers(slot, groups)
+        changed = groups != self._groups
         if moved:
             slot.write_addresses(grads)
+        if changed:
+            self._write_headers(slot, groups)
+        if moved and changed:
             copy_to_device(self.data, slot.words)
+        elif moved:
+            copy_to_device(self._addresses_data, slot.addresses)
         else:
             copy_to_device(self._headers_data, slot.headers)
         slot.copied(self.data.device)
@@ -204,7 +209,7 @@ class _Slot:
     def __init__(self, words: int, headers_start: int, device: torch.device) -> None:
         pinned = device.type == "cuda"
         self.words = torch.empty(words, dtype=torch.int64, device=_CPU, pin_memory=pinned)
-        self.headers = self.words[headers_start:]
+        self.addresses, self.headers = self.words[:headers_start], self.words[headers_start:]
         self.bytes = (ctypes.c_char * (8 * words)).from_address(self.words.data_ptr())
         self._event: Any = None
 

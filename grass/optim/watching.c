@@ -137,7 +137,7 @@ static PyObject *gradients_if_same(PyObject *self, PyObject *args)
     d.words = (int64_t *)PyBytes_AS_STRING(description);
     d.size = (size_t)PyBytes_GET_SIZE(description) / sizeof *d.words;
     Py_ssize_t count = PyList_GET_SIZE(params), present = 0;
-    grads = PyList_New(0);
+    grads = PyList_New(count); /* cut to those that there are */
     addresses = PyBytes_FromStringAndSize(NULL, count * (Py_ssize_t)sizeof(int64_t));
     if (grads == NULL || addresses == NULL)
         goto done;
@@ -147,17 +147,15 @@ static PyObject *gradients_if_same(PyObject *self, PyObject *args)
         if (grad == NULL)
             goto done;
         if (grad != Py_None) {
-            memcpy(PyBytes_AS_STRING(addresses) + sizeof word * (size_t)present++, &word, sizeof word);
-            if (PyList_Append(grads, grad) != 0) {
-                Py_DECREF(grad);
-                goto done;
-            }
-        }
-        Py_DECREF(grad);
+            memcpy(PyBytes_AS_STRING(addresses) + sizeof word * (size_t)present, &word, sizeof word);
+            PyList_SET_ITEM(grads, present++, grad);
+        } else
+            Py_DECREF(grad);
     }
     if (d.differs || d.used != d.size)
         result = Py_NewRef(Py_None);
-    else if (_PyBytes_Resize(&addresses, present * (Py_ssize_t)sizeof(int64_t)) == 0)
+    else if (PyList_SetSlice(grads, present, count, NULL) == 0 &&
+             _PyBytes_Resize(&addresses, present * (Py_ssize_t)sizeof(int64_t)) == 0)
         result = PyTuple_Pack(2, addresses, grads);
 done:
     Py_XDECREF(grads);
