@@ -26,7 +26,7 @@ typedef struct {
 } DLPackExchangeAPI;
 
 static const DLPackExchangeAPI *api;
-static PyObject *grad_name;
+static PyObject *grad_name, *is_neg_name;
 
 /* A description: 64-bit words. It is either written, or compared with one that was. */
 typedef struct {
@@ -128,37 +128,44 @@ done:
     return result;
 }
 
-static PyObject *gradients_if_same(PyObject *self, PyObject *args)
+static PyObject *addresses_if_same(PyObject *self, PyObject *args)
 {
-    PyObject *params, *description, *grads = NULL, *addresses = NULL, *result = NULL;
+    PyObject *params, *description, *before, *addresses, *result = NULL;
     Description d = {.compares = 1};
-    if (!PyArg_ParseTuple(args, "OS", &params, &description) || !may_look(params))
+    if (!PyArg_ParseTuple(args, "OSS", &params, &description, &before) || !may_look(params))
         return NULL;
     d.words = (int64_t *)PyBytes_AS_STRING(description);
     d.size = (size_t)PyBytes_GET_SIZE(description) / sizeof *d.words;
+    const int64_t *old = (const int64_t *)PyBytes_AS_STRING(before);
+    Py_ssize_t old_count = PyBytes_GET_SIZE(before) / (Py_ssize_t)sizeof *old;
     Py_ssize_t count = PyList_GET_SIZE(params), present = 0;
-    grads = PyList_New(count); /* cut to those that there are */
-    addresses = PyBytes_FromStringAndSize(NULL, count * (Py_ssize_t)sizeof(int64_t));
-    if (grads == NULL || addresses == NULL)
-        goto done;
+    addresses = PyBytes_FromStringAndSize(NULL, count * (Py_ssize_t)sizeof *old);
+    if (addresses == NULL)
+        return NULL;
+    int64_t *words = (int64_t *)PyBytes_AS_STRING(addresses);
     for (Py_ssize_t i = 0; i < count && !d.differs; i++) {
-        int64_t word;
-        PyObject *grad = look_at(PyList_GET_ITEM(params, i), &d, &word);
+        PyObject *grad = look_at(PyList_GET_ITEM(params, i), &d, &words[present]);
         if (grad == NULL)
             goto done;
         if (grad != Py_None) {
-            memcpy(PyBytes_AS_STRING(addresses) + sizeof word * (size_t)present, &word, sizeof word);
-            PyList_SET_ITEM(grads, present++, grad);
-        } else
-            Py_DECREF(grad);
+            if (present >= old_count || words[present] != old[present]) {
+                PyObject *negative = PyObject_CallMethodNoArgs(grad, is_neg_name);
+                d.differs |= negative == Py_True;
+                Py_XDECREF(negative);
+                if (negative == NULL) {
+                    Py_DECREF(grad);
+                    goto done;
+                }
+            }
+            present++;
+        }
+        Py_DECREF(grad);
     }
     if (d.differs || d.used != d.size)
         result = Py_NewRef(Py_None);
-    else if (PyList_SetSlice(grads, present, count, NULL) == 0 &&
-             _PyBytes_Resize(&addresses, present * (Py_ssize_t)sizeof(int64_t)) == 0)
-        result = PyTuple_Pack(2, addresses, grads);
+    else if (_PyBytes_Resize(&addresses, present * (Py_ssize_t)sizeof *old) == 0)
+        result = Py_NewRef(addresses);
 done:
-    Py_XDECREF(grads);
     Py_XDECREF(addresses);
     return result;
 }
@@ -178,7 +185,7 @@ static PyObject *use(PyObject *self, PyObject *capsule)
 static PyMethodDef functions[] = {
     {"use", use, METH_O, "Take torch.Tensor.__dlpack_c_exchange_api__ to look at tensors with."},
     {"describe", describe, METH_O, "See watching.py."},
-    {"gradients_if_same", gradients_if_same, METH_VARARGS, "See watching.py."},
+    {"addresses_if_same", addresses_if_same, METH_VARARGS, "See watching.py."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -187,5 +194,6 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, .m_name = "grass_watc
 PyMODINIT_FUNC PyInit_grass_watching(void)
 {
     grad_name = PyUnicode_InternFromString("grad");
-    return grad_name == NULL ? NULL : PyModule_Create(&module);
+    is_neg_name = PyUnicode_InternFromString("is_neg");
+    return grad_name == NULL || is_neg_name == NULL ? NULL : PyModule_Create(&module);
 }

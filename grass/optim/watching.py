@@ -19,9 +19,6 @@ from torch import Tensor
 
 from grass_kernels import compile_c
 
-Gradients = tuple[bytes, list[Tensor]]
-"""Addresses of the gradients that there are, 8 bytes each, and those gradients."""
-
 
 class Watch(NamedTuple):
     """Two functions, in C or in Python."""
@@ -30,8 +27,9 @@ class Watch(NamedTuple):
     """What is to be compared of these parameters: which have gradients; address, dtype, device, shape and strides of
     those that have; and the same of the gradients, but for their addresses. It may raise RuntimeError where a tensor
     has no address, as a sparse one."""
-    gradients_if_same: Callable[[list[Tensor], Any], Gradients | None]
-    """The gradients, if these parameters are as described. RuntimeError as before."""
+    addresses_if_same: Callable[[list[Tensor], Any, bytes], bytes | None]
+    """Addresses of the gradients that there are, 8 bytes each, if these parameters are as described; given those of
+    before. None also for a negative view, looked for where an address has changed. RuntimeError as before."""
 
 
 @functools.cache
@@ -50,7 +48,7 @@ def watch() -> Watch:
     ) as error:
         logging.getLogger(__name__).info("steps cost the host more than they need: %s", error)
         return IN_PYTHON
-    return Watch(compiled.describe, compiled.gradients_if_same)
+    return Watch(compiled.describe, compiled.addresses_if_same)
 
 
 def _describe(params: list[Tensor]) -> Any:
@@ -61,14 +59,15 @@ def _layout(t: Tensor) -> tuple[Any, ...]:
     return t.layout, t.dtype, t.device, t.shape, t.stride()
 
 
-def _gradients_if_same(params: list[Tensor], description: Any) -> Gradients | None:
+def _addresses_if_same(params: list[Tensor], description: Any, before: bytes) -> bytes | None:
     if _describe(params) != description:
         return None
     grads = [p.grad for p in params if p.grad is not None]
-    return array("q", map(Tensor.data_ptr, grads)).tobytes(), grads
+    addresses = array("q", map(Tensor.data_ptr, grads)).tobytes()
+    return None if addresses != before and any(map(Tensor.is_neg, grads)) else addresses
 
 
-IN_PYTHON = Watch(_describe, _gradients_if_same)
+IN_PYTHON = Watch(_describe, _addresses_if_same)
 
 
 class CountedStates(defaultdict[Tensor, dict[str, Any]]):

@@ -25,7 +25,6 @@ from grass_kernels import AdamWPlan, Hyperparameters, Part, TensorLists, layout
 from grass_kernels.arguments import check_hyperparameters
 from grass_kernels.inputs import split_lr
 
-_is_neg = Tensor.is_neg
 _structure = itemgetter("amsgrad", "differentiable", "capturable", "foreach", "fused")
 _version = attrgetter("_version")
 _params = itemgetter("params")
@@ -191,10 +190,10 @@ class Work:
         """What the next step compares, and where the gradients are."""
         try:
             description = self._watch.describe(self._members)
-            found = self._watch.gradients_if_same(self._members, description)
+            addresses = self._watch.addresses_if_same(self._members, description, b"")
         except RuntimeError:  # of torch's parameters some have no addresses: every step divides anew
-            found = None
-        return (None, b"") if found is None else (description, found[0])
+            addresses = None
+        return (None, b"") if addresses is None else (description, addresses)
 
     def parts_of(self, rows: Sequence[Row]) -> list[Part]:
         """How the units divide these rows; a row is a tensor."""
@@ -224,16 +223,12 @@ class Work:
         if entries_of(state) != self._entries or _sentinel(state) != self._sentinel:
             return False
         try:
-            found = self._watch.gradients_if_same(members, self._description)
+            addresses = self._watch.addresses_if_same(members, self._description, self.grads)
         except RuntimeError:
             return False
-        if found is None:
+        if addresses is None:
             return False
-        addresses, grads = found
-        if addresses != self.grads:
-            if any(map(_is_neg, grads)):
-                return False
-            self.grads = addresses
+        self.grads = addresses
         if list(map(_structure, groups)) != self._structures:
             return False
         settings = list(map(_settings, groups))

@@ -126,6 +126,7 @@ CHANGES = {
     "a gradient's width": (put_grad(torch.Tensor.half), False),
     "a gradient's strides": (put_grad(torch.t), False),
     "a gradient's type": (put_grad(lambda g: g.as_subclass(Marked)), False),
+    "a gradient's address and sign": (put_grad(lambda g: torch._neg_view(g.clone())), False),
     "a gradient more": (lambda params: setattr(params[2], "grad", square(12)), False),
     "a gradient less": (put_grad(lambda g: None), False),
     "a parameter's address": (put_data(torch.clone), False),
@@ -145,17 +146,14 @@ def test_what_is_seen(watched, change):
     make, same = CHANGES[change]
     params = described()
     description = watched.describe(params)
+    before = watched.addresses_if_same(params, description, b"")
     grads = [p.grad for p in params]  # alive, so that a copy lies elsewhere
     make(params)
-    found = watched.gradients_if_same(params, description)
-    if not same:
-        assert found is None
-        return
-    addresses, seen = found
-    now = [p.grad for p in params if p.grad is not None]
-    assert len(seen) == len(now)
-    assert all(a is b for a, b in zip(seen, now, strict=True))
-    assert list(array("q", addresses)) == [g.data_ptr() for g in now]
+    addresses = watched.addresses_if_same(params, description, before)
+    if same:
+        assert list(array("q", addresses)) == [p.grad.data_ptr() for p in params if p.grad is not None]
+    else:
+        assert addresses is None
     del grads
 
 
@@ -166,9 +164,9 @@ def test_sizes(watched, sizes):
     params = [nn.Parameter(torch.zeros(size)) for size in sizes]
     for p in params:
         p.grad = torch.zeros_like(p)
-    addresses, grads = watched.gradients_if_same(params, watched.describe(params))
-    assert list(array("q", addresses)) == [p.grad.data_ptr() for p in params]
-    assert len(grads) == len(sizes)
+    for before in (b"", bytes(8 * len(sizes)), bytes(8 * len(sizes) + 8)):
+        addresses = watched.addresses_if_same(params, watched.describe(params), before)
+        assert list(array("q", addresses)) == [p.grad.data_ptr() for p in params]
 
 
 @WATCHES
@@ -178,15 +176,37 @@ def test_a_tensor_without_addresses(watched):
     before = watched.describe(params)
     params[1].grad = square(1).to_sparse()
     with contextlib.suppress(RuntimeError):
-        assert watched.gradients_if_same(params, before) is None
+        assert watched.addresses_if_same(params, before, b"") is None
     with pytest.raises(RuntimeError):
-        watched.gradients_if_same(params, watched.describe(params))
+        watched.addresses_if_same(params, watched.describe(params), b"")
+
+
+@WATCHES
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_a_negative_view_is_found_where_an_address_has_changed(watched, place):
+    """And taken on trust where none has."""
+    params = described()
+    kept = [p.grad for p in params]
+    params[place].grad = torch._neg_view(params[place].grad)
+    description = watched.describe(params)
+    assert watched.addresses_if_same(params, description, b"") is None
+    now = array("q", [p.grad.data_ptr() for p in params if p.grad is not None])
+    assert watched.addresses_if_same(params, description, now.tobytes()) == now.tobytes()
+    now[min(place, 2)] += 4
+    assert watched.addresses_if_same(params, description, now.tobytes()) is None
+    del kept
 
 
 def test_bad_arguments_in_c():
-    for arguments in [((), b""), ([], bytearray()), ([3], b""), ([],)]:
+    for arguments in [
+        ((), b"", b""),
+        ([], bytearray(), b""),
+        ([], b"", bytearray()),
+        ([3], b"", b""),
+        ([], b""),
+    ]:
         with pytest.raises((TypeError, AttributeError)):
-            watch().gradients_if_same(*arguments)
+            watch().addresses_if_same(*arguments)
     with pytest.raises(TypeError, match="list"):
         watch().describe(())
 
@@ -201,14 +221,14 @@ def test_nothing_is_kept():
     def all_ways() -> None:
         for _ in range(200):
             watch().describe(params)
-            assert watch().gradients_if_same(params, description) is not None
-            assert watch().gradients_if_same(params[:2], description) is None
+            assert watch().addresses_if_same(params, description, b"") is not None
+            assert watch().addresses_if_same(params[:2], description, b"") is None
         params[1].grad, dense = sparse, params[1].grad
         for _ in range(200):
             with contextlib.suppress(RuntimeError):
                 watch().describe(params)
             with contextlib.suppress(RuntimeError):
-                watch().gradients_if_same(params, description)
+                watch().addresses_if_same(params, description, b"")
         params[1].grad = dense
 
     all_ways()
