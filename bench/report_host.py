@@ -18,7 +18,8 @@ def host_note(label: str) -> str:
         f"Run {label}, by the unit: the time to read the addresses of the gradients, in the same situation.\n"
         "`grass` is `grass.AdamW` as it is by default, `grass clipping` has `max_grad_norm`, and `grass exact bf16`\n"
         f"`master_weights`. The target of {HOST_MOST:g}x is held against `grass`, each situation by itself; the other\n"
-        "variants have none. Of more tensors each takes longer, and so does reading its address: caches are colder."
+        "variants have none. Of more tensors one may take longer, and so does reading its address, in colder caches:\n"
+        "the target is the same multiple."
     )
 
 

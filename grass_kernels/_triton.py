@@ -16,6 +16,7 @@ Without Triton the package still imports: kernels are then plain functions that 
 import contextlib
 import functools
 import os
+import sysconfig
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -101,6 +102,9 @@ def compile_c(name: str, source: str) -> Any:
     """
     from triton.runtime.build import compile_module_from_src
 
+    header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+    if not os.path.exists(header):  # the compiler would say so, in every process
+        raise OSError(f"{header} is missing: install Python's headers")
     return compile_module_from_src(source, name)
 
 

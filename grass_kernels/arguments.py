@@ -72,7 +72,7 @@ def check_addressable(name: str, t: Any) -> None:
             f"{name} is a {type(t).__name__}, which keeps its elements in other tensors: give those (of a DTensor its "
             "to_local()), or use torch.optim.AdamW"
         )
-    _check_memory(name, t)
+    check_has_memory(name, t)
 
 
 def _check_tensors(name: str, tensors: Sequence[Tensor | None], optional: bool = False) -> None:
@@ -91,10 +91,10 @@ def check_memory(lists: Mapping[str, Sequence[Tensor]]) -> None:
         except RuntimeError:  # one of those that have no address to tell
             somewhere = False
         for position, t in enumerate(() if somewhere else tensors):
-            _check_memory(f"{name}[{position}]", t)
+            check_has_memory(f"{name}[{position}]", t)
 
 
-def _check_memory(name: str, t: Tensor) -> None:
+def check_has_memory(name: str, t: Tensor) -> None:
     """Not of fake and functional tensors: memory is a compiler's matter there."""
     if isinstance(t, FakeTensor) or torch._is_functional_tensor(t):
         return

@@ -214,7 +214,9 @@ class _Slot:
         self._event: Any = None
 
     def write_addresses(self, grads: bytes) -> None:
-        """Write the first part."""
+        """Write the first part; no part of it may stay as it was found."""
+        if len(grads) != 8 * self.addresses.numel():
+            raise ValueError(f"{len(grads)} bytes of addresses, for {self.addresses.numel()} tensors")
         ctypes.memmove(self.bytes, grads, len(grads))
 
     def reuse(self) -> None:

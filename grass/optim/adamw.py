@@ -17,7 +17,7 @@ from grass.optim.exact_weights import OutsideWrites, refuse_shared_counters
 from grass.optim.states import Options, StateMaker, has_remainder, takes_kernel
 from grass.optim.update import Scaler, update
 from grass.optim.watching import CountedStates
-from grass.optim.work import Row, Work
+from grass.optim.work import Row, Work, settings_of
 
 
 class AdamW(torch.optim.AdamW):
@@ -54,7 +54,8 @@ class AdamW(torch.optim.AdamW):
     A step compares with the last by address, dtype, shape and strides: parameters, gradients and states may be moved,
     replaced, loaded or dropped between steps. Taken on trust is that what lies at the address of its last is no
     negative view unless that was one (autograd makes none there); and that who replaces tensors inside ``state[p]``
-    by hand lets go of the old ones: to swap states that are kept, replace ``state[p]`` or use `load_state_dict`.
+    by hand, or moves the memory below one (by resizing its storage), does so for the first parameter too or lets go of
+    the old ones: to swap states that are kept, replace ``state[p]`` or use `load_state_dict`.
 
     Complex and float64 parameters, and tensor betas, take torch's own functional AdamW. Gradients are
     read-only: with a GradScaler they are unscaled inside the step, not rewritten.
@@ -261,8 +262,12 @@ class AdamW(torch.optim.AdamW):
         """Find the parameters with gradients, complete their states, and divide them."""
         refuse_in_capture()
         refuse_sparse(groups)
+        for group in groups:
+            settings_of(group)  # two betas?
         rows, num_layers = self._rows(slot)
         check_rows(rows)
+        if self._options.master_weights:
+            self._outside_writes.begin(p for _, p in self._members() if "remainder" in self.state.get(p, ()))
         for row in rows:
             group, state = self.param_groups[row.group], self.state[row.param]
             self._states.allocate(state, group, row.param)

@@ -10,7 +10,7 @@ import grass_kernels
 from grass.optim.states import Options, moment_keys, takes_kernel
 from grass.optim.work import Row, check_settings
 from grass_kernels import layout
-from grass_kernels.arguments import check_addressable
+from grass_kernels.arguments import check_addressable, check_has_memory
 
 
 def refuse_in_capture() -> None:
@@ -55,6 +55,11 @@ def check_rows(rows: Sequence[Row]) -> None:
         p, g = row.param, row.param.grad
         assert g is not None
         known = grass_kernels.is_supported(p.dtype, p.dtype, torch.float32)
+        if not known and p.dtype != torch.float64 and not p.is_complex():
+            raise grass_kernels.KernelArgumentError(
+                f"parameter {row.seed}, of shape {tuple(p.shape)}, is {p.dtype}, which AdamW does not update: it "
+                "updates bfloat16, float16, float32, float64 and complex; convert it"
+            )
         fits = grass_kernels.is_supported(p.dtype, g.dtype, torch.float32) if known else g.dtype == p.dtype
         if not fits:
             which = "its parameter's dtype or float32" if known else "its parameter's dtype"
@@ -69,6 +74,8 @@ def check_rows(rows: Sequence[Row]) -> None:
             )
         check_addressable(f"parameter {row.seed}", p)
         check_addressable(f"the gradient of parameter {row.seed}", g)
+        check_has_memory(f"parameter {row.seed}", p)
+        check_has_memory(f"the gradient of parameter {row.seed}", g)
         if layout.may_overlap(p):
             raise grass_kernels.KernelArgumentError(
                 f"parameter {row.seed}, of shape {tuple(p.shape)} and strides {p.stride()}, has elements that share "
@@ -113,6 +120,9 @@ def check_states(
                     f"{key} of parameter {row.seed} is {moment.dtype}, the parameter {p.dtype}: moments have one dtype "
                     f"that it can have; put in one that fits, or drop the parameter's state to start it anew"
                 )
+        for key, value in state[p].items():
+            if isinstance(value, Tensor):
+                check_has_memory(f"{key} of parameter {row.seed}", value)
         remainder = state[p].get("remainder")
         if remainder is not None and remainder.dtype != torch.int16:
             raise grass_kernels.KernelArgumentError(

@@ -19,6 +19,13 @@ class OutsideWrites:
 
     def __init__(self) -> None:
         self._left: dict[Tensor, tuple[int, int]] = {}  # by works that are gone, or at the last save
+        self._begun = False
+
+    def begin(self, params: Iterable[Tensor]) -> None:
+        """Remember how parameters with remainders are before the first step, those that it does not update too."""
+        if not self._begun:
+            self._begun = True
+            self._left = {p: (p._version, p.data_ptr()) for p in params} | self._left
 
     def drop_stale(self, work: Work, state: dict[Tensor, dict[str, Any]], maker: StateMaker) -> None:
         """Start parameters of a work anew that somebody else has written."""

@@ -224,7 +224,7 @@ def _update_by_function(
 def _update_by_torch(
     group: dict[str, Any], params: list[Tensor], states: list[dict[str, Any]], clip_coef: Tensor | None
 ) -> None:
-    grads = [p.grad for p in params if p.grad is not None]
+    grads = [p.grad.resolve_conj() for p in params if p.grad is not None]
     beta1, beta2 = group["betas"]
     with torch.set_grad_enabled(group["differentiable"]):
         if clip_coef is not None:

@@ -70,29 +70,46 @@ static void put_layout(Description *d, const DLTensor *t)
     }
 }
 
+/* Borrows from a tensor; -1, and an error is set, if it has no memory: it is sparse, or its storage was freed. */
+static int borrow(PyObject *tensor, DLTensor *t)
+{
+    if (api->dltensor_from_py_object(tensor, t) != 0)
+        return -1;
+    if (t->data != NULL)
+        return 0;
+    for (int32_t i = 0; i < t->ndim; i++)
+        if (t->shape[i] == 0)
+            return 0;
+    PyErr_SetString(PyExc_RuntimeError, "a tensor has no memory");
+    return -1;
+}
+
 /* Describes a parameter and its gradient, a new reference (None: there is none), to whose address *word is set.
    NULL, and an error is set, if one of them has no memory of its own. */
 static PyObject *look_at(PyObject *param, Description *d, int64_t *word)
 {
     DLTensor t;
+    Py_INCREF(param); /* a class may have made a property of `grad`, which does what it likes */
     PyObject *grad = PyObject_GetAttr(param, grad_name);
     if (grad == NULL)
-        return NULL;
+        goto done;
     put(d, grad == Py_None ? 0 : (int64_t)(intptr_t)Py_TYPE(grad));
     if (grad == Py_None)
-        return grad;
-    if (api->dltensor_from_py_object(grad, &t) != 0)
+        goto done;
+    if (borrow(grad, &t) != 0)
         goto error;
     *word = address(&t);
     put_layout(d, &t); /* before the next call: shape and strides are borrowed */
-    if (api->dltensor_from_py_object(param, &t) != 0)
+    if (borrow(param, &t) != 0)
         goto error;
     put(d, address(&t));
     put_layout(d, &t);
-    return grad;
+    goto done;
 error:
-    Py_DECREF(grad);
-    return NULL;
+    Py_CLEAR(grad);
+done:
+    Py_DECREF(param);
+    return grad;
 }
 
 static int may_look(PyObject *params)
@@ -143,7 +160,7 @@ static PyObject *addresses_if_same(PyObject *self, PyObject *args)
     if (addresses == NULL)
         return NULL;
     int64_t *words = (int64_t *)PyBytes_AS_STRING(addresses);
-    for (Py_ssize_t i = 0; i < count && !d.differs; i++) {
+    for (Py_ssize_t i = 0; i < count && i < PyList_GET_SIZE(params) && !d.differs; i++) {
         PyObject *grad = look_at(PyList_GET_ITEM(params, i), &d, &words[present]);
         if (grad == NULL)
             goto done;

@@ -8,6 +8,7 @@ addresses a parameter, which is most of what a step costs the host.
 
 import math
 import weakref
+from array import array
 from collections.abc import Sequence
 from itertools import chain
 from operator import attrgetter, itemgetter
@@ -113,6 +114,7 @@ class Work:
                 self.by_torch.setdefault(row.group, []).append(row)
             elif (
                 grass_kernels.runs_triton(p.device)
+                and not grass_kernels.operators.is_needed([p])
                 and _is_regular(p, state[p])
                 and _is_at_hand(group["lr"], p.device)
             ):
@@ -123,13 +125,20 @@ class Work:
 
         kernels = [row for row in rows if takes_kernel(groups[row.group], row.param, options)]
         self._checked = {row.group: row.param.device for row in kernels}
+        for index, its in self.by_torch.items():
+            if not any(isinstance(beta, Tensor) for beta in groups[index]["betas"]):
+                self._checked.setdefault(index, its[0].param.device)
         self._sound: dict[int, list[Any]] = {}  # what was found right beside the learning rate, by group
-        self._settings = list(map(_settings, groups))
+        self._settings = list(map(settings_of, groups))
         self._check_settings(groups)
         self.hyperparameters = self._hyperparameters(groups)
         planned = [p for part in self.planned for p in part.of(self.params)]
         states = [t for p in planned for t in state[p].values() if isinstance(t, Tensor)]
-        self.written = [*planned, maker.counter, *_with_other_counter(states, maker.counter)]
+        self.written = [
+            *_counted(planned),
+            maker.counter,
+            *_with_other_counter(_counted(states), maker.counter),
+        ]
         self.with_remainder = [
             row.param
             for row in rows
@@ -143,7 +152,11 @@ class Work:
         self._single_elements = [place for place, p in enumerate(self._members) if p.numel() == 1]
         self._lengths = list(map(len, map(_params, groups)))
         self._watch = watch()
-        self._description, self.grads = self._describe()
+        self.grads = array("q", [_address_or_0(p.grad) for p in self.params]).tobytes()
+        try:
+            self._description = self._watch.describe(self._members)
+        except RuntimeError:  # some have no addresses: every step divides anew
+            self._description = None
         self._structures = list(map(_structure, groups))
         self._entries = entries_of(state)
         self._sentinel = _sentinel(state)
@@ -186,15 +199,6 @@ class Work:
         plan.buffers.append(sq_norms)
         return Planned(plan, None if len(places) == len(self.rows) else places, sq_norms)
 
-    def _describe(self) -> tuple[Any, bytes]:
-        """What the next step compares, and where the gradients are."""
-        try:
-            description = self._watch.describe(self._members)
-            addresses = self._watch.addresses_if_same(self._members, description, b"")
-        except RuntimeError:  # of torch's parameters some have no addresses: every step divides anew
-            addresses = None
-        return (None, b"") if addresses is None else (description, addresses)
-
     def parts_of(self, rows: Sequence[Row]) -> list[Part]:
         """How the units divide these rows; a row is a tensor."""
         places = {row.param: place for place, row in enumerate(rows)}
@@ -231,7 +235,7 @@ class Work:
         self.grads = addresses
         if list(map(_structure, groups)) != self._structures:
             return False
-        settings = list(map(_settings, groups))
+        settings = list(map(settings_of, groups))
         if _have_tensors(settings) or settings != self._settings:
             self._check_settings(groups)
             self._settings = settings
@@ -253,7 +257,7 @@ class Work:
         limit = math.inf if self.options.max_grad_norm is None else self.options.max_grad_norm
         taken = []
         for group in groups:
-            lr, beta1, beta2, eps, weight_decay, maximize = _settings(group)
+            lr, beta1, beta2, eps, weight_decay, maximize = settings_of(group)
             betas = (float(beta1), float(beta2))
             taken.append(
                 Hyperparameters(*split_lr(lr), betas, float(eps), float(weight_decay), maximize, limit)
@@ -263,7 +267,7 @@ class Work:
     def _check_settings(self, groups: Sequence[dict[str, Any]]) -> None:
         """Refuse what kernels cannot be given, for all groups before any is updated."""
         for index, device in self._checked.items():
-            lr, *rest = _settings(groups[index])
+            lr, *rest = settings_of(groups[index])
             if type(lr) is float and lr == lr and rest == self._sound.get(index):
                 continue  # a schedule changes the learning rate in every step
             check_settings(groups[index], device)
@@ -273,7 +277,7 @@ class Work:
 
 def check_settings(group: dict[str, Any], device: torch.device) -> None:
     """Refuse hyperparameters of a group that kernels on the device cannot be given."""
-    lr, beta1, beta2, eps, weight_decay, _ = _settings(group)
+    lr, beta1, beta2, eps, weight_decay, _ = settings_of(group)
     betas = tuple(float(beta) if isinstance(beta, Tensor) else beta for beta in (beta1, beta2))
     check_hyperparameters(kernel_lr(lr, device), betas, eps, weight_decay, device)
 
@@ -285,9 +289,12 @@ def kernel_lr(lr: Any, device: torch.device) -> float | Tensor:
     return lr
 
 
-def _settings(group: dict[str, Any]) -> tuple[Any, ...]:
+def settings_of(group: dict[str, Any]) -> tuple[Any, ...]:
     """Values to be compared; a list of betas may be written in place."""
-    beta1, beta2 = group["betas"]
+    try:
+        beta1, beta2 = group["betas"]
+    except (TypeError, ValueError):
+        raise grass_kernels.KernelArgumentError(f"betas are {group['betas']!r}: give two numbers") from None
     return group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["maximize"]
 
 
@@ -310,10 +317,21 @@ def _is_at_hand(lr: float | Tensor, device: torch.device) -> bool:
 
 def _is_regular(p: Tensor, state: dict[str, Any]) -> bool:
     """Whether a parameter, its gradient and its state can be walked in storage order together."""
+    if type(p).grad is not Tensor.grad:
+        return False  # a property, whose tensors may not outlive the look at them
     beside = [p.grad, *(value for key, value in state.items() if key != "step")]
     return layout.is_dense(p) and all(
         layout.is_dense(t) and layout.same_order(t, p) and not t.is_neg() for t in beside if t is not None
     )
+
+
+def _address_or_0(t: Tensor | None) -> int:
+    return 0 if t is None or t.layout != torch.strided else t.data_ptr()
+
+
+def _counted(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those that have a version counter: not what was made in inference mode."""
+    return [t for t in tensors if not t.is_inference()]
 
 
 def _with_other_counter(tensors: Sequence[Tensor], counter: Tensor) -> list[Tensor]:

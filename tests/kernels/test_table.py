@@ -143,6 +143,17 @@ def test_any_order_of_changes_leaves_what_was_given_last(copies):
         assert found == [each.lr for each in groups]
 
 
+@pytest.mark.parametrize("given", [b"", bytes(8), bytes(24)])
+def test_addresses_of_another_number_are_refused(given):
+    """Fewer would leave old ones in place, more would be written beyond the end."""
+    buffer = Inputs(2, 1, CPU, capturable=True)
+    buffer.upload(buffer.pack([1, 2]), [group()])
+    with pytest.raises(ValueError, match="2 tensors"):
+        buffer.upload(given, [group()])
+    with pytest.raises(ValueError, match="2 tensors"):
+        buffer.for_graph(given, [group()])
+
+
 def test_words_are_doubles():
     values, _ = header_of(group(lr=1e-5, betas=(0.9, 0.99999), maximize=True, max_grad_norm=0.7))
     assert values["lr"] == 1e-5

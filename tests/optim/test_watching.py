@@ -211,6 +211,32 @@ def test_bad_arguments_in_c():
         watch().describe(())
 
 
+class Emptying(nn.Parameter):
+    """Its gradient is a property that empties the list it is in."""
+
+    @property
+    def grad(self):
+        self.list.clear()
+        return square(3)
+
+
+def test_a_list_that_is_emptied_meanwhile():
+    params = [Emptying(square(0)), nn.Parameter(square(1))]
+    params[0].list, kept = params, list(params)
+    description = watch().describe(params)
+    assert params == []
+    params.extend(kept)
+    assert watch().addresses_if_same(params, description, b"") is not None
+    params.extend(kept)
+    assert watch().addresses_if_same(params, watch().describe(list(kept[1:])), b"") is None
+
+
+def test_without_pythons_headers_no_compiler_is_asked(monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_paths", lambda *args, **kwargs: {"include": "/nowhere"})
+    with pytest.raises(OSError, match="headers"):
+        compile_c("nothing", "#error")
+
+
 def test_nothing_is_kept():
     """As leaks of gradients, or of what is returned, would."""
     params = described()
