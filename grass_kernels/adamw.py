@@ -113,6 +113,7 @@ def masked_adamw_(
     layers = arguments.layer_list(layer_index, len(params), found_layers)
     num_layers = 1 if found_layers is None else found_layers
     arguments.check_hyperparameters(lr, betas, eps, weight_decay, device)
+    arguments.check_flag("maximize", maximize)
     lr = lr.resolve_neg() if isinstance(lr, Tensor) else float(lr)
     betas, eps, weight_decay = (float(betas[0]), float(betas[1])), float(eps), float(weight_decay)
     grad_scale = arguments.device_scalar("grad_scale", grad_scale, device)

@@ -45,6 +45,12 @@ def common_device(lists: Mapping[str, Sequence[Tensor]]) -> torch.device:
     raise AssertionError("more than one device, and none that differs")
 
 
+def check_list(name: str, tensors: Any) -> None:
+    """It must be a list or a tuple, whose members are checked later."""
+    if not isinstance(tensors, list | tuple):
+        raise KernelArgumentError(f"{name} is {_bare(type(tensors).__name__)}: give a list of tensors")
+
+
 def check_grads(grads: Sequence[Tensor]) -> None:
     """Gradients must be dense (in torch's sense: not sparse) and of a supported dtype."""
     _check_tensors("grads", grads)
@@ -353,6 +359,12 @@ def check_hyperparameters(
             f"lr is {_bare(lr.dtype)} of shape {tuple(lr.shape)} on {lr.device}: give a number, or a "
             f"float32 or float64 tensor of one element on {device} or the CPU"
         )
+
+
+def check_flag(name: str, value: Any) -> None:
+    """A word such as "no" would be true."""
+    if not isinstance(value, bool):
+        raise KernelArgumentError(f"{name} is {value!r}: give True or False")
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -200,6 +200,7 @@ def layer_sq_norms(
 
     Source: the per-layer norms of GRASS's importance, before the square root.
     """
+    arguments.check_list("grads", grads)
     if operators.is_needed(grads):
         layers = layer_index.tolist() if isinstance(layer_index, Tensor) else layer_index
         return torch.ops.grass_kernels.layer_sq_norms(grads, layers, num_layers, grad_scale=grad_scale)

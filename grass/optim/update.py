@@ -213,7 +213,7 @@ def _update_by_function(
         betas=(float(beta1), float(beta2)),
         eps=group["eps"],
         weight_decay=group["weight_decay"],
-        maximize=group["maximize"],
+        maximize=bool(group["maximize"]),
         max_exp_avg_sqs=[s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else None,
         remainders=[s.get("remainder") for s in states] if work.options.master_weights else None,
         rounding_seeds=[row.seed for row in rows] if work.options.stochastic_rounding else None,
