@@ -6,7 +6,7 @@ themselves run on CPU tensors.
 """
 
 from grass_kernels import operators, reference
-from grass_kernels._triton import compile_c, runs_triton
+from grass_kernels._triton import runs_triton
 from grass_kernels.adamw import masked_adamw_, masked_adamw_bytes
 from grass_kernels.arguments import is_supported
 from grass_kernels.errors import KernelArgumentError
@@ -26,7 +26,6 @@ __all__ = [
     "States",
     "TensorLists",
     "TorchPlan",
-    "compile_c",
     "is_supported",
     "layer_sq_norms",
     "layer_sq_norms_bytes",

@@ -226,7 +226,7 @@ def _host() -> Iterator[Figure]:
         )  # fmt: skip
         yield Figure(
             part, f"grass, {many} tensors, {situation}: by the time to read their gradients' addresses",
-            f"<= {HOST_MOST:g}x", _host_by_tensor(few, many, situation),
+            f"<= {HOST_MOST:g}x", _host_of_many(few, many, situation),
         )  # fmt: skip
 
 
@@ -245,7 +245,7 @@ def _host_ratio(
     return read
 
 
-def _host_by_tensor(few: int, many: int, situation: str) -> Callable[[Rows], Reading | None]:
+def _host_of_many(few: int, many: int, situation: str) -> Callable[[Rows], Reading | None]:
     """The same with many tensors; beside it, what one of them takes and what one of few does.
 
     In units, since reading an address takes longer too where 5,000 tensors have left the caches.

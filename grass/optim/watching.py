@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grass_kernels import compile_c
+from grass_kernels._triton import compile_c
 
 
 class Watch(NamedTuple):

@@ -216,8 +216,8 @@ class Work:
     def holds(self, groups: Sequence[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> bool:
         """Whether the next step can take the same ways; if so, `grads` and `hyperparameters` are those of now.
 
-        A gradient that has moved is looked at whether it is a negative view; parameters, and gradients where they were,
-        are taken to have the sign they had. A parameter that has moved, or anything of another layout, ends the plan.
+        A gradient that has moved is asked whether it is a negative view; parameters, and gradients where they were, are
+        taken to have the sign they had. A parameter that has moved, or anything of another layout, ends the plan.
         """
         members = list(chain.from_iterable(map(_params, groups)))
         if list(map(len, map(_params, groups))) != self._lengths or not self._are_members(members):

@@ -1,72 +1,19 @@
 """Failures these tests catch: a number on the page that no row gave; a figure read from the wrong case or variant; a
 ratio across runs or cards; one to torch in other dtypes; a target met that was missed; a number that reads like the
-target it missed; a variant whose cost is not shown; figures quoted from a run whose tests failed; tests said to have
+target it missed; figures quoted from a run whose tests failed; tests said to have
 passed that nobody ran; rows of an uncommitted tree that pass for a commit's; a gap that is passed over in silence; a
 page that is not what the committed results give.
 """
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from pages import CARD, host_row, kernel_row, lines_of, page_of, write_rows, write_run
 
 from bench.gpu.figures import LARGE, OF_ONE_DTYPE, beside, figure_cases, figures
-from bench.host import subjects
 from bench.kernels.cases import Case
 from bench.kernels.rows import failed_row
 from bench.report import PAGE, RESULTS, UNMEASURED, main, make_page
-from bench.report_host import VARIANTS as HOST_VARIANTS
-
-CARD = {
-    "device": "Card A", "driver": "1.2", "torch": "2.11", "triton": "3.6", "python": "3.12", "commit": "0123456789ab",
-    "dirty": False,
-}  # fmt: skip
-HOST = {**CARD, "device": "A CPU", "driver": None}
-
-
-def kernel_row(case: Case, variant: str = "grass", **other) -> dict:
-    measured = {
-        "measured": True,
-        "bytes": 100,
-        "seconds_median": 0.01,
-        "gb_per_s": 2500.0,
-        "percent_of_copy": 93.5,
-        "time_ratio_to_torch": 1.3,
-        "byte_ratio_to_torch": 1.25,
-        "baseline": "torch_fused, same dtypes",
-        "error_ulps": 0.5,
-        "peak_bytes": 4_000_000,
-    }
-    return {**failed_row(case, variant, CARD, None), **measured, **other}
-
-
-def host_row(tensors: int, variant: str, seconds: float, situation: str = "in place") -> dict:
-    keys = {"suite": "host", "tensors": tensors, "situation": situation, "variant": variant}
-    return {**keys, "seconds_median": seconds, **HOST}
-
-
-def write_rows(results: Path, name: str, rows: list[dict]) -> None:
-    """As a benchmark on its own leaves them."""
-    (results / name).mkdir(parents=True)
-    (results / name / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_run(results: Path, name: str, rows: list[dict], tests_passed: bool | None = True) -> None:
-    """As the suite leaves them."""
-    write_rows(results, name, rows)
-    summary = {"tests_passed": tests_passed, "stages": []}
-    (results / name / "summary.json").write_text(json.dumps(summary))
-
-
-def page_of(results: Path) -> str:
-    return make_page(results, results / "page.md")
-
-
-def lines_of(page: str, *words: str) -> list[list[str]]:
-    """The cells after the name, of table lines that contain all words."""
-    found = [line for line in page.splitlines() if line.startswith("| ") and all(w in line for w in words)]
-    return [[cell.strip() for cell in line.strip("| ").split(" | ")][1:] for line in found]
 
 
 def test_the_committed_page_is_what_the_committed_results_give():
@@ -159,30 +106,6 @@ def test_frozen_layers(tmp_path, seconds, value, verdict):
     assert lines_of(page, "| 1/16 active")[0][1] == UNMEASURED
 
 
-def test_what_a_step_costs_the_host(tmp_path):
-    rows = [
-        host_row(291, "addresses", 10e-6),
-        host_row(291, "grass", 29e-6),
-        host_row(291, "torch fused", 29e-6),
-        host_row(5000, "addresses", 5000 * 30e-9),
-        host_row(5000, "grass", 5000 * 96e-9),
-    ]
-    write_run(tmp_path, "a", rows, tests_passed=None)
-    page = page_of(tmp_path)
-    assert lines_of(page, "291 tensors, in place", "addresses") == [
-        ["<= 3x", "2.90x (29 us)", "-", "met", "1"]
-    ]
-    assert lines_of(page, "291 tensors, in place", "torch fused's time")[0][1:] == [
-        "1.000x (29 us)", "-", "**missed**", "1",
-    ]  # fmt: skip
-    assert lines_of(page, "5000 tensors, in place") == [
-        ["<= 3x", "3.20x (96 ns a tensor, of 291: 100)", "-", "**missed**", "1"]
-    ]
-    assert lines_of(page, "5000 tensors, lr changes")[0][1] == UNMEASURED
-    assert lines_of(page, "291 tensors, lr changes", "addresses")[0][1] == UNMEASURED
-    assert "No GPU has been measured yet" in page
-
-
 @pytest.mark.parametrize(
     ("value", "targets", "shown"),
     [
@@ -234,46 +157,6 @@ def test_no_missed_figure_reads_like_its_target(tmp_path):
     assert "(1.0501x;" in lines_of(page, "full: peak")[0][1]
     assert lines_of(page, "needed on top")[0][1].startswith("0.100001 %")
     assert page.count("**missed**") >= 8
-
-
-def test_the_host_cost_of_every_variant_is_shown(tmp_path):
-    """Each by the unit of its own situation and number of tensors; the target is the default's alone."""
-    seconds = {"addresses": 10.0, "grass": 29.0, "grass clipping": 30.01, "grass exact bf16": 45.0}
-    moved = {"addresses": 20.0, "grass": 80.0, "torch fused": 400.0}
-    many = {"addresses": 100.0, "grass": 310.0, "grass clipping": 320.0}
-    rows = [
-        *(host_row(291, name, 1e-6 * s) for name, s in seconds.items()),
-        *(host_row(291, name, 1e-6 * s, "gradients move") for name, s in moved.items()),
-        *(host_row(5000, name, 1e-6 * s) for name, s in many.items()),
-    ]
-    write_rows(tmp_path, "a", rows)
-    page = page_of(tmp_path)
-    head = (
-        "tensors | situation | unit | grass | grass clipping | grass exact bf16 | torch fused | grass: <= 3x"
-    )
-    table = page.split(f"| {head} |\n")[1].split("\n\n")[0].splitlines()
-    assert table[1:] == [
-        "| 291 | in place | 10 us | 2.90x | 3.001x | 4.50x | - | met |",
-        "| 291 | gradients move | 20 us | 4.00x | - | - | 20.00x | **missed** |",
-        "| 5000 | in place | 100 us | 3.10x | 3.20x | - | - | **missed** |",
-    ]
-    assert "against `grass`, each situation by itself" in page
-
-
-def test_host_tables_do_not_mix_runs(tmp_path):
-    write_rows(tmp_path, "a", [host_row(291, "addresses", 10e-6), host_row(291, "grass", 20e-6)])
-    write_rows(tmp_path, "b", [host_row(291, "addresses", 10e-6), host_row(291, "grass", 25e-6)])
-    write_rows(tmp_path, "c", [host_row(291, "grass", 25e-6)])  # without a unit
-    page = page_of(tmp_path)
-    assert page.count("| tensors | situation |") == 2
-    assert page.index("Run 1, by the unit") < page.index("| 2.00x |")
-    assert page.index("| 2.00x |") < page.index("Run 2, by the unit") < page.index("| 2.50x |")
-    assert "Run 3, by the unit" not in page
-
-
-def test_the_host_table_s_variants_are_those_that_are_measured():
-    others = {"addresses", "torch foreach", "torch single"}  # the unit, and loops that no figure is about
-    assert set(HOST_VARIANTS) == set(subjects(2)) - others
 
 
 def test_memory(tmp_path):

@@ -203,6 +203,3 @@ def test_betas_in_a_list_that_is_written_in_place():
 
     pair.both(write)
     pair.go(2)
-
-
-# All of them in any order
