@@ -17,9 +17,9 @@ import ragged
 import tiny
 import torch
 from ragged import Ragged
-from runs import FUSED, outcome, saved, train
-from runs import MODES as RUNS
 from torch import Tensor, nn
+from trainings import FUSED, outcome, saved, train
+from trainings import MODES as RUNS
 
 import grass
 from grass_kernels import _triton

@@ -15,8 +15,8 @@ import pytest
 import ragged
 import tiny
 import torch
-from runs import EXACT, MODES, OFFLOADED, STEPS, outcome, start, train
 from torch import Tensor
+from trainings import EXACT, MODES, OFFLOADED, STEPS, outcome, start, train
 
 import grass
 from grass.offload.order import conflicts

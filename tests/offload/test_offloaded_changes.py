@@ -11,7 +11,8 @@ import pytest
 import ragged
 import tiny
 import torch
-from runs import (
+from torch import Tensor
+from trainings import (
     MODES,
     OFFLOADED,
     STEPS,
@@ -20,7 +21,6 @@ from runs import (
     start,
     train,
 )
-from torch import Tensor
 
 import grass
 from grass_kernels import KernelArgumentError

@@ -17,7 +17,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from ragged import Ragged
-from runs import (
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from trainings import (
     EXACT,
     MODES,
     OFFLOADED,
@@ -30,8 +32,6 @@ from runs import (
     train,
     whole,
 )
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import grass
 
