@@ -7,13 +7,13 @@ themselves run on CPU tensors.
 
 from grass_kernels import operators, reference
 from grass_kernels._triton import runs_triton
-from grass_kernels.adamw import masked_adamw_, masked_adamw_bytes
+from grass_kernels.adamw import make_plan, masked_adamw_, masked_adamw_bytes
 from grass_kernels.arguments import is_supported
 from grass_kernels.errors import KernelArgumentError
 from grass_kernels.inputs import Hyperparameters
-from grass_kernels.plan import AdamWPlan, Part, Shifts, TensorLists
+from grass_kernels.plan import AdamWPlan, Part, TensorLists, Unit
 from grass_kernels.sq_norm import layer_sq_norms, layer_sq_norms_bytes
-from grass_kernels.torch_plan import States, TorchPlan
+from grass_kernels.torch_plan import TorchPlan
 
 operators.implement(layer_sq_norms, masked_adamw_)
 
@@ -22,13 +22,13 @@ __all__ = [
     "Hyperparameters",
     "KernelArgumentError",
     "Part",
-    "Shifts",
-    "States",
     "TensorLists",
     "TorchPlan",
+    "Unit",
     "is_supported",
     "layer_sq_norms",
     "layer_sq_norms_bytes",
+    "make_plan",
     "masked_adamw_",
     "masked_adamw_bytes",
     "reference",

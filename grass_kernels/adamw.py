@@ -5,11 +5,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grass_kernels import arguments, layout, operators
-from grass_kernels._triton import runs_triton
+from grass_kernels import _triton, arguments, layout, operators
 from grass_kernels.inputs import Hyperparameters, split_lr
-from grass_kernels.plan import AdamWPlan, TensorLists
-from grass_kernels.torch_path import masked_adamw_torch
+from grass_kernels.plan import AdamWPlan, TensorLists, Unit
+from grass_kernels.torch_plan import TorchPlan
+
+
+def make_plan(
+    lists: TensorLists,
+    num_layers: int,
+    device: torch.device,
+    groups: Sequence[int] | None = None,
+    num_groups: int = 1,
+    capturable: bool = False,
+    units: Sequence[Unit] | None = None,
+) -> AdamWPlan | TorchPlan:
+    """The plan of a step on these tensors: Triton's where it runs, else torch's. Arguments as of `AdamWPlan`."""
+    if _triton.runs_triton(device) and not operators.is_needed(lists.params):
+        return AdamWPlan(lists, num_layers, device, groups, num_groups, capturable, units)
+    return TorchPlan(lists, num_layers, device, groups, units)
 
 
 @torch.no_grad()
@@ -119,50 +133,38 @@ def masked_adamw_(
     grad_scale = arguments.device_scalar("grad_scale", grad_scale, device)
     found_inf = arguments.device_scalar("found_inf", found_inf, device, dtype=None)
     clip_coef = arguments.device_scalar("clip_coef", clip_coef, device)
-    with_triton = runs_triton(device)
-    if device_active is not None and not with_triton:
-        host_active = device_active.tolist()
+    if device_active is not None and not _triton.runs_triton(device):
+        host_active, device_active = device_active.tolist(), None
 
     columns: list[Sequence] = [params, grads, exp_avgs, exp_avg_sqs, steps, layers]
     columns += [column or [None] * len(params) for column in (max_exp_avg_sqs, remainders, rounding_seeds)]
     if host_active is not None:
         kept = [i for i, layer in enumerate(layers) if host_active[layer]]
         columns = [[column[i] for i in kept] for column in columns]
-    of = layout.Layout(columns[0])
+    params, grads, exp_avgs, exp_avg_sqs, steps, kept_layers, maxima, remainders, seeds = columns
+    of = layout.Layout(params)
     lists = TensorLists(
-        params=of.params,
-        grads=of.read(columns[1]),
-        exp_avgs=of.update(columns[2]),
-        exp_avg_sqs=of.update(columns[3]),
-        max_exp_avg_sqs=of.update(columns[6]),
-        remainders=of.update(columns[7]),
-        steps=columns[4],
-        layers=columns[5],
-        seeds=columns[8],
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        maxima,
+        remainders,
+        steps,
+        kept_layers,
+        seeds,
+    ).in_layout(of)
+    plan = make_plan(lists, num_layers, device)
+    plan.upload(lists, [Hyperparameters(*split_lr(lr, device), betas, eps, weight_decay, maximize)])
+    plan.begin(
+        norms=sq_norms is not None,
+        active=device_active,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        clip_coef=clip_coef,
     )
-    if with_triton:
-        plan = AdamWPlan(lists, num_layers, device)
-        plan.upload(
-            [g.data_ptr() for g in lists.grads],
-            [Hyperparameters(*split_lr(lr), betas, eps, weight_decay, maximize)],
-        )
-        plan.update(
-            sq_norms, active=device_active, grad_scale=grad_scale, found_inf=found_inf, clip_coef=clip_coef
-        )
-    else:
-        masked_adamw_torch(
-            lists,
-            num_layers=num_layers,
-            sq_norms=sq_norms,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            maximize=maximize,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-            clip_coef=clip_coef,
-        )
+    plan.run()
+    plan.finish(sq_norms, grad_scale)
     of.write_back()
     # Autograd sees no write through an address, and torch's fused kernel reports its first list only.
     # Without this, backward through a tensor saved before the call would silently use what stands there now.

@@ -1,5 +1,6 @@
 """What the public functions accept: every check runs before anything is launched or changed."""
 
+import math
 import numbers
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -361,10 +362,30 @@ def check_hyperparameters(
         )
 
 
-def check_flag(name: str, value: Any) -> None:
-    """A word such as "no" would be true."""
-    if not isinstance(value, bool):
-        raise KernelArgumentError(f"{name} is {value!r}: give True or False")
+def check_flag(name: str, value: Any) -> bool:
+    """`value` as a bool: bools and 0 or 1 are; a word such as "no" would be true."""
+    if isinstance(value, bool):
+        return value
+    try:
+        return {0: False, 1: True}[value.item() if hasattr(value, "item") else value]
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        raise KernelArgumentError(f"{name} is {value!r}: give True or False") from None
+
+
+def to_number(name: str, value: Any) -> float:
+    """`value` as a float: a number of Python's or NumPy's, or a tensor of one real element."""
+    if isinstance(value, Tensor) and not (value.numel() == 1 and not value.is_complex()):
+        raise KernelArgumentError(
+            f"{name} is a tensor of shape {tuple(value.shape)}, {_bare(value.dtype)}: give a number"
+        )
+    if not isinstance(value, (str, bytes)) and hasattr(value, "__float__"):
+        try:
+            number = float(value.detach() if isinstance(value, Tensor) else value)
+        except (TypeError, ValueError, RuntimeError):
+            number = math.nan
+        if number == number and not isinstance(value, bool):
+            return number
+    raise KernelArgumentError(f"{name} is {value!r}: give a number")
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -50,10 +50,16 @@ def from_fp32(x, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton
 
 @jit()
 def join_fp32(upper, remainder):  # type: ignore[no-untyped-def]  # Triton types its own arguments
-    """The fp32 that a bf16 (its bits) and a signed 16-bit remainder stand for: their sum, modulo 2^32."""
-    # Widened with its sign: int16 to int32, whose bits then add as any others.
-    low = remainder.to(tl.int32).to(tl.uint32, bitcast=True)
-    return ((upper.to(tl.uint32) << 16) + low).to(tl.float32, bitcast=True)
+    """The fp32 that a bf16 (its bits) and a signed 16-bit remainder stand for: their sum, modulo 2^32.
+
+    At ±0 a negative remainder counts as 0, and at ±inf every one: see rounding.join_fp32.
+    """
+    magnitude = upper & 0x7FFF
+    low = remainder.to(tl.int32)
+    low = tl.where(magnitude == 0, tl.maximum(low, 0), low)
+    low = tl.where(magnitude == 0x7F80, 0, low)
+    # Widened with its sign: its bits then add as any others.
+    return ((upper.to(tl.uint32) << 16) + low.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @jit()

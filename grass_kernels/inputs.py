@@ -4,7 +4,7 @@
     headers    groups x HEADER words        hyperparameters, doubles
 
 A step compares both with what was uploaded last, and uploads them through a ring of pinned host buffers
-only if they differ. A slot of the ring is written again when the copy that read it has finished, which its
+only if they differ. A buffer of the ring is written again when the copy that read it has finished, which its
 event tells.
 """
 
@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grass_kernels import reference
+from grass_kernels import _triton, reference
 from grass_kernels._triton import constexpr
 
-SLOTS = 8
+NUM_STAGING_BUFFERS = 8
 """Uploads that may be under way: how many steps the host can be ahead of the device."""
 
 # The words of a header. A kernel's float arguments would arrive as fp32.
@@ -95,14 +95,15 @@ def _words_of_betas(betas: tuple[float, float]) -> tuple[float, ...]:
     )
 
 
-def split_lr(lr: float | Tensor) -> tuple[float, int, bool]:
+def split_lr(lr: float | Tensor, device: torch.device) -> tuple[float, int, bool]:
     """`lr`, `lr_address` and `lr_is_double` of `Hyperparameters`.
 
-    A tensor on a device is read there; one on the CPU, or of a type the kernels do not read, becomes a number.
+    A tensor on a device that runs Triton is read there, if kernels know its dtype; any other becomes a number.
     """
     if not isinstance(lr, Tensor):
         return float(lr), 0, False
-    if lr.device.type == "cpu" or lr.dtype not in (torch.float32, torch.float64):
+    is_read = lr.device == device and lr.dtype in (torch.float32, torch.float64) and device.type != "cpu"
+    if not is_read or not _triton.runs_triton(device):
         return float(lr.detach()), 0, False
     return 0.0, lr.data_ptr(), lr.dtype == torch.float64
 
@@ -114,7 +115,7 @@ class Inputs:
         num_tensors: Tensors of the table.
         num_groups: Groups of hyperparameters; 0 where none are needed.
         device: Where the table is.
-        capturable: Keep a slot at hand for a graph: while one is captured nothing can be pinned.
+        capturable: Keep a buffer at hand for a graph: while one is captured nothing can be pinned.
 
     Attributes:
         data: int64, on the device.
@@ -130,80 +131,79 @@ class Inputs:
         words = num_tensors + len(WORDS) * num_groups
         self.data = torch.empty(words, dtype=torch.int64, device=device)
         self._addresses_data, self._headers_data = self.data[:num_tensors], self.data[num_tensors:]
-        self._grads: bytes | None = None
+        self._grads: Sequence[int] | None = None
         self._groups: Sequence[Hyperparameters] = ()
-        self._slots: list[_Slot] = []
+        self._staging: list[_StagingBuffer] = []
         self._next = 0
         self._capturable = capturable
-        self._spare: _Slot | None = None
+        self._spare: _StagingBuffer | None = None
 
-    def _new_slot(self) -> "_Slot":
-        return _Slot(self.data.numel(), self.headers_start, self.data.device)
+    def _new_buffer(self) -> "_StagingBuffer":
+        return _StagingBuffer(self.data.numel(), self.headers_start, self.data.device)
 
-    def pack(self, addresses: Sequence[int]) -> bytes:
-        """Addresses as they are in the buffer."""
-        return self._addresses.pack(*addresses)
-
-    def upload(self, grads: bytes, groups: Sequence[Hyperparameters] = ()) -> None:
+    def upload(self, grads: Sequence[int], groups: Sequence[Hyperparameters] = ()) -> None:
         """Bring the device's buffer to these values, where it has others.
 
         Args:
-            grads: Addresses of the gradients, 8 bytes each.
+            grads: Addresses of the gradients.
             groups: Hyperparameters, one a group.
         """
         if self._capturable and self._spare is None:
-            self._spare = self._new_slot()
+            self._spare = self._new_buffer()
         moved = grads != self._grads
         if not moved and groups == self._groups:
             return
-        if len(self._slots) < SLOTS:
-            slot = self._new_slot()
-            self._slots.append(slot)
+        if len(self._staging) < NUM_STAGING_BUFFERS:
+            buffer = self._new_buffer()
+            self._staging.append(buffer)
         else:
-            slot = self._slots[self._next]
-            self._next = (self._next + 1) % SLOTS
-        slot.reuse()
+            buffer = self._staging[self._next]
+            self._next = (self._next + 1) % NUM_STAGING_BUFFERS
+        buffer.reuse()
         changed = groups != self._groups
         if moved:
-            slot.write_addresses(grads)
+            self._write_addresses(buffer, grads)
         if changed:
-            self._write_headers(slot, groups)
+            self._write_headers(buffer, groups)
         if moved and changed:
-            copy_to_device(self.data, slot.words)
+            copy_to_device(self.data, buffer.words)
         elif moved:
-            copy_to_device(self._addresses_data, slot.addresses)
+            copy_to_device(self._addresses_data, buffer.addresses)
         else:
-            copy_to_device(self._headers_data, slot.headers)
-        slot.copied(self.data.device)
+            copy_to_device(self._headers_data, buffer.headers)
+        buffer.copied(self.data.device)
         self._grads, self._groups = grads, groups
 
-    def _write_headers(self, slot: "_Slot", groups: Sequence[Hyperparameters]) -> None:
-        words = [word for group in groups for word in group.words()]
-        self._headers.pack_into(slot.bytes, 8 * self.headers_start, *words)
+    def _write_addresses(self, buffer: "_StagingBuffer", grads: Sequence[int]) -> None:
+        self._addresses.pack_into(buffer.bytes, 0, *grads)
 
-    def for_graph(self, grads: bytes, groups: Sequence[Hyperparameters]) -> tuple[Tensor, object]:
-        """A buffer and a slot that no other step writes: a captured copy reads its slot at every replay.
+    def _write_headers(self, buffer: "_StagingBuffer", groups: Sequence[Hyperparameters]) -> None:
+        words = [word for group in groups for word in group.words()]
+        self._headers.pack_into(buffer.bytes, 8 * self.headers_start, *words)
+
+    def for_graph(self, grads: Sequence[int], groups: Sequence[Hyperparameters]) -> tuple[Tensor, object]:
+        """Buffers, on the device and pinned, that no other step writes: a captured copy is read at every replay.
 
         Returns:
             The device's buffer, filled by a copy on the current stream; and what must live as long as the graph.
 
         Raises:
-            RuntimeError: no upload since the last graph, so that no slot is at hand.
+            RuntimeError: no upload since the last graph, so that no buffer is at hand.
         """
-        slot, self._spare = self._spare, None
-        if slot is None:
+        buffer, self._spare = self._spare, None
+        if buffer is None:
             raise RuntimeError(
                 "this step cannot be captured: no pinned memory is at hand for another graph, and none can be had "
                 "meanwhile; take one step that is not captured before the capture begins, with capturable=True"
             )
         data = torch.empty_like(self.data)
-        slot.write_addresses(grads)
-        self._write_headers(slot, groups)
-        copy_to_device(data, slot.words)
-        return data, (slot, data, groups)
+        self._write_addresses(buffer, grads)
+        self._write_headers(buffer, groups)
+        copy_to_device(data, buffer.words)
+        return data, (buffer, data, groups)
 
 
-class _Slot:
+class _StagingBuffer:
     """A host buffer, pinned where there is a device to copy to."""
 
     def __init__(self, words: int, headers_start: int, device: torch.device) -> None:
@@ -212,12 +212,6 @@ class _Slot:
         self.addresses, self.headers = self.words[:headers_start], self.words[headers_start:]
         self.bytes = (ctypes.c_char * (8 * words)).from_address(self.words.data_ptr())
         self._event: Any = None
-
-    def write_addresses(self, grads: bytes) -> None:
-        """Write the first part; no part of it may stay as it was found."""
-        if len(grads) != 8 * self.addresses.numel():
-            raise ValueError(f"{len(grads)} bytes of addresses, for {self.addresses.numel()} tensors")
-        ctypes.memmove(self.bytes, grads, len(grads))
 
     def reuse(self) -> None:
         """Wait until the last copy from here has finished (H9: it would read what is written now)."""

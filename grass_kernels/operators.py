@@ -82,7 +82,7 @@ def unpack(count: int, options: dict) -> dict:
     }
 
 
-def _workspace(tensors: Sequence[Tensor], num_layers: int, num_groups: int) -> list[Tensor]:
+def workspace(tensors: Sequence[Tensor], num_layers: int, num_groups: int) -> list[Tensor]:
     """What a launch allocates on the device beside its result."""
     count, chunks = len(tensors), sum(-(-t.numel() // CHUNK) for t in tensors)
     like = tensors[0] if tensors else torch.empty(0)
@@ -96,11 +96,11 @@ def _workspace(tensors: Sequence[Tensor], num_layers: int, num_groups: int) -> l
 
 @torch.library.register_fake("grass_kernels::layer_sq_norms", lib=_LIBRARY)
 def _fake_layer_sq_norms(grads, layer_index, num_layers, *, grad_scale=None):  # type: ignore[no-untyped-def]
-    _workspace(grads, num_layers, 0)
+    workspace(grads, num_layers, 0)
     like = grads[0] if grads else torch.empty(0)
     return like.new_empty(num_layers, dtype=torch.float32)
 
 
 @torch.library.register_fake("grass_kernels::masked_adamw_", lib=_LIBRARY)
 def _fake_masked_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, *, sq_norms, **options):  # type: ignore[no-untyped-def]
-    _workspace(params, 1 if sq_norms is None else sq_norms.numel(), 1)
+    workspace(params, 1 if sq_norms is None else sq_norms.numel(), 1)

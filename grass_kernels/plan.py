@@ -5,13 +5,13 @@ the coefficients; one main pass a combination of dtypes updates; and a last one 
 clipping the norms come first, from one read-only pass over the gradients. The host waits for nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from grass_kernels import _triton, reference
+from grass_kernels import _triton, layout, reference
 from grass_kernels._triton import tl_dtype
 from grass_kernels.adamw_kernel import (
     MASTER,
@@ -38,25 +38,24 @@ class Key(NamedTuple):
     unit: int = 0  # units of one step are launched one by one
 
 
+STATE_KINDS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "remainder")
+"""States of a parameter that have its shape, by their names."""
+
+
 class Part(NamedTuple):
-    """Some chunks of a parameter, which belong to a unit: what is updated by one call of `AdamWPlan.run`."""
+    """Some chunks of a parameter, which belong to a unit."""
 
     tensor: int  # its place in the lists
     first_chunk: int
     num_chunks: int
-    unit: int
+    start: int = 0  # its first element in the unit's sections
 
 
-class Shifts(NamedTuple):
-    """Bytes from where the table says states are to where they are when they are updated."""
+class Unit(NamedTuple):
+    """Parts that are updated by one call of `run`, and where their states are when none is."""
 
-    exp_avg: int = 0
-    exp_avg_sq: int = 0
-    max_exp_avg_sq: int = 0
-    remainder: int = 0
-
-
-_NOWHERE_ELSE = Shifts()
+    parts: Sequence[Part]
+    sections: Mapping[str, Tensor]  # 1-D, by kind of state: the lists' states are views of them
 
 
 class TensorLists(NamedTuple):
@@ -72,16 +71,48 @@ class TensorLists(NamedTuple):
     layers: Sequence[int]
     seeds: Sequence[int | None]  # None: not rounded stochastically
 
+    def tensors(self) -> tuple[Sequence[Tensor | None], ...]:
+        """Parameters, gradients and states, a sequence each."""
+        return (self.params, self.grads, *self.states())
+
+    def states(self) -> tuple[Sequence[Tensor | None], ...]:
+        """States of the kinds `STATE_KINDS`, a sequence each."""
+        return self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.remainders
+
+    def is_regular(self) -> bool:
+        """Return if all tensors of each parameter can be walked in storage order together."""
+        return all(
+            layout.is_dense(p)
+            and all(layout.is_dense(t) and layout.same_order(t, p) for t in others if t is not None)
+            for p, *others in zip(*self.tensors(), strict=True)
+            if p is not None
+        )
+
+    def in_layout(self, of: layout.Layout) -> "TensorLists":
+        """The same lists with all tensors in the layout of `of`, through copies where they are not."""
+        exp_avgs, exp_avg_sqs, maxima, remainders = map(of.update, self.states())
+        return self._replace(
+            params=of.params, grads=of.read(self.grads), exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs,
+            max_exp_avg_sqs=maxima, remainders=remainders,
+        )  # fmt: skip
+
     def keys(self) -> list[Key]:
-        """What decides each parameter's kernel."""
-        roundings = [
-            (
-                MASTER if r is not None else NEAREST if s is None or p.dtype != torch.bfloat16 else STOCHASTIC
-            ).value
-            for p, r, s in zip(self.params, self.remainders, self.seeds, strict=True)
-        ]
-        columns = zip(self.grads, self.params, self.exp_avgs, roundings, self.max_exp_avg_sqs, strict=True)
-        return [Key(g.dtype, p.dtype, m.dtype, rounding, x is not None) for g, p, m, rounding, x in columns]
+        """The kernel of each parameter."""
+        keys = []
+        for p, g, m, maximum, remainder, seed in zip(
+            self.params,
+            self.grads,
+            self.exp_avgs,
+            self.max_exp_avg_sqs,
+            self.remainders,
+            self.seeds,
+            strict=True,
+        ):
+            rounding = MASTER if remainder is not None else NEAREST
+            if remainder is None and seed is not None and p.dtype == torch.bfloat16:
+                rounding = STOCHASTIC
+            keys.append(Key(g.dtype, p.dtype, m.dtype, rounding.value, maximum is not None))
+        return keys
 
 
 class AdamWPlan:
@@ -94,7 +125,7 @@ class AdamWPlan:
         groups: The group of hyperparameters of each parameter; None is all 0.
         num_groups: Groups of hyperparameters.
         capturable: A later run may be captured in a graph.
-        parts: How the parameters are divided into units; None is one unit.
+        units: How the parameters are divided into units; None is one unit, updated in place.
 
     Attributes:
         buffers: What launches read and write beside the lists; a caller adds the norms it keeps.
@@ -108,21 +139,18 @@ class AdamWPlan:
         groups: Sequence[int] | None = None,
         num_groups: int = 1,
         capturable: bool = False,
-        parts: Sequence[Part] | None = None,
+        units: Sequence[Unit] | None = None,
     ) -> None:
         count = len(lists.params)
         self.device = device
         keys = lists.keys()
-        pieces = (
-            None
-            if parts is None
-            else [
-                Piece(
-                    part.tensor, part.first_chunk, part.num_chunks, keys[part.tensor]._replace(unit=part.unit)
-                )
-                for part in parts
+        pieces = None
+        if units is not None:
+            pieces = [
+                Piece(part.tensor, part.first_chunk, part.num_chunks, keys[part.tensor]._replace(unit=number))
+                for number, unit in enumerate(units)
+                for part in unit.parts
             ]
-        )
         self.table = build_table(
             numels=[p.numel() for p in lists.params],
             keys=keys,
@@ -132,10 +160,9 @@ class AdamWPlan:
             device=device,
             columns={
                 "param": _addresses(lists.params),
-                "exp_avg": _addresses(lists.exp_avgs),
-                "exp_avg_sq": _addresses(lists.exp_avg_sqs),
-                "max_exp_avg_sq": _addresses(lists.max_exp_avg_sqs),
-                "remainder": _addresses(lists.remainders),
+                **{
+                    kind: _addresses(states) for kind, states in zip(STATE_KINDS, lists.states(), strict=True)
+                },
                 "step": _addresses(lists.steps),
                 "group": groups or [0] * count,
                 "seed": [seed or 0 for seed in lists.seeds],
@@ -144,6 +171,9 @@ class AdamWPlan:
         self._runs: dict[int, list[ChunkRun]] = {}
         for run in self.table.runs:
             self._runs.setdefault(run.key.unit, []).append(run)  # type: ignore[attr-defined]
+        self._section_addresses = [
+            {kind: section.data_ptr() for kind, section in unit.sections.items()} for unit in units or ()
+        ]
         self._inputs = Inputs(count, num_groups, device, capturable)
         self._data = self._inputs.data
         self._coefficients = torch.empty(count * COEFFICIENTS.value, dtype=torch.float32, device=device)
@@ -151,27 +181,32 @@ class AdamWPlan:
         self.buffers = [self.table.data, self._inputs.data, self._coefficients, self._partials]
         self._stream = _current_stream(device)
 
-    def upload(self, grads: Sequence[int] | bytes, groups: Sequence[Hyperparameters]) -> object:
-        """Say where the gradients are and what to update with, for the launches that follow.
+    def upload(
+        self,
+        lists: TensorLists,
+        hyperparameters: Sequence[Hyperparameters],
+        addresses: Sequence[int] | None = None,
+    ) -> object:
+        """Prepare the launches that follow.
 
         Args:
-            grads: Addresses of the gradients, dense and in their parameters' layout; as numbers, or as bytes that
-                hold one int64 each.
-            groups: Hyperparameters, one a group.
+            lists: As at construction, but for the gradients, which may have moved.
+            hyperparameters: One a group.
+            addresses: Of the gradients, if they are known.
 
         Returns:
             None; in a graph capture what must live as long as the graph.
         """
-        if not isinstance(grads, bytes):
-            grads = self._inputs.pack(grads)
+        if addresses is None:
+            addresses = [g.data_ptr() for g in lists.grads]
         stream = _current_stream(self.device)
         if stream != self._stream:  # the allocator must know, or it gives the memory away while it is read
             for buffer in self.buffers:
                 buffer.record_stream(stream)
         if stream is not None and torch.cuda.is_current_stream_capturing():
-            self._data, kept = self._inputs.for_graph(grads, groups)
+            self._data, kept = self._inputs.for_graph(addresses, hyperparameters)
             return (self, kept)
-        self._inputs.upload(grads, groups)
+        self._inputs.upload(addresses, hyperparameters)
         self._data = self._inputs.data
         return None
 
@@ -180,20 +215,20 @@ class AdamWPlan:
         launch_norms(self.table, self._data, self._partials)
         launch_sum_layers(self.table, self._partials, grad_scale, sq_norms)
 
-    def update(
+    def begin(
         self,
-        sq_norms: Tensor | None = None,
         *,
+        norms: bool = False,
         clip_by: Tensor | None = None,
         active: Tensor | None = None,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         clip_coef: Tensor | None = None,
     ) -> None:
-        """Update every parameter.
+        """Advance the counters and compute the coefficients, before the units are run.
 
         Args:
-            sq_norms: Written with the squared norms by layer, unless None.
+            norms: Take the partial sums of norms on the way, for `finish`.
             clip_by: float32 squared norms, whose sum is the squared norm of all gradients: they are clipped to
                 their group's ``max_grad_norm``, and a norm that is not finite skips the step.
             active: Bool ``[num_layers]`` on the device: which layers to update.
@@ -201,28 +236,7 @@ class AdamWPlan:
             found_inf: One element of any type.
             clip_coef: float32, one element.
         """
-        self.begin(
-            clip_by=clip_by,
-            active=active,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-            clip_coef=clip_coef,
-        )
-        for unit in self._runs:
-            self.run(unit, norms=sq_norms is not None)
-        if sq_norms is not None:
-            self.finish(sq_norms, grad_scale)
-
-    def begin(
-        self,
-        *,
-        clip_by: Tensor | None = None,
-        active: Tensor | None = None,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-        clip_coef: Tensor | None = None,
-    ) -> None:
-        """Advance the counters and work out the coefficients, before the units are run. Arguments of `update`."""
+        self._norms = norms
         _triton.launch(
             _prologue_kernel,
             self.table.num_tensors,
@@ -241,30 +255,32 @@ class AdamWPlan:
             NORM_BLOCK=reference.NORM_BLOCK,
         )
 
-    def run(self, unit: int, *, norms: bool, shifts: Shifts = _NOWHERE_ELSE) -> None:
+    def run(self, unit: int = 0, views: Mapping[str, Tensor] | None = None) -> None:
         """Update one unit.
 
         Args:
-            unit: Of those in `parts`; 0 where there were none.
-            norms: Take the partial sums of its norms.
-            shifts: From where its states are by the plan's lists to where they are now.
+            unit: Its place in `units`; 0 where there were none.
+            views: Where the unit's sections are now, by kind; None is where they were at construction.
         """
+        shifts = dict.fromkeys(STATE_KINDS, 0)
+        for kind, view in (views or {}).items():
+            shifts[kind] = view.data_ptr() - self._section_addresses[unit][kind]
         for run in self._runs.get(unit, ()):
             key: Key = run.key  # type: ignore[assignment]
             _triton.launch(
                 _masked_adamw_kernel,
                 run.num_chunks,
                 self.device,
-                max_registers=max_registers(key.state, key.amsgrad, norms),
+                max_registers=max_registers(key.state, key.amsgrad, self._norms),
                 table_ptr=self.table.data,
                 inputs_ptr=self._data,
                 coefficients_ptr=self._coefficients,
-                partials_ptr=self._partials if norms else None,
+                partials_ptr=self._partials if self._norms else None,
                 chunks_start=run.start,
-                exp_avg_shift=shifts.exp_avg,
-                exp_avg_sq_shift=shifts.exp_avg_sq,
-                max_exp_avg_sq_shift=shifts.max_exp_avg_sq,
-                remainder_shift=shifts.remainder,
+                exp_avg_shift=shifts["exp_avg"],
+                exp_avg_sq_shift=shifts["exp_avg_sq"],
+                max_exp_avg_sq_shift=shifts["max_exp_avg_sq"],
+                remainder_shift=shifts["remainder"],
                 PARAM_DTYPE=tl_dtype(key.param),
                 GRAD_DTYPE=tl_dtype(key.grad),
                 STATE_DTYPE=tl_dtype(key.state),
@@ -275,9 +291,10 @@ class AdamWPlan:
                 NARROW_BLOCK=NARROW_BLOCK,
             )
 
-    def finish(self, sq_norms: Tensor, grad_scale: Tensor | None = None) -> None:
-        """Add up the norms that the units have taken, float32 ``[num_layers]``."""
-        launch_sum_layers(self.table, self._partials, grad_scale, sq_norms)
+    def finish(self, sq_norms: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
+        """End the step; add up the norms that the units have taken into `sq_norms`, float32 ``[num_layers]``."""
+        if sq_norms is not None:
+            launch_sum_layers(self.table, self._partials, grad_scale, sq_norms)
 
 
 def _current_stream(device: torch.device) -> Any:

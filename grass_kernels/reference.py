@@ -2,12 +2,12 @@
 
 Every function here has its kernel's signature and its order of operations, one rounding an operation, all
 in fp32. In Triton's interpreter the kernels give the same bits. Nothing here is fast, except
-:func:`chunk_sq_norms` and :func:`adamw_`, which also serve the CPU and work in pieces that fit a cache.
+:func:`adamw_`, which also serves the CPU and works in pieces that fit a cache.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import compress, repeat
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -20,8 +20,6 @@ NORM_BLOCK = 1024
 """Squared norms of layers added up at a time for the norm of all."""
 PIECE = 8 * CHUNK
 """Elements updated at a time: half a MiB of fp32. No full-size copy of a bf16 gradient is ever made."""
-NORM_PIECE = 16 * CHUNK
-"""Elements squared at a time: half the overhead, and one array of them in place of four."""
 
 
 def tree_sum(x: Tensor) -> Tensor:
@@ -46,36 +44,11 @@ def chunk_sq_norms(grad: Tensor) -> Tensor:
     """Sums of squares of the chunks of one gradient in storage order: float32 ``[chunks]``."""
     grad = layout.flat(grad if layout.is_dense(grad) else grad.contiguous())
     sums = [torch.empty(0, dtype=torch.float32, device=grad.device)]
-    for piece in grad.split(NORM_PIECE) if grad.numel() else ():
+    for piece in grad.split(PIECE) if grad.numel() else ():
         x = piece.float()
-        x = x * x
-        # Zeros change no sum: the last chunk need not be filled up, if it is alone.
-        width = CHUNK if x.numel() > CHUNK else BLOCK
-        if x.numel() % width:
-            x = torch.nn.functional.pad(x, (0, -x.numel() % width))
-        sums.append(tree_sum(_add_rows(x.view(-1, min(CHUNK, x.numel())), BLOCK)))
+        x = torch.nn.functional.pad(x * x, (0, -len(x) % CHUNK))  # zeros change no sum
+        sums.append(tree_sum(_add_rows(x.view(-1, CHUNK), BLOCK)))
     return torch.cat(sums)
-
-
-def _single_chunk_sq_norms(grads: Sequence[Tensor]) -> list[Tensor]:
-    """`chunk_sq_norms` of many gradients of at most `CHUNK` elements each, a few operations for all of a size."""
-    sums: dict[int, Tensor] = {}
-    by_width: dict[tuple[int, torch.dtype], list[int]] = {}
-    for i, grad in enumerate(grads):
-        width = min(1 << (grad.numel() - 1).bit_length(), BLOCK * -(-grad.numel() // BLOCK))
-        by_width.setdefault((width, grad.dtype), []).append(i)
-    for (width, _), places in by_width.items():
-        at_a_time = max(1, NORM_PIECE // width)
-        for first in range(0, len(places), at_a_time):
-            batch = places[first : first + at_a_time]
-            rows = [
-                layout.flat(g if layout.is_dense(g) else g.contiguous()) for g in (grads[i] for i in batch)
-            ]
-            x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).float()
-            x = torch.nn.functional.pad(x * x, (0, width - x.shape[1]))  # zeros change no sum
-            totals = tree_sum(_add_rows(x, BLOCK) if width > BLOCK else x)
-            sums.update(zip(batch, totals.split(1), strict=True))
-    return [sums[i] for i in range(len(grads))]
 
 
 def layer_sq_norms(
@@ -87,17 +60,11 @@ def layer_sq_norms(
 ) -> Tensor:
     """Squared norms by layer: see :func:`grass_kernels.layer_sq_norms`."""
     layers = arguments.layer_list(layer_index, len(grads), num_layers)
-    single = [0 < grad.numel() <= CHUNK for grad in grads]
-    single_sums = iter(_single_chunk_sq_norms(list(compress(grads, single))))
     partials: dict[int, list[Tensor]] = {}
-    for grad, layer, is_single in zip(grads, layers, single, strict=True):
-        partials.setdefault(layer, []).append(next(single_sums) if is_single else chunk_sq_norms(grad))
+    for grad, layer in zip(grads, layers, strict=True):
+        partials.setdefault(layer, []).append(chunk_sq_norms(grad))
     device = grads[0].device if grads else torch.device("cpu")
     sq_norms = torch.zeros(num_layers, dtype=torch.float32, device=device)
-    alone = [layer for layer, sums in partials.items() if len(sums) == 1 and sums[0].numel() == 1]
-    if alone:  # nothing to add
-        index = torch.tensor(alone, device="cpu").to(device)
-        sq_norms.index_copy_(0, index, torch.cat([partials.pop(layer)[0] for layer in alone]))
     for layer, sums in partials.items():
         of_layer = torch.cat(sums)
         if of_layer.numel():

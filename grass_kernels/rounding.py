@@ -10,22 +10,27 @@ from torch import Tensor
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_INFINITY = 0x7F80  # of bf16
 
 
 def join_fp32(param: Tensor, remainder: Tensor) -> Tensor:
     """The fp32 values that bf16 `param` and int16 `remainder` stand for, of their shape.
 
-    ``(bits(param) << 16) + remainder``, modulo 2^32.
+    ``(bits(param) << 16) + remainder``, modulo 2^32. A remainder that is not the parameter's own, because the
+    parameter has been written since, moves its value by at most half a bf16 unit: at ±0 a negative one counts as
+    0, which would leave zero for NaN, and at ±inf every one.
     """
-    upper = param.view(torch.int16).to(torch.int64) << 16
-    # int64 to int32 keeps the low 32 bits
-    return (upper + remainder.to(torch.int64)).to(torch.int32).view(torch.float32)
+    bits = param.view(torch.int16).to(torch.int32)
+    magnitude = bits & 0x7FFF
+    low = remainder.to(torch.int32)
+    low = torch.where((magnitude == 0) & (low < 0) | (magnitude == _INFINITY), 0, low)
+    return ((bits << 16) + low).view(torch.float32)
 
 
 def split_fp32(x: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 `x` as the nearest bf16 (ties away from zero) and the signed int16 remainder it lacks.
 
-    `join_fp32` gives back the bits of every value but NaN, which stays NaN.
+    `join_fp32` gives back the bits of every value whose nearest bf16 is finite; the others stay infinite or NaN.
     """
     bits = x.view(torch.int32).to(torch.int64) & _LOW
     is_nan = x.isnan()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grass_kernels import _triton, arguments, layout, operators, reference
+from grass_kernels import _triton, arguments, layout, operators
 from grass_kernels._triton import jit, runs_triton, tl, tl_dtype
 from grass_kernels.conversions import ALIGNMENT, block_mask, block_pointers, load_fp32, pointer
 from grass_kernels.inputs import Inputs
@@ -159,11 +159,25 @@ def _layer_sq_norms_triton(
         device=device,
     )
     inputs = Inputs(len(grads), 0, device)
-    inputs.upload(inputs.pack([g.data_ptr() for g in grads]))
+    inputs.upload([g.data_ptr() for g in grads])
     partials = torch.empty(table.num_partials, dtype=torch.float32, device=device)
     sq_norms = torch.empty(num_layers, dtype=torch.float32, device=device)
     launch_norms(table, inputs.data, partials)
     launch_sum_layers(table, partials, grad_scale, sq_norms)
+    return sq_norms
+
+
+def torch_sq_norms(
+    grads: Sequence[Tensor], layers: Tensor, num_layers: int, grad_scale: Tensor | None
+) -> Tensor:
+    """Squared norms by layer without Triton, by torch's own norms; `layers` is int64 on the gradients' device."""
+    sq_norms = torch.zeros(num_layers, dtype=torch.float32, device=layers.device)
+    if grads:
+        norms = torch._foreach_norm(list(grads), 2, dtype=torch.float32)
+        sq_norms.index_add_(0, layers, torch.stack(norms).square())
+    if grad_scale is not None:
+        inverse = 1 / grad_scale
+        sq_norms = sq_norms * inverse * inverse
     return sq_norms
 
 
@@ -181,7 +195,8 @@ def layer_sq_norms(
 
     Reads each gradient once and writes nothing but the result; does not synchronise with the host.
     Deterministic: the same gradients give the same bits, on any run and beside :func:`masked_adamw_`,
-    which computes the same norms on its way. Infinities and NaN reach the result.
+    which computes the same norms on its way; with and without Triton the last bits may differ. Infinities and NaN
+    reach the result.
 
     Args:
         grads: Gradients, fp32, bf16 or fp16, mixed as they come, on one device. Dense tensors of any
@@ -213,7 +228,8 @@ def layer_sq_norms(
     grads = [g if layout.is_dense(g) else g.contiguous() for g in grads]
     if runs_triton(device):
         return _layer_sq_norms_triton(grads, layers, num_layers, grad_scale, device)
-    return reference.layer_sq_norms(grads, layers, num_layers, grad_scale=grad_scale)
+    index = torch.tensor(layers, dtype=torch.int64, device="cpu").to(device)
+    return torch_sq_norms(grads, index, num_layers, grad_scale)
 
 
 def layer_sq_norms_bytes(numel: int, grad_dtype: torch.dtype) -> int:

@@ -1,94 +1,267 @@
-"""TorchPlan: an update in units, as `AdamWPlan` makes it, without Triton."""
+"""TorchPlan: masked AdamW without Triton: torch's fused AdamW on the CPU, the reference elsewhere and for AMSGrad.
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+torch's takes one dtype and gradients as they are. What needs more (another dtype of moments, clipping, a loss scale,
+a remainder, stochastic rounding) goes through it in pieces, by way of fp32 copies that fit a cache.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from grass_kernels import layout, operators
-from grass_kernels.plan import Part, TensorLists
+from grass_kernels import layout, operators, reference, rounding
+from grass_kernels.inputs import Hyperparameters
+from grass_kernels.plan import STATE_KINDS, Part, TensorLists, Unit
 from grass_kernels.reference import Tensors
+from grass_kernels.sq_norm import torch_sq_norms
 from grass_kernels.table import CHUNK
-from grass_kernels.torch_path import _Row, update_rows
-
-
-class States(NamedTuple):
-    """Where the states of a part are while it is updated: 1-D, in storage order."""
-
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    max_exp_avg_sq: Tensor | None
-    remainder: Tensor | None
 
 
 class TorchPlan:
-    """Masked AdamW, unit by unit, through torch: one step.
+    """Masked AdamW on the same tensors, step after step, through torch.
 
     Args:
-        lists: Of dense parameters; gradients and states of any strides. Of the states only dtypes and strides
-            are looked at: where they are, `run` is told.
-        groups: The group of hyperparameters of each parameter.
-        parts: How the parameters are divided into units.
+        lists: Dense tensors, all those of a parameter of equal strides. None are kept.
+        num_layers: Number of layers, for norms.
+        device: Where the tensors are.
+        groups: The group of hyperparameters of each parameter; None is all 0.
+        units: How the parameters are divided into units; None is one unit, updated in place.
+
+    The methods are those of :class:`AdamWPlan`.
     """
 
-    def __init__(self, lists: TensorLists, groups: Sequence[int], parts: Sequence[Part]) -> None:
-        self._nothing_to_do = operators.is_needed(lists.params)  # planning on tensors that hold nothing
-        self._lists, self._groups = lists, groups
-        self._parts: dict[int, list[Part]] = {}
-        for part in parts:
-            self._parts.setdefault(part.unit, []).append(part)
-        self._params = [layout.flat(p) for p in lists.params]
-        self._grads = [layout.flat(g) for g in layout.Layout(lists.params).read(lists.grads)]
-        self._skips = False
+    def __init__(
+        self,
+        lists: TensorLists,
+        num_layers: int,
+        device: torch.device,
+        groups: Sequence[int] | None = None,
+        units: Sequence[Unit] | None = None,
+    ) -> None:
+        count = len(lists.params)
+        self.device, self._num_layers = device, num_layers
+        self._groups = list(groups) if groups is not None else [0] * count
+        self._layers = torch.tensor(lists.layers, dtype=torch.int64, device="cpu").to(device)
+        self._parts = None if units is None else [unit.parts for unit in units]
+        self._plain = [  # torch's fused AdamW is the same function
+            device.type == "cpu" and maximum is None and remainder is None and len({p.dtype, g.dtype, m.dtype}) == 1
+            and (seed is None or p.dtype != torch.bfloat16)
+            for p, g, m, maximum, remainder, seed in zip(
+                lists.params, lists.grads, lists.exp_avgs, lists.max_exp_avg_sqs, lists.remainders, lists.seeds,
+                strict=True,
+            )
+        ]  # fmt: skip
+        # On fake tensors nothing is computed: a planner asks what a device would allocate.
+        self._workspace = (
+            operators.workspace(lists.params, num_layers, 1) if operators.is_needed(lists.params) else None
+        )
+        self._lists: TensorLists | None = None
+
+    def upload(
+        self,
+        lists: TensorLists,
+        hyperparameters: Sequence[Hyperparameters],
+        addresses: Sequence[int] | None = None,
+    ) -> None:
+        """See :meth:`AdamWPlan.upload`; the tensors are kept until `finish`."""
+        self._lists, self._hyperparameters = lists, hyperparameters
+
+    @torch.no_grad()
+    def measure(self, sq_norms: Tensor, grad_scale: Tensor | None = None) -> None:
+        """See :meth:`AdamWPlan.measure`."""
+        assert self._lists is not None, "upload comes first"
+        if self._workspace is None:
+            sq_norms.copy_(torch_sq_norms(self._lists.grads, self._layers, self._num_layers, grad_scale))
 
     @torch.no_grad()
     def begin(
         self,
-        hyper: Sequence[dict[str, Any]],
         *,
+        norms: bool = False,
+        clip_by: Tensor | None = None,
+        active: Tensor | None = None,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         clip_coef: Tensor | None = None,
     ) -> None:
-        """Advance the counters, unless the step is skipped.
-
-        Args:
-            hyper: A dict a group, with ``lr``, ``betas``, ``eps``, ``weight_decay`` and ``maximize``.
-            grad_scale: See :func:`grass_kernels.masked_adamw_`, as the following.
-            found_inf: One element of any type.
-            clip_coef: float32, one element.
-        """
-        self._hyper, self._grad_scale, self._clip_coef = hyper, grad_scale, clip_coef
-        self._skips = (
-            self._nothing_to_do or not self._params or (found_inf is not None and bool(found_inf != 0))
-        )
-        if not self._skips:
-            torch._foreach_add_(list(self._lists.steps), 1)
-
-    @torch.no_grad()
-    def run(self, unit: int, states: Sequence[States]) -> None:
-        """Update one unit.
-
-        Args:
-            unit: Of those in the parts.
-            states: Of each part of the unit, in their order.
-        """
+        """See :meth:`AdamWPlan.begin`. A mask on the device is for Triton alone."""
+        assert self._lists is not None, "upload comes first"
+        assert active is None
+        lists = self._lists
+        self._skips = self._workspace is not None or not lists.params
         if self._skips:
             return
-        rows: dict[int, list[_Row]] = {}
-        for part, state in zip(self._parts.get(unit, ()), states, strict=True):
-            i, start = part.tensor, part.first_chunk * CHUNK
-            stop = start + part.num_chunks * CHUNK
-            param = self._params[i][start:stop]
-            seed = self._lists.seeds[i] if param.dtype == torch.bfloat16 else None
-            tensors = Tensors(param, self._grads[i][start:stop], *state)
-            rows.setdefault(self._groups[i], []).append(_Row(tensors, self._lists.steps[i], seed, start))
-        for group, members in rows.items():
-            hyper = dict(self._hyper[group])
-            maximize = hyper.pop("maximize")
-            update_rows(members, hyper, maximize, self._grad_scale, self._clip_coef)
+        skip = [] if found_inf is None else [found_inf != 0]
+        self._factors: dict[tuple[bool, float], Tensor | None] = {}
+        for hyper in self._hyperparameters:
+            kind = hyper.maximize, hyper.max_grad_norm
+            if kind not in self._factors:
+                coef = clip_coef
+                if clip_by is not None:
+                    coef, not_finite = reference.clip_coefficient(clip_by, hyper.max_grad_norm)
+                    skip.append(not_finite)
+                self._factors[kind] = (
+                    None
+                    if grad_scale is None and coef is None
+                    else reference.grad_factor(hyper.maximize, grad_scale, coef)
+                )
+        self._skips = any(bool(flag) for flag in skip)  # torch's operations are launched by the host
+        if not self._skips:
+            torch._foreach_add_(list(lists.steps), 1)
 
-    def parts_of(self, unit: int) -> list[Part]:
-        """The parts of a unit."""
-        return self._parts.get(unit, [])
+    @torch.no_grad()
+    def run(self, unit: int = 0, views: Mapping[str, Tensor] | None = None) -> None:
+        """See :meth:`AdamWPlan.run`."""
+        if self._skips:
+            return
+        by_hyper: dict[Hyperparameters, list[_Row]] = {}
+        for row, group in self._rows(unit, views):
+            by_hyper.setdefault(self._hyperparameters[group], []).append(row)
+        for hyper, rows in by_hyper.items():
+            _update_rows(rows, hyper, self._factors[hyper.maximize, hyper.max_grad_norm])
+
+    def _rows(self, unit: int, views: Mapping[str, Tensor] | None) -> Iterator[tuple["_Row", int]]:
+        lists = self._lists
+        assert lists is not None
+        if self._parts is None:
+            columns = zip(*lists.tensors(), lists.steps, lists.seeds, self._plain, self._groups, strict=True)
+            for *tensors, step, seed, plain, group in columns:
+                flat = Tensors(*(None if t is None else layout.flat(t) for t in tensors))  # type: ignore[arg-type]
+                yield _Row(flat, step, seed, 0, plain), group
+            return
+        assert views is not None
+        for part in self._parts[unit]:
+            i = part.tensor
+            row = _Row(_part_of(lists, part, views), lists.steps[i], lists.seeds[i], part.first_chunk * CHUNK)
+            yield row._replace(plain=self._plain[i]), self._groups[i]
+
+    def finish(self, sq_norms: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
+        """See :meth:`AdamWPlan.finish`."""
+        if sq_norms is not None:
+            self.measure(sq_norms, grad_scale)
+        self._lists = None
+
+
+def _part_of(lists: TensorLists, part: Part, views: Mapping[str, Tensor]) -> Tensors:
+    """Some chunks of a parameter, with their states in a unit's sections."""
+    first = part.first_chunk * CHUNK
+    param = layout.flat(lists.params[part.tensor])[first : first + part.num_chunks * CHUNK]
+    states = [
+        None if column[part.tensor] is None else views[kind][part.start : part.start + len(param)]
+        for kind, column in zip(STATE_KINDS, lists.states(), strict=True)
+    ]
+    grad = layout.flat(lists.grads[part.tensor])[first : first + len(param)]
+    return Tensors(param, grad, *states)  # type: ignore[arg-type]
+
+
+class _Row(NamedTuple):
+    """A parameter, or a piece of one."""
+
+    tensors: Tensors
+    step: Tensor
+    seed: int | None  # of stochastic rounding
+    start: int = 0  # of the piece
+    plain: bool = False  # torch's fused AdamW takes it as it is
+
+    def pieces(self) -> Iterator["_Row"]:
+        start = self.start
+        for piece in self.tensors.pieces():
+            yield self._replace(tensors=piece, start=start)
+            start += len(piece.param)
+
+    def random(self) -> Tensor | None:
+        """16 random bits an element, where the parameter is rounded stochastically."""
+        param = self.tensors.param
+        if self.seed is None or param.dtype != torch.bfloat16:
+            return None
+        return rounding.random_16_bits(self.seed, int(self.step), self.start, len(param), param.device)
+
+
+def _update_rows(rows: Sequence[_Row], hyper: Hyperparameters, factor: Tensor | None) -> None:
+    """Update parameters, or pieces of them, whose counters have been advanced."""
+    as_they_are = factor is None
+    if factor is None:
+        factor = reference.grad_factor(hyper.maximize, None, None)
+    whole: dict[torch.dtype, list[_Row]] = {}
+    in_fp32: list[_Row] = []
+    for row in rows:
+        t = row.tensors
+        if t.param.device.type != "cpu" or t.max_exp_avg_sq is not None:
+            # torch's fused kernel forgets a NaN in the running maximum.
+            _update_by_reference(row, factor, hyper)
+        elif as_they_are and row.plain:
+            whole.setdefault(t.param.dtype, []).append(row)
+        else:
+            in_fp32.append(row)
+    _update_in_fp32(in_fp32, factor, hyper)
+    for members in whole.values():
+        _fused_adamw(members, hyper, hyper.maximize)
+
+
+def _fused_adamw(rows: Sequence[_Row], hyper: Hyperparameters, maximize: bool = False) -> None:
+    """Run torch's fused AdamW on all rows."""
+    params, grads, exp_avgs, exp_avg_sqs = (
+        list(column) for column in zip(*(row.tensors[:4] for row in rows), strict=True)
+    )
+    torch._fused_adamw_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        [row.step for row in rows],
+        lr=hyper.lr,
+        beta1=hyper.betas[0],
+        beta2=hyper.betas[1],
+        weight_decay=hyper.weight_decay,
+        eps=hyper.eps,
+        amsgrad=False,
+        maximize=maximize,
+    )
+
+
+def _update_in_fp32(rows: Iterable[_Row], factor: Tensor, hyper: Hyperparameters) -> None:
+    """By way of fp32 copies of some pieces at a time, which fit a cache."""
+    batch: list[_Row] = []
+    held = 0
+    for piece in chain.from_iterable(row.pieces() for row in rows):
+        batch.append(piece)
+        held += len(piece.tensors.param)
+        if held >= reference.PIECE:
+            _update_batch_in_fp32(batch, factor, hyper)
+            batch, held = [], 0
+    if batch:
+        _update_batch_in_fp32(batch, factor, hyper)
+
+
+def _update_batch_in_fp32(batch: Sequence[_Row], factor: Tensor, hyper: Hyperparameters) -> None:
+    wide = []
+    for row in batch:
+        t = row.tensors
+        param = t.param.float() if t.remainder is None else rounding.join_fp32(t.param, t.remainder)
+        tensors = Tensors(param, t.grad.float() * factor, t.exp_avg.float(), t.exp_avg_sq.float())
+        wide.append(row._replace(tensors=tensors))
+    _fused_adamw(wide, hyper)
+    stored, updated = [], []
+    for row, (new, *_) in zip(batch, wide, strict=True):
+        t, random = row.tensors, row.random()
+        if t.remainder is None and random is None:
+            stored.append(t.param)
+            updated.append(new.param)
+        else:
+            reference.store_param(t, new.param, random)
+        stored += [t.exp_avg, t.exp_avg_sq]
+        updated += [new.exp_avg, new.exp_avg_sq]
+    changed = [(old, new) for old, new in zip(stored, updated, strict=True) if old is not new]
+    if changed:
+        torch._foreach_copy_([old for old, _ in changed], [new for _, new in changed])
+
+
+def _update_by_reference(row: _Row, factor: Tensor, hyper: Hyperparameters) -> None:
+    c = reference.coefficients(
+        row.step.item(), lr=hyper.lr, betas=hyper.betas, eps=hyper.eps, weight_decay=hyper.weight_decay
+    )
+    for piece in row.pieces():
+        reference.adamw_(piece.tensors, c, factor, piece.random())

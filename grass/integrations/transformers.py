@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from grass.config import GrassConfig
 from grass.layers import LayerMap, Pattern
-from grass.optim.freezing import trainable_flags
 from grass.optim.grass_adamw import GrassAdamW
+from grass.optim.requires_grad import trainable_flags
 
 Factory = Callable[[], Callable[..., GrassAdamW]]
 

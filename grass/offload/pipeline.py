@@ -1,7 +1,7 @@
 """Pipelines: how units of states come to the device, are updated there, and go home.
 
 *Streamed*: every unit passes through a ring of few buffers in every step. While one is updated, the next is fetched
-and the last is written back. *Resident*: the slots that train keep their states on the device until others
+and the last is written back. *Resident*: the buckets that train keep their states on the device until others
 take their place; those are fetched before the switch.
 
 Every wait has the number of the hazard it is there for: see the table in docs/architecture.md.
@@ -38,22 +38,22 @@ class Buffer:
 
 
 class Pipeline(Protocol):
-    """What an optimizer asks for. Slots are numbers, as in the store."""
+    """What an optimizer asks for. Buckets are numbers, as in the store."""
 
-    def begin(self, slots: Sequence[int]) -> None:
-        """Say which slots are updated next, in which order; their states start to come."""
+    def begin(self, buckets: Sequence[int]) -> None:
+        """Say which buckets are updated next, in which order; their states start to come."""
 
-    def announce(self, slots: Sequence[int]) -> None:
-        """Say which slots will be updated when those of now are done with."""
+    def announce(self, buckets: Sequence[int]) -> None:
+        """Say which buckets will be updated when those of now are done with."""
 
-    def units(self, slot: int) -> Sequence[Unit]:
-        """The units of a slot, in the order of updates."""
+    def units(self, bucket: int) -> Sequence[Unit]:
+        """The units of a bucket, in the order of updates."""
 
     def updating(self) -> contextlib.AbstractContextManager[None]:
         """Where `run` is called: work of now goes beside the current stream, after what that has been given."""
 
-    def run(self, slot: int, update: Update) -> None:
-        """Update a slot, by calling `update` for every unit."""
+    def run(self, bucket: int, update: Update) -> None:
+        """Update a bucket, by calling `update` for every unit."""
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
         """Let the memory of tensors be free only when the updates of now are done with it."""
@@ -64,8 +64,8 @@ class Pipeline(Protocol):
     def drain(self) -> None:
         """Let the host wait until the store holds all states as they are now."""
 
-    def forget(self, slot: int | None = None) -> None:
-        """Let the host wait until it may write to a slot's states, or to all; what it writes is fetched anew."""
+    def invalidate(self, bucket: int | None = None) -> None:
+        """Let the host wait until it may write to a bucket's states, or to all; what it writes is fetched anew."""
 
     def close(self) -> None:
         """Let the host wait until nothing uses the store, nor the memory of buffers: both may then be freed."""
@@ -84,11 +84,11 @@ class _Base:
         self._given: Any = None  # events: gradients are complete; updates are done
         self._done: Any = None
 
-    def units(self, slot: int) -> Sequence[Unit]:
+    def units(self, bucket: int) -> Sequence[Unit]:
         """See `Pipeline`."""
-        if slot not in self._units:
-            self._units[slot] = cut(slot, self._store.slab(slot), self._capacity)
-        return self._units[slot]
+        if bucket not in self._units:
+            self._units[bucket] = cut(bucket, self._store.slab(bucket), self._capacity)
+        return self._units[bucket]
 
     @contextlib.contextmanager
     def updating(self) -> Iterator[None]:
@@ -122,7 +122,7 @@ class _Base:
         engine = self._engine
         engine.wait(UPDATE, unit.ready, "H1")  # its states have come
         update(unit, unit.views(buffer.memory))
-        reads, writes = (buffer.name, f"gradients {unit.slot}"), (buffer.name, f"weights {unit.slot}")
+        reads, writes = (buffer.name, f"gradients {unit.bucket}"), (buffer.name, f"weights {unit.bucket}")
         engine.note(UPDATE, Operation("update", unit.label, reads, writes, unit.num_bytes))
         buffer.updated = engine.record(UPDATE, buffer.updated)
 
@@ -134,9 +134,9 @@ class _Base:
         unit.written = buffer.freed = engine.record(D2H, unit.written)
         self._moved[1] += unit.num_bytes
 
-    def _units_of(self, slot: int | None) -> Iterator[Unit]:
-        """The units of a slot, or all, that have ever been on the way."""
-        for units in self._units.values() if slot is None else [self._units.get(slot, [])]:
+    def _units_of(self, bucket: int | None) -> Iterator[Unit]:
+        """The units of a bucket, or all, that have ever been on the way."""
+        for units in self._units.values() if bucket is None else [self._units.get(bucket, [])]:
             yield from units
 
     def _wait_to_read(self) -> None:
@@ -144,15 +144,15 @@ class _Base:
             self._engine.wait(HOST, unit.written, "H5")
         self._note_host("host read")
 
-    def _wait_to_write(self, slot: int | None, buffers: Sequence[Buffer] = ()) -> None:
+    def _wait_to_write(self, bucket: int | None, buffers: Sequence[Buffer] = ()) -> None:
         """Into what units have at home; or to free it, and buffers, that others may be given their memory."""
-        for unit in self._units_of(slot):
+        for unit in self._units_of(bucket):
             self._engine.wait(HOST, unit.written, "H6")
             self._engine.wait(HOST, unit.ready, "H6")  # a fetch still reads what the host will write
-        self._note_host("host write", slot, tuple(buffer.name for buffer in buffers))
+        self._note_host("host write", bucket, tuple(buffer.name for buffer in buffers))
 
-    def _note_host(self, kind: str, slot: int | None = None, buffers: tuple[str, ...] = ()) -> None:
-        touched = (*map(_home, self._units_of(slot)), *buffers)
+    def _note_host(self, kind: str, bucket: int | None = None, buffers: tuple[str, ...] = ()) -> None:
+        touched = (*map(_home, self._units_of(bucket)), *buffers)
         reads, writes = (touched, ()) if kind == "host read" else ((), touched)
         self._engine.note(HOST, Operation(kind, "", reads, writes))
 
@@ -179,7 +179,7 @@ class StreamedPipeline(_Base):
         super().__init__(store, engine)
         self._capacity = buffer_bytes
         self._free = [
-            Buffer(f"slot {i}", torch.empty(buffer_bytes, dtype=torch.uint8, device=device))
+            Buffer(f"buffer {i}", torch.empty(buffer_bytes, dtype=torch.uint8, device=device))
             for i in range(buffer_count)
         ]  # those without a tenant, the longest free first
         for buffer in self._free:
@@ -188,20 +188,20 @@ class StreamedPipeline(_Base):
         self._coming: list[Unit] = []  # in the order in which they are expected
         self._ring_bytes = buffer_bytes * buffer_count
 
-    def begin(self, slots: Sequence[int]) -> None:
+    def begin(self, buckets: Sequence[int]) -> None:
         """See `Pipeline`. What was fetched and is not expected first makes room."""
-        self._coming = [unit for slot in slots for unit in self.units(slot)]
+        self._coming = [unit for bucket in buckets for unit in self.units(bucket)]
         expected = set(self._coming[: len(self._free) + len(self._taken)])
         for unit in [unit for unit in self._taken if unit not in expected]:
             self._give_up(unit)
         self._fetch_ahead()
 
-    def announce(self, slots: Sequence[int]) -> None:
+    def announce(self, buckets: Sequence[int]) -> None:
         """See `Pipeline`. The ring has no room for a set to come."""
 
-    def run(self, slot: int, update: Update) -> None:
-        """See `Pipeline`. A slot may come out of turn: buffers that wait for others then make room."""
-        for unit in self.units(slot):
+    def run(self, bucket: int, update: Update) -> None:
+        """See `Pipeline`. A bucket may come out of turn: buffers that wait for others then make room."""
+        for unit in self.units(bucket):
             if unit in self._coming:
                 self._coming.remove(unit)
             if unit not in self._taken:
@@ -236,12 +236,12 @@ class StreamedPipeline(_Base):
         """See `Pipeline`."""
         self._wait_to_read()
 
-    def forget(self, slot: int | None = None) -> None:
+    def invalidate(self, bucket: int | None = None) -> None:
         """See `Pipeline`. What is expected next is fetched by the next `begin`."""
-        for unit in [unit for unit in self._taken if slot in (None, unit.slot)]:
+        for unit in [unit for unit in self._taken if bucket in (None, unit.bucket)]:
             self._give_up(unit)
-        self._coming = [unit for unit in self._coming if slot not in (None, unit.slot)]
-        self._wait_to_write(slot)
+        self._coming = [unit for unit in self._coming if bucket not in (None, unit.bucket)]
+        self._wait_to_write(bucket)
 
     def close(self) -> None:
         """See `Pipeline`."""
@@ -254,9 +254,9 @@ class StreamedPipeline(_Base):
 
 
 class ResidentPipeline(_Base):
-    """States stay on the device as long as their slots train.
+    """States stay on the device as long as their buckets train.
 
-    A buffer holds a slot. Buffers are kept and used again: as many as two sets have that share nothing (H10).
+    A buffer holds a bucket. Buffers are kept and used again: as many as two sets have that share nothing (H10).
 
     Args:
         store: their home.
@@ -269,34 +269,34 @@ class ResidentPipeline(_Base):
         self._device = device
         self._buffers: list[Buffer] = []
         self._held: dict[int, Buffer] = {}
-        self._changed: set[int] = set()  # slots whose home is behind
+        self._changed: set[int] = set()  # buckets whose home is behind
         self._announced: set[int] = set()
 
-    def begin(self, slots: Sequence[int]) -> None:
+    def begin(self, buckets: Sequence[int]) -> None:
         """See `Pipeline`. Who is neither in this set nor in the announced one goes home."""
-        wanted = self._announced.union(slots)
-        for slot in [slot for slot in self._held if slot not in wanted]:
-            self._send_home(slot)
-            self._held.pop(slot).tenant = None
-        for slot in slots:
-            self._bring(slot)
+        wanted = self._announced.union(buckets)
+        for bucket in [bucket for bucket in self._held if bucket not in wanted]:
+            self._send_home(bucket)
+            self._held.pop(bucket).tenant = None
+        for bucket in buckets:
+            self._bring(bucket)
 
-    def announce(self, slots: Sequence[int]) -> None:
-        """See `Pipeline`. A slot of both sets does not move."""
-        self._announced = set(slots)
-        for slot in slots:
-            self._bring(slot)
+    def announce(self, buckets: Sequence[int]) -> None:
+        """See `Pipeline`. A bucket of both sets does not move."""
+        self._announced = set(buckets)
+        for bucket in buckets:
+            self._bring(bucket)
 
-    def run(self, slot: int, update: Update) -> None:
+    def run(self, bucket: int, update: Update) -> None:
         """See `Pipeline`."""
-        self._bring(slot)
-        for unit in self.units(slot):
-            self._update(unit, self._held[slot], update)
-            self._changed.add(slot)
+        self._bring(bucket)
+        for unit in self.units(bucket):
+            self._update(unit, self._held[bucket], update)
+            self._changed.add(bucket)
 
-    def _bring(self, slot: int) -> None:
-        for unit in self.units(slot):
-            if slot in self._held:
+    def _bring(self, bucket: int) -> None:
+        for unit in self.units(bucket):
+            if bucket in self._held:
                 continue
             size = sum(-(-t.numel() * t.itemsize // ALIGNMENT) * ALIGNMENT for t in unit.host.values())
             fitting = [b for b in self._buffers if b.tenant is None and b.memory.numel() >= size]
@@ -308,32 +308,32 @@ class ResidentPipeline(_Base):
                 self._buffers.append(buffer)
                 buffer.freed = self._engine.record(COMPUTE, None)  # as in the ring
             self._fetch(unit, buffer)
-            self._held[slot] = buffer
+            self._held[bucket] = buffer
 
-    def _send_home(self, slot: int) -> None:
-        if slot in self._changed:
-            for unit in self.units(slot):
-                self._write_back(unit, self._held[slot])
-            self._changed.discard(slot)
+    def _send_home(self, bucket: int) -> None:
+        if bucket in self._changed:
+            for unit in self.units(bucket):
+                self._write_back(unit, self._held[bucket])
+            self._changed.discard(bucket)
 
     def drain(self) -> None:
         """See `Pipeline`. What trains stays, and a copy goes home."""
-        for slot in self._held:
-            self._send_home(slot)
+        for bucket in self._held:
+            self._send_home(bucket)
         self._wait_to_read()
 
-    def forget(self, slot: int | None = None) -> None:
+    def invalidate(self, bucket: int | None = None) -> None:
         """See `Pipeline`."""
-        for held in [held for held in self._held if slot in (None, held)]:
+        for held in [held for held in self._held if bucket in (None, held)]:
             self._send_home(held)
             self._held.pop(held).tenant = None
-        self._announced = {other for other in self._announced if slot not in (None, other)}
-        self._wait_to_write(slot)
+        self._announced = {other for other in self._announced if bucket not in (None, other)}
+        self._wait_to_write(bucket)
 
     def close(self) -> None:
         """See `Pipeline`. What is on the device only goes home first."""
-        for slot in self._held:
-            self._send_home(slot)
+        for bucket in self._held:
+            self._send_home(bucket)
         self._wait_to_write(None, self._buffers)
 
     @property

@@ -1,6 +1,6 @@
 """Store: the home of optimizer states, in host memory.
 
-A slot of parameters (a layer, or one parameter that is in no layer) has one slab: a stretch of memory with a section
+A bucket of parameters (a layer, or one parameter that is in no layer) has one slab: a stretch of memory with a section
 for each kind of state, in which every parameter has the same place, counted in elements. So a range of elements is one
 copy a section, whatever parameters it holds.
 """
@@ -80,7 +80,7 @@ def takes_host_memory() -> bool:
     return _allocate is _map_memory
 
 
-class Slot(NamedTuple):
+class Bucket(NamedTuple):
     """Parameters whose states lie together.
 
     Args:
@@ -93,7 +93,7 @@ class Slot(NamedTuple):
 
 
 class Slab:
-    """The states of one slot.
+    """The states of one bucket.
 
     Args:
         params: dense parameters, each with the kinds of its states.
@@ -152,43 +152,44 @@ class Store:
     """The slabs of an optimizer, each made when it is first asked for.
 
     Args:
-        slots: all that can ever train.
+        buckets: all that can ever train.
         pinned: let copy engines read and write it without the host.
     """
 
-    def __init__(self, slots: Sequence[Slot], pinned: bool) -> None:
-        self._slots = slots
-        self._slot = {p: number for number, slot in enumerate(slots) for p in slot.params}
-        self._numels = {p: p.numel() for p in self._slot}
+    def __init__(self, buckets: Sequence[Bucket], pinned: bool) -> None:
+        self._buckets = buckets
+        self._bucket = {p: number for number, bucket in enumerate(buckets) for p in bucket.params}
+        self._numels = {p: p.numel() for p in self._bucket}
         self._slabs: dict[int, Slab] = {}
         self._pinned = pinned
 
     def __contains__(self, p: Tensor) -> bool:
-        return p in self._slot
+        return p in self._bucket
 
-    def slot_of(self, p: Tensor) -> int:
-        """The number of the slot a parameter is in."""
-        return self._slot[p]
+    def bucket_of(self, p: Tensor) -> int:
+        """The number of the bucket a parameter is in."""
+        return self._bucket[p]
 
-    def has_room_for(self, slots: Sequence[Slot]) -> bool:
+    def has_room_for(self, buckets: Sequence[Bucket]) -> bool:
         """Whether it holds these parameters, none else, and has a place for each kind of their states."""
-        if {p: number for number, slot in enumerate(slots) for p in slot.params} != self._slot:
+        if {p: number for number, bucket in enumerate(buckets) for p in bucket.params} != self._bucket:
             return False
         if not all(p.numel() == numel and layout.is_dense(p) for p, numel in self._numels.items()):
             return False  # other data has been put in
         return all(
-            mine.dtypes.items() >= slot.dtypes.items() for mine, slot in zip(self._slots, slots, strict=True)
+            mine.dtypes.items() >= bucket.dtypes.items()
+            for mine, bucket in zip(self._buckets, buckets, strict=True)
         )
 
-    def slab(self, slot: int) -> Slab:
-        """The slab of a slot; its memory is taken at the first call."""
-        if slot not in self._slabs:
-            self._slabs[slot] = Slab(*self._slots[slot], self._pinned)
-        return self._slabs[slot]
+    def slab(self, bucket: int) -> Slab:
+        """The slab of a bucket; its memory is taken at the first call."""
+        if bucket not in self._slabs:
+            self._slabs[bucket] = Slab(*self._buckets[bucket], self._pinned)
+        return self._slabs[bucket]
 
     def view(self, p: Tensor, kind: str) -> Tensor:
         """Where a parameter's state lives."""
-        return self.slab(self._slot[p]).view(p, kind)
+        return self.slab(self._bucket[p]).view(p, kind)
 
     def pin(self) -> None:
         """Pin what there is and what is to come: the parameters have moved to a GPU."""
@@ -198,7 +199,7 @@ class Store:
 
     def is_fresh(self, p: Tensor, kind: str) -> bool:
         """Whether nothing was ever written to a parameter's state: it is zero."""
-        return not self.slab(self._slot[p]).was_given(p, kind)
+        return not self.slab(self._bucket[p]).was_given(p, kind)
 
     @property
     def num_bytes(self) -> int:
@@ -207,8 +208,8 @@ class Store:
 
     @property
     def most_bytes(self) -> int:
-        """Bytes when every slot has been drawn."""
+        """Bytes when every bucket has been drawn."""
         total = 0
-        for slot in self._slots:
-            total += place(slot.params)[1] * sum(dtype.itemsize for dtype in slot.dtypes.values())
+        for bucket in self._buckets:
+            total += place(bucket.params)[1] * sum(dtype.itemsize for dtype in bucket.dtypes.values())
         return total

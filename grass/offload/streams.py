@@ -19,8 +19,8 @@ H2D, D2H, UPDATE, COMPUTE, HOST = "h2d", "d2h", "update", "compute", "host"
 class Operation(NamedTuple):
     """One thing that is done to states.
 
-    `reads` and `writes` name memory: ``"slot 0"`` of the ring, ``"store 3.1"`` of unit 1 of slot 3 in the store,
-    ``"slab 3"`` of a resident slot on the device, ``"gradients 3"`` and ``"weights 3"`` of slot 3.
+    `reads` and `writes` name memory: ``"buffer 0"`` of the ring, ``"store 3.1"`` of unit 1 of bucket 3 in the store,
+    ``"slab 3"`` of a resident bucket on the device, ``"gradients 3"`` and ``"weights 3"`` of bucket 3.
     """
 
     kind: str  # "fetch", "update", "write-back", "host read" or "host write"

@@ -1,6 +1,6 @@
 """Units: what passes through one device buffer at a time.
 
-A unit is a run of chunks of a slot: the same range of elements of every section of its slab. Cuts are at chunk
+A unit is a run of chunks of a bucket: the same range of elements of every section of its slab. Cuts are at chunk
 boundaries only, so that norms and roundings, which go by chunks, do not depend on the size of a buffer.
 """
 
@@ -30,8 +30,8 @@ class Unit:
     """A range of a slab.
 
     Attributes:
-        slot: of the slab.
-        label: for logs: "3.1" is the second unit of slot 3.
+        bucket: of the slab.
+        label: for logs: "3.1" is the second unit of bucket 3.
         pieces: what is in it.
         start: first element of the sections.
         host: 1-D views of the sections, by kind.
@@ -39,8 +39,8 @@ class Unit:
         ready, written: events of its last fetch and its last write-back.
     """
 
-    def __init__(self, slot: int, index: int, slab: Slab, pieces: Sequence[Piece]) -> None:
-        self.slot, self.label, self.pieces = slot, f"{slot}.{index}", tuple(pieces)
+    def __init__(self, bucket: int, index: int, slab: Slab, pieces: Sequence[Piece]) -> None:
+        self.bucket, self.label, self.pieces = bucket, f"{bucket}.{index}", tuple(pieces)
         self.start = pieces[0].start
         stop = pieces[-1].start + pieces[-1].numel
         self.host = {kind: section[self.start : stop] for kind, section in slab.sections.items()}
@@ -58,11 +58,11 @@ class Unit:
         return views
 
 
-def cut(slot: int, slab: Slab, capacity: int | None) -> list[Unit]:
+def cut(bucket: int, slab: Slab, capacity: int | None) -> list[Unit]:
     """Cut a slab into units.
 
     Args:
-        slot: of the slab.
+        bucket: of the slab.
         slab: whose parameters lie one after another.
         capacity: bytes of a buffer; None is one unit.
     """
@@ -75,7 +75,7 @@ def cut(slot: int, slab: Slab, capacity: int | None) -> list[Unit]:
 
     def close() -> None:
         if pieces:
-            units.append(Unit(slot, len(units), slab, pieces))
+            units.append(Unit(bucket, len(units), slab, pieces))
             pieces.clear()
 
     for p, start in slab.starts.items():

@@ -4,20 +4,22 @@ What a swapper sees differs in one thing: moments of bfloat16 and float16 parame
 stay float32 through `load_state_dict` (torch casts them to the parameter's dtype).
 """
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim.optimizer import ParamsT
 
-from grass.offload.pipeline import Pipeline
-from grass.optim.checks import check_rows, check_states, refuse_in_capture, refuse_sparse
-from grass.optim.exact_weights import OutsideWrites, refuse_shared_counters
-from grass.optim.states import Options, StateMaker, has_remainder, takes_kernel
-from grass.optim.update import Scaler, update
-from grass.optim.watching import CountedStates
-from grass.optim.work import Row, Work, settings_of
+from grass.optim.checks import check_entries, check_states, refuse_in_capture, refuse_sparse
+from grass.optim.hyperparameters import settings_of
+from grass.optim.param_entry import ParamEntry
+from grass.optim.states import STATE_KEYS, Options, StateMaker
+from grass.optim.step_plan import InPlace, Reading, Residency, Scaler, StepPlan, read_step
+
+_logger = logging.getLogger(__name__)
 
 
 class AdamW(torch.optim.AdamW):
@@ -41,24 +43,19 @@ class AdamW(torch.optim.AdamW):
         state_dtype: dtype of the moments of float32, bfloat16 and float16 parameters: ``torch.float32`` (None) or
             ``torch.bfloat16``. Other parameters' moments have the parameter's dtype.
         master_weights: keep the 16 bits that a bfloat16 parameter lacks of its float32 value, as int16
-            ``remainder`` in its state: updates are float32's to the bit. The parameter itself is the nearest
-            bfloat16. Whoever writes to it in place starts anew from what was written. Not noticed are writes
-            through ``.data`` of the parameter (a new ``.data`` is), and those around `load_state_dict` or to a copy,
-            before the next step, which are taken for the loading of the model. Views of one buffer share a
-            version counter, so parameters of several optimizers must not be such views.
+            ``remainder`` in its state: updates are bitwise float32's. The parameter itself is the nearest bfloat16.
+            A write to it from outside is respected to within half a unit in its last place.
         stochastic_rounding: round bfloat16 parameters up or down by chance, right on average; what is drawn
             depends on the parameter's place among all, its step and the element, so runs can be repeated.
         max_grad_norm: scale gradients down to this norm of them all, inside the step: gradients are only read,
             and a norm that is not finite (also by squares that overflow float32) skips the step, counters included.
 
-    A step compares with the last by address, dtype, shape and strides: parameters, gradients and states may be moved,
-    replaced, loaded or dropped between steps. Taken on trust is that what lies at the address of its last is no
-    negative view unless that was one (autograd makes none there); and that who replaces tensors inside ``state[p]``
-    by hand, or moves the memory below one (by resizing its storage), does so for the first parameter too or lets go of
-    the old ones: to swap states that are kept, replace ``state[p]`` or use `load_state_dict`.
+    Between steps parameters, gradients and states may be moved, replaced, loaded or dropped. Not detected: a parameter
+    or state replaced by a negative view of itself.
 
-    Complex and float64 parameters, and tensor betas, take torch's own functional AdamW. Gradients are
-    read-only: with a GradScaler they are unscaled inside the step, not rewritten.
+    Complex and float64 parameters, tensor betas and groups with ``decoupled_weight_decay=False`` take torch's own
+    functional AdamW. Gradients are read-only: with ``fused=True`` and a GradScaler they are unscaled inside the step,
+    not rewritten.
 
     Raises:
         ValueError, RuntimeError, TypeError: as `torch.optim.AdamW` does for the same mistake; ValueError for
@@ -99,37 +96,34 @@ class AdamW(torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        self.state = CountedStates(dict, self.state)
-        self._graphs: list[object] = []  # what captured steps read
-        self._forget()
+        self._graphs: list[object] = []  # read by captured steps
+        self._reset_caches()
 
-    def _forget(self) -> None:
-        """Begin without what steps find out and keep for the next."""
+    def _reset_caches(self) -> None:
+        """Start without what steps keep for the next."""
         self._states = StateMaker(self._options)
-        self._works: dict[int | None, Work] = {}  # by what is updated at a time: None is all
+        self._plans: dict[int | None, StepPlan] = {}  # by bucket; None is all
         self._sq_norms: Tensor | None = None
-        self._outside_writes = OutsideWrites()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._drop_stale_remainders()
         return {**super().__getstate__(), "_options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # torch asks every entry for its counter: one that keeps what it lacks of its exact value has none
+        # torch asks every entry for its counter, which those with the user's keys alone, or a remainder, lack
         entries = state["state"]
-        counted = {p: entry for p, entry in entries.items() if not isinstance(entry, dict) or "step" in entry}
-        super().__setstate__({**state, "state": counted})
-        self.state = CountedStates(dict, entries)
+        stepped = {p: entry for p, entry in entries.items() if isinstance(entry, dict) and "step" in entry}
+        super().__setstate__({**state, "state": stepped})
+        self.state = entries
         self.__dict__.setdefault("_graphs", [])
-        self._forget()
+        self._reset_caches()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as every torch optimizer does."""
         super().add_param_group(param_group)
         try:
+            self._options.check_group(self.param_groups[-1])
             for p, name in self._named(self.param_groups[-1:]):
                 self._options.check_param(p, name)
-            self._check_counters()
         except ValueError:
             self.param_groups.pop()
             raise
@@ -147,13 +141,6 @@ class AdamW(torch.optim.AdamW):
             )
         ]
 
-    def _check_counters(self) -> None:
-        if self._options.master_weights:
-            named = [
-                (p, name) for p, name in self._named(self.param_groups) if has_remainder(p, self._options)
-            ]
-            refuse_shared_counters([p for p, _ in named], [name for _, name in named])
-
     @property
     def grad_norm(self) -> Tensor | None:
         """float32 scalar on the device: norm of all gradients of the last step, before clipping. None before one."""
@@ -167,17 +154,6 @@ class AdamW(torch.optim.AdamW):
         """
         return None if self._sq_norms is None else self._sq_norms.sqrt()
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """GradScaler's question whether `step` reads ``grad_scale`` and ``found_inf`` itself."""
-        return all(
-            takes_kernel(group, p, self._options) for group in self.param_groups for p in group["params"]
-        )
-
-    @_step_supports_amp_scaling.setter
-    def _step_supports_amp_scaling(self, value: bool) -> None:
-        """Ignored: torch's constructor sets it for fused=True, the answer depends on the parameters."""
-
     # torch's own signature has a closure that returns a float; a tensor is what everybody returns
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
@@ -189,26 +165,8 @@ class AdamW(torch.optim.AdamW):
             What the closure returned, or None.
         """
         if torch.compiler.is_compiling():
-            return self._step_beside_the_graph(closure)
-        if self._is_watched():
-            return self._watched_step(closure)
-        return self._step(closure)
-
-    # torch wraps every step in what only a profiler and hooks need, a tenth of what this one costs the host
-    step.hooked = True  # type: ignore[attr-defined]
-
-    def _is_watched(self) -> bool:
-        """Whether there are hooks, or a profiler that wants to know where a step begins and ends."""
-        return bool(
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()
-        )
-
-    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
-        self._refuse_uncapturable()
+            return self._step_outside_graph(closure)
+        self._check_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -216,98 +174,89 @@ class AdamW(torch.optim.AdamW):
         self._sq_norms = self._update()
         return loss
 
-    _watched_step = torch.optim.Optimizer.profile_hook_step(_step)
-
     @torch._disable_dynamo  # torch.compiler.disable would import the compiler with this module
-    def _step_beside_the_graph(self, closure: Callable[[], Any] | None) -> Any:
-        """`step` in a compiled function: addresses are no matter of graphs."""
+    def _step_outside_graph(self, closure: Callable[[], Any] | None) -> Any:
+        """`step` in a compiled function: addresses have no place in its graph."""
         return self.step(closure)
 
-    def _refuse_uncapturable(self) -> None:
+    def _check_capture(self) -> None:
         """Refuse a step in a graph capture without ``capturable``, as torch does. Its check has two names."""
         check = getattr(self, "_accelerator_graph_capture_health_check", None)
         (check or self._cuda_graph_capture_health_check)()
 
     # -- one update ---------------------------------------------------------------------------------------
 
-    _pipeline: Pipeline | None = None  # if states live in a store
+    _residency: Residency = InPlace()
 
-    def _update(self, slot: int | None = None) -> Tensor | None:
-        """Update all parameters that have gradients.
-
-        Args:
-            slot: only those of a slot, for subclasses that have such.
+    def _update(self, bucket: int | None = None) -> Tensor | None:
+        """Update all parameters that have gradients, or those of a bucket.
 
         Returns:
-            float32 [layers], the squared norms of their gradients by layer; None if there were none.
+            float32 [layers], squared norms of the gradients by layer; None without any gradient.
         """
-        groups = self._groups_of(slot)
-        work = self._works.get(slot)
-        if work is None or not work.holds(groups, self.state):
-            self._leave_work(slot)
-            work = self._works[slot] = self._arrange(groups, slot)
-        if not work.rows:
-            return None
-        if self._options.master_weights:
-            self._outside_writes.drop_stale(work, self.state, self._states)
+        params = self._params_of(bucket)
+        plan, reading = self._plans.get(bucket), None
+        if plan is not None:
+            try:
+                reading = read_step(params, self.state, self._options)
+            except (
+                KeyError,
+                TypeError,
+                RuntimeError,
+                AttributeError,
+            ):  # a state or gradient that needs a closer look
+                reading = None
+        if plan is None or reading is None or not plan.is_valid(reading, self.param_groups):
+            self._plans.pop(bucket, None)
+            built = self._build_plan(params, bucket)
+            if built is None:
+                return None
+            plan, reading = built
+            self._plans[bucket] = plan
         scaler = Scaler(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        sq_norms, kept = update(work, groups, self.state, scaler, self._pipeline)
+        sq_norms, kept = plan.run(reading, self.param_groups, scaler)
         self._graphs += kept
-        torch.autograd.graph.increment_version(work.written)
-        if self._options.master_weights:
-            work.versions_written = work.versions()
         return sq_norms
 
-    def _arrange(self, groups: list[dict[str, Any]], slot: int | None) -> Work:
-        """Find the parameters with gradients, complete their states, and divide them."""
+    def _build_plan(self, params: Sequence[Tensor], bucket: int | None) -> tuple[StepPlan, Reading] | None:
+        """Check parameters and gradients, complete states, and divide them; None without any gradient."""
         refuse_in_capture()
-        refuse_sparse(groups)
-        for group in groups:
+        refuse_sparse(self.param_groups)
+        for group in self.param_groups:
             settings_of(group)  # two betas?
-        rows, num_layers = self._rows(slot)
-        check_rows(rows)
-        if self._options.master_weights:
-            self._outside_writes.begin(p for _, p in self._members() if "remainder" in self.state.get(p, ()))
-        for row in rows:
-            group, state = self.param_groups[row.group], self.state[row.param]
-            self._states.allocate(state, group, row.param)
-            self._states.follow(state, group, row.param)
-        check_states(rows, self.param_groups, self.state, self._options)
-        return Work(
-            groups, self.state, rows, num_layers, self._states, self._pipeline, self._slots_of_states(rows)
+            self._options.check_group(group)
+        entries, num_layers = self._entries_with_grads(bucket)
+        if not entries:
+            return None
+        check_entries(entries)
+        for entry in entries:
+            group, state = self.param_groups[entry.group], self.state[entry.param]
+            self._states.allocate(state, group, entry.param)
+            self._states.follow(state, group, entry.param)
+        check_states(entries, self.param_groups, self.state, self._options)
+        reading = read_step(params, self.state, self._options)
+        buckets = self._buckets_of(entries)
+        plan = StepPlan(
+            reading, entries, self.param_groups, self._options, num_layers, self._residency, buckets
         )
+        _logger.debug("new plan for %d parameters", len(entries))
+        return plan, reading
 
-    def _slots_of_states(self, rows: list[Row]) -> list[int]:
-        """Where in a store, for subclasses that have one, the states of rows are; in the order of updates."""
-        return []
+    def _params_of(self, bucket: int | None) -> list[Tensor]:
+        """All parameters; in subclasses that have buckets, those of one."""
+        return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
-    def _groups_of(self, slot: int | None) -> list[dict[str, Any]]:
-        """The groups as they are; in subclasses that have slots, with the parameters of one only."""
-        return self.param_groups
-
-    def _rows(self, slot: int | None = None) -> tuple[list[Row], int]:
-        """The parameters with gradients, and how many layers there are: each parameter is one."""
+    def _entries_with_grads(self, bucket: int | None) -> tuple[list[ParamEntry], int]:
+        """Records of parameters with gradients, and the number of layers: each parameter is one."""
         members = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
-        rows = [Row(index, p, seed, seed) for seed, (index, p) in enumerate(members) if p.grad is not None]
-        return rows, len(members)
+        entries = [ParamEntry(p, group, i, i) for i, (group, p) in enumerate(members) if p.grad is not None]
+        return entries, len(members)
 
-    def _leave_work(self, slot: int | None = None) -> None:
-        """Forget how a step was divided, but not which versions of parameters it left."""
-        work = self._works.pop(slot, None)
-        if work is not None and work.versions_written is not None:
-            self._outside_writes.leave(work)
-            self._outside_writes.keep_only({p for _, p in self._members()})
-
-    def _drop_stale_remainders(self) -> None:
-        """Let states agree with what others have written to parameters since the last step."""
-        self._outside_writes.drop_all(self._works.values(), self.state, self._states)
+    def _buckets_of(self, entries: Sequence[ParamEntry]) -> list[int]:
+        """Buckets whose states pass through the residency, in the order of updates."""
+        return [0]
 
     # -- checkpoints ------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state in torch's layout, as of what the parameters are now."""
-        self._drop_stale_remainders()
-        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what this optimizer's or `torch.optim.AdamW`'s `state_dict` gave.
@@ -315,8 +264,8 @@ class AdamW(torch.optim.AdamW):
         Moments are taken from the dict in their own precision: torch would first round float32 moments of a
         bfloat16 parameter to bfloat16.
         """
-        # The user's hooks may replace the dict, and look at what was loaded: ours runs after all that come
-        # before loading, and before all that come after it.
+        # The user's hooks may replace the dict, and look at what was loaded: ours runs after all that run before
+        # loading, and before all that run after it.
         seen: list[dict[str, Any]] = []
         handles = [
             self.register_load_state_dict_pre_hook(lambda _, given: self._without_states(given, seen)),
@@ -327,19 +276,28 @@ class AdamW(torch.optim.AdamW):
             super().load_state_dict(state_dict)
         except Exception:  # nothing is lost
             self.state, self.param_groups = state, groups
-            self._forget()
+            self._reset_caches()
             raise
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _without_states(self, given: dict[str, Any], seen: list[dict[str, Any]]) -> dict[str, Any] | None:
-        """Keep the dict; torch is not to bring states to the device that do not live there."""
+    def _without_states(self, given: dict[str, Any], seen: list[dict[str, Any]]) -> dict[str, Any]:
+        """Keep the dict, and leave to torch what is not ours: it would cast states, and share the dict's memory."""
         seen.append(given)
-        return None if self._states.home is None else {**given, "state": {}}
+        theirs = {
+            key: {k: v for k, v in entry.items() if k not in STATE_KEYS} if isinstance(entry, dict) else entry
+            for key, entry in given["state"].items()
+        }
+        return {
+            **given,
+            "state": {
+                key: entry for key, entry in theirs.items() if not (isinstance(entry, dict) and not entry)
+            },
+        }
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        """Put moments and counters of a state dict, as they were saved, in place of what torch made of them."""
+        """Copy the states of a state dict, as they were saved."""
         saved_ids = [key for group in saved["param_groups"] for key in group["params"]]
         for key, (group, p) in zip(saved_ids, self._members(), strict=True):
             loaded = saved["state"].get(key)

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 import grass_kernels
-from grass.optim.states import Options, moment_keys, takes_kernel
-from grass.optim.work import Row, check_settings
+from grass.optim.hyperparameters import hyperparameters_of
+from grass.optim.param_entry import ParamEntry
+from grass.optim.states import STATE_KEYS, Options, moment_keys, takes_kernel
 from grass_kernels import layout
 from grass_kernels.arguments import check_addressable, check_has_memory
 
 
 def refuse_in_capture() -> None:
-    """Refuse to arrange a step while a graph is captured: states and tables would belong to the graph's memory."""
+    """Refuse to build a plan while a graph is captured: states and tables would belong to the graph's memory."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "this step cannot be captured: something other than gradients' addresses has changed since the last one; "
@@ -33,7 +34,7 @@ def refuse_sparse(groups: list[dict[str, Any]]) -> None:
 
 
 def check_groups(groups: Sequence[dict[str, Any]], options: Options) -> None:
-    """Refuse hyperparameters of groups that train while none is updated, where one is updated at a time.
+    """Refuse hyperparameters of any group that trains, before the first bucket of a fused backward is updated.
 
     Raises:
         KernelArgumentError: with the hyperparameter's name.
@@ -41,64 +42,65 @@ def check_groups(groups: Sequence[dict[str, Any]], options: Options) -> None:
     for group in groups:
         for p in group["params"]:
             if p.requires_grad and takes_kernel(group, p, options):
-                check_settings(group, p.device)
+                hyperparameters_of(group, p.device)
                 break
 
 
-def check_rows(rows: Sequence[Row]) -> None:
+def check_entries(entries: Sequence[ParamEntry]) -> None:
     """Refuse parameters and gradients that cannot be updated, before states are made.
 
     Raises:
         KernelArgumentError: with the parameter's place.
     """
-    for row in rows:
-        p, g = row.param, row.param.grad
+    for entry in entries:
+        p, g = entry.param, entry.param.grad
         assert g is not None
         known = grass_kernels.is_supported(p.dtype, p.dtype, torch.float32)
         if not known and p.dtype != torch.float64 and not p.is_complex():
             raise grass_kernels.KernelArgumentError(
-                f"parameter {row.seed}, of shape {tuple(p.shape)}, is {p.dtype}, which AdamW does not update: it "
+                f"parameter {entry.index}, of shape {tuple(p.shape)}, is {p.dtype}, which AdamW does not update: it "
                 "updates bfloat16, float16, float32, float64 and complex; convert it"
             )
         fits = grass_kernels.is_supported(p.dtype, g.dtype, torch.float32) if known else g.dtype == p.dtype
         if not fits:
             which = "its parameter's dtype or float32" if known else "its parameter's dtype"
             raise grass_kernels.KernelArgumentError(
-                f"the gradient of parameter {row.seed}, of shape {tuple(p.shape)}, is {g.dtype} and the parameter "
+                f"the gradient of parameter {entry.index}, of shape {tuple(p.shape)}, is {g.dtype} and the parameter "
                 f"{p.dtype}: a gradient has {which}; convert it"
             )
         if g.shape != p.shape or g.device != p.device:
             raise grass_kernels.KernelArgumentError(
-                f"the gradient of parameter {row.seed} has shape {tuple(g.shape)} on {g.device}, the parameter "
+                f"the gradient of parameter {entry.index} has shape {tuple(g.shape)} on {g.device}, the parameter "
                 f"{tuple(p.shape)} on {p.device}: they must be equal; clear gradients after parameters are replaced"
             )
-        check_addressable(f"parameter {row.seed}", p)
-        check_addressable(f"the gradient of parameter {row.seed}", g)
-        check_has_memory(f"parameter {row.seed}", p)
-        check_has_memory(f"the gradient of parameter {row.seed}", g)
+        check_addressable(f"parameter {entry.index}", p)
+        check_addressable(f"the gradient of parameter {entry.index}", g)
+        check_has_memory(f"parameter {entry.index}", p)
+        check_has_memory(f"the gradient of parameter {entry.index}", g)
         if layout.may_overlap(p):
             raise grass_kernels.KernelArgumentError(
-                f"parameter {row.seed}, of shape {tuple(p.shape)} and strides {p.stride()}, has elements that share "
+                f"parameter {entry.index}, of shape {tuple(p.shape)} and strides {p.stride()}, has elements that share "
                 "memory, as expanded tensors do: make it a tensor of its own with clone()"
             )
 
 
-def check_shapes(state: dict[str, Any], p: Tensor, seed: int) -> None:
+def check_shapes(state: dict[str, Any], p: Tensor, index: int) -> None:
     """Refuse states of another shape than their parameter's.
 
     Raises:
         KernelArgumentError: with the parameter's place.
     """
-    for key, value in state.items():
-        if key != "step" and isinstance(value, Tensor) and value.shape != p.shape:
+    for key in STATE_KEYS[1:]:
+        value = state.get(key)
+        if isinstance(value, Tensor) and value.shape != p.shape:
             raise grass_kernels.KernelArgumentError(
-                f"{key} of parameter {seed} is {value.dtype} of shape {tuple(value.shape)}, the parameter {p.dtype} of "
-                f"shape {tuple(p.shape)}: states have its shape; drop the parameter's state to start it anew"
+                f"{key} of parameter {index} is {value.dtype} of shape {tuple(value.shape)}, the parameter {p.dtype} "
+                f"of shape {tuple(p.shape)}: states have its shape; drop the parameter's state to start it anew"
             )
 
 
 def check_states(
-    rows: Sequence[Row],
+    entries: Sequence[ParamEntry],
     groups: Sequence[dict[str, Any]],
     state: dict[Tensor, dict[str, Any]],
     options: Options,
@@ -108,24 +110,30 @@ def check_states(
     Raises:
         KernelArgumentError: with the parameter's place.
     """
-    for row in rows:
-        p, group = row.param, groups[row.group]
-        check_shapes(state[p], p, row.seed)
-        dtype = state[p]["exp_avg"].dtype
+    for entry in entries:
+        p, group = entry.param, groups[entry.group]
+        mine = {key: state[p][key] for key in STATE_KEYS if key in state[p]}
+        for key, value in mine.items():
+            check_addressable(f"{key} of parameter {entry.index}", value)
+            check_has_memory(f"{key} of parameter {entry.index}", value)
+        check_shapes(mine, p, entry.index)
+        dtype = mine["exp_avg"].dtype
         kept = (torch.float32, torch.bfloat16) if takes_kernel(group, p, options) else (p.dtype,)
         for key in moment_keys(group):
-            moment = state[p][key]
+            moment = mine[key]
             if moment.dtype != dtype or dtype not in kept:
                 raise grass_kernels.KernelArgumentError(
-                    f"{key} of parameter {row.seed} is {moment.dtype}, the parameter {p.dtype}: moments have one dtype "
-                    f"that it can have; put in one that fits, or drop the parameter's state to start it anew"
+                    f"{key} of parameter {entry.index} is {moment.dtype}, the parameter {p.dtype}: moments have one "
+                    "dtype that it can have; put in one that fits, or drop the parameter's state to start it anew"
                 )
-        for key, value in state[p].items():
-            if isinstance(value, Tensor):
-                check_has_memory(f"{key} of parameter {row.seed}", value)
-        remainder = state[p].get("remainder")
+            if layout.may_overlap(moment):
+                raise grass_kernels.KernelArgumentError(
+                    f"{key} of parameter {entry.index} has elements that share memory, as expanded tensors do: put in "
+                    "its clone()"
+                )
+        remainder = mine.get("remainder")
         if remainder is not None and remainder.dtype != torch.int16:
             raise grass_kernels.KernelArgumentError(
-                f"remainder of parameter {row.seed} is {remainder.dtype}: it is int16; drop it to start from the "
+                f"remainder of parameter {entry.index} is {remainder.dtype}: it is int16; drop it to start from the "
                 "parameter as it is"
             )

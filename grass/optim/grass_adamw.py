@@ -1,14 +1,16 @@
-"""GrassAdamW: the one place where all parts of the method meet.
+"""GrassAdamW: gradient-based adaptive layer-wise importance sampling, as an optimizer.
 
-A gradient's way, in one direction: backward -> update and norm in one pass -> importance (a vector on the
-device) -> at a refresh L floats to the host -> probabilities -> active set -> ``requires_grad``.
+The one place where the parts of the method meet. None of them knows the optimizer: the scheduler decides which layers
+train, the lease sets ``requires_grad``, the probe measures gradients, the fused backward calls an update when a bucket
+is complete, the offload manager keeps states in host memory.
 """
 
 import contextlib
+import logging
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +20,34 @@ from grass.config import GrassConfig
 from grass.errors import ConfigError, GrassError, ParameterError
 from grass.layer_scheduler import Change, LayerScheduler
 from grass.layers import LayerMap, Pattern
-from grass.optim.checks import check_groups, refuse_sparse
+from grass.optim import state_dict as state_dicts
+from grass.optim.adamw import AdamW
+from grass.optim.checks import check_groups, check_shapes, refuse_sparse
 from grass.optim.embeddings import keep_graph_through_frozen_embeddings
-from grass.optim.freezing import Lease, trainable_flags
 from grass.optim.fused_backward import FusedBackward, tied_parameters
+from grass.optim.offload_manager import OffloadManager, TransferStats, buckets_of
+from grass.optim.param_entry import (
+    ParamEntry,
+    assign_layers,
+    count_elements,
+    make_entries,
+    params_by_layer,
+    refuse_distributed,
+    weight_norms,
+)
 from grass.optim.probe import Probe
-from grass.optim.saving import Saving
-from grass.optim.slots import assign_slots, count_elements, refuse_distributed, weight_norms
-from grass.optim.view import MethodView
-from grass.optim.work import Row
+from grass.optim.requires_grad import RequiresGradLease, trainable_flags
+from grass.optim.step_plan import Reading, StepPlan
+
+_logger = logging.getLogger(__name__)
 
 
-class GrassAdamW(MethodView, Saving):
-    """AdamW that trains few layers at a time, chosen by their gradients; nothing but `step` is needed.
+class GrassAdamW(AdamW):
+    """AdamW that trains few layers at a time, chosen by their gradients.
 
     The first ``probe_steps`` steps measure every layer's gradient and update nothing. Then
     ``active_layers`` layers are drawn for each period of ``sample_interval`` steps; all others are frozen:
-    ``requires_grad`` off, no gradient, and weights, moments and step counters unchanged by one bit. Every
+    ``requires_grad`` off, no gradient, and weights, moments and step counters bitwise unchanged. Every
     ``update_interval`` steps the norms measured since move the importance, hence the probabilities.
 
     Args:
@@ -51,8 +64,9 @@ class GrassAdamW(MethodView, Saving):
     accelerate and Trainer. While probing, ``step`` changes no weight but counts as a step: a learning-rate
     schedule moves on, and a logged gradient norm is near zero, as gradients are freed once measured.
 
-    With ``offload`` states live in host memory: read them by `state_dict`, which waits for what is under way, and
-    change them by `load_state_dict`: what is written to them by hand may not be noticed.
+    With ``offload`` states live in host memory: read them by `state_dict`, which waits for copies under way, and
+    change them by `load_state_dict`. Not detected: states written by hand. A copy of an optimizer (`copy`, pickle)
+    sets ``requires_grad`` of its own parameters; it knows no model, so it takes no new parameter groups.
 
     Raises:
         OffloadError: less host memory than all layers' states need, or parameters on several devices.
@@ -124,13 +138,12 @@ class GrassAdamW(MethodView, Saving):
         self._layers = pattern if isinstance(pattern, LayerMap) else LayerMap.from_model(model, pattern)
         self._model_ref: weakref.ref[nn.Module] | None = weakref.ref(model)
         members = [p for _, p in self._members()]
-        self._slots = dict(zip(members, self._slots_of(members), strict=True))
-        self._late = tied_parameters(model)
-        self._offloading = None
+        layer_of = dict(zip(members, self._assign_layers(members), strict=True))
+        self._tied_params = tied_parameters(model)
         flags = trainable_flags(members)
         if not any(flags):
             raise ParameterError("no parameter requires grad: there is nothing to train")
-        self._build(flags)
+        self._start(layer_of, dict(zip(members, flags, strict=True)))
         self._lease.handles.extend(keep_graph_through_frozen_embeddings(model))
         if hasattr(model, "_orig_mod"):
             warnings.warn(
@@ -139,50 +152,128 @@ class GrassAdamW(MethodView, Saving):
                 stacklevel=2,
             )
 
-    def _slots_of(self, params: Sequence[Tensor]) -> list[int]:
+    def _assign_layers(self, params: Sequence[Tensor]) -> list[int]:
         model = None if self._model_ref is None else self._model_ref()
         if model is None:
             raise ParameterError("a copied or unpickled optimizer knows no model: it takes no new parameters")
-        return assign_slots(params, model, self._layers, self._config)
+        return assign_layers(params, model, self._layers, self._config)
 
-    def _build(self, trainable: Sequence[bool]) -> None:
-        """Make the scheduler, then take the lease, the first thing that changes the model."""
-        members = [p for _, p in self._members()]
-        flags = dict(zip(members, trainable, strict=True))
-        device = next(p.device for p, on in flags.items() if on)
-        by_slot = self._by_slot(flags)
-        weights = weight_norms(by_slot) if self._config.sampler == "weight_norm" else None
+    def _start(self, layer_of: dict[Tensor, int], trainable: dict[Tensor, bool]) -> None:
+        """Make the parts; the lease last, as the first that changes the model."""
+        self._entries = make_entries(self.param_groups, layer_of, trainable, len(self._layers))
+        by_layer = params_by_layer(self._entries, len(self._layers))
+        weights = weight_norms(by_layer) if self._config.sampler == "weight_norm" else None
+        device = next(p.device for p, on in trainable.items() if on)
         self._scheduler = LayerScheduler(
-            self._config, self._layers.names, count_elements(by_slot), device, weights
+            self._config, self._layers.names, count_elements(by_layer), device, weights
         )
-        self._move_in(flags)
-        self._lease = Lease(members, trainable)
+        self._offload: OffloadManager | None = None
+        self._observed_order: list[int] = []
+        self._rebuild_store()
+        self._lease = RequiresGradLease(list(trainable), list(trainable.values()))
         self._lease.bind(self)
         self._probe: Probe | None = None
         self._fused: FusedBackward | None = None
-        self._sq_norms: Tensor | None = None
         self._switch_parameters()
+        if self._config.fused_backward:
+            self._step_supports_amp_scaling = True  # so that a GradScaler asks `step`, which says why not
 
-    def _by_slot(self, flags: dict[Tensor, bool]) -> list[list[Tensor]]:
-        """Trainable parameters of each layer."""
-        members: list[list[Tensor]] = [[] for _ in self._layers.names]
-        for p, trainable in flags.items():
-            if trainable and self._slots[p] < len(members):
-                members[self._slots[p]].append(p)
-        return members
+    # -- what can be read -----------------------------------------------------------------------------------
 
-    # -- steps ----------------------------------------------------------------------------------------
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}\n{self._layers}\n{self._config}\n)"
+
+    @property
+    def config(self) -> GrassConfig:
+        """Settings of the method."""
+        return self._config
+
+    @property
+    def layers(self) -> LayerMap:
+        """Which parameters form which layer."""
+        return self._layers
+
+    @property
+    def phase(self) -> Literal["probe", "adapt"]:
+        """``"probe"`` or ``"adapt"``: of the step about to be taken."""
+        return self._scheduler.schedule.phase  # type: ignore[return-value]
+
+    @property
+    def active_layers(self) -> tuple[int, ...]:
+        """Layers the step about to be taken trains; () while probing."""
+        return self._scheduler.active
+
+    @property
+    def next_active_layers(self) -> tuple[int, ...] | None:
+        """Layers of the next period; None until they are drawn."""
+        return self._scheduler.next_active
+
+    @property
+    def importance(self) -> Tensor:
+        """float32 [L]: the mean gradient norm as last refreshed, which the sampler uses."""
+        return self._scheduler.importance.importance.clone()
+
+    @property
+    def probabilities(self) -> Tensor:
+        """float32 [L], sums to 1: what the sampler draws with."""
+        return self._scheduler.sampler.probabilities.float()
+
+    @property
+    def step_count(self) -> int:
+        """Steps taken, probe included."""
+        return self._scheduler.schedule.step_count
+
+    @property
+    def num_draws(self) -> int:
+        """Sets drawn so far."""
+        return self._scheduler.sampler.num_draws
+
+    @property
+    def num_refreshes(self) -> int:
+        """Refreshes of the importance so far."""
+        return self._scheduler.importance.num_refreshes
+
+    @property
+    def draw_counts(self) -> list[int]:
+        """For each layer, the number of sets it has been in."""
+        return list(self._scheduler.draw_counts)
+
+    @property
+    def nonfinite_norms(self) -> int:
+        """Norms that were NaN or inf and never entered the importance. A device sync."""
+        return self._scheduler.importance.nonfinite_norms
+
+    @property
+    def layer_grad_norms(self) -> Tensor | None:
+        """float32 [L] on the device: each layer's gradient norm in the last step, 0 for frozen layers."""
+        return None if self._sq_norms is None else self._sq_norms[:-1].sqrt()
+
+    @property
+    def transfer_stats(self) -> TransferStats:
+        """Bytes moved to and from the device since construction, and held in the store and for it on the device."""
+        return TransferStats(0, 0, 0, 0) if self._offload is None else self._offload.stats
+
+    @property
+    def torn_layers(self) -> tuple[int, ...]:
+        """With ``fused_backward``: layers updated in a step that has not ended (L stands for parameters in no layer).
+
+        Between backward and `step` that is as it should be. After a backward that failed these layers are one update
+        ahead; weights, moments and counters of each agree, and everything can be saved.
+        """
+        if self._fused is None:
+            return ()
+        return tuple(dict.fromkeys(min(bucket, len(self._layers)) for bucket in self._fused.done))
+
+    # -- steps ------------------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step of the current phase.
+        """Take one step of the current phase. A step without any gradient does nothing, and does not count.
 
         Args:
             closure: clears gradients, computes the loss, calls backward and returns the loss.
 
         Returns:
             What the closure returned, or None.
-
-        A step without any gradient does nothing, and does not count.
         """
         self._refuse_if_ended()
         loss = None
@@ -191,8 +282,8 @@ class GrassAdamW(MethodView, Saving):
                 loss = closure()
         refuse_sparse(self.param_groups)
         with torch.no_grad():
-            if self._wants_only_state():
-                self._show_state()
+            if self._is_dcp_init_step():
+                self._init_state_for_dcp()
             elif self._probe is not None:
                 self._take_probe_step(self._probe)
             else:
@@ -216,17 +307,17 @@ class GrassAdamW(MethodView, Saving):
     def _take_adapt_step(self) -> None:
         if self._fused is not None:
             self._refuse_scaler()
-            parts, self._order_seen = self._fused.take(self._order(self._scheduler.active))
-            if self._offloading is not None:
-                self._offloading.pipeline.join()
+            parts, self._observed_order = self._fused.finish_step(self._update_order(self._scheduler.active))
+            if self._offload is not None:
+                self._offload.join()
             sq_norms = torch.stack(parts).sum(0) if parts else None
-            slots = {min(home, len(self._layers)) for home in self._order_seen}
+            layers = {min(bucket, len(self._layers)) for bucket in self._observed_order}
         else:
             sq_norms = self._update()
-            work = self._works.get(None)
-            slots = set() if work is None else work.layers
+            plan = self._plans.get(None)
+            layers = set() if plan is None else plan.layers
         if sq_norms is not None:
-            observed = [slot in slots for slot in range(len(self._layers) + 1)]
+            observed = [layer in layers for layer in range(len(self._layers) + 1)]
             self._finish_step(sq_norms, observed, accumulated=False)
 
     def _refuse_scaler(self) -> None:
@@ -240,20 +331,94 @@ class GrassAdamW(MethodView, Saving):
                 "without fused_backward"
             )
 
-    def _update_home(self, home: int) -> Tensor | None:
-        """Update what has one home, inside backward; the gradients will be freed."""
+    def _finish_step(self, sq_norms: Tensor, observed: list[bool], accumulated: bool) -> None:
+        self._sq_norms = sq_norms
+        found_inf = getattr(self, "found_inf", None)
+        self._follow(self._scheduler.finish_step(sq_norms[:-1], observed[:-1], found_inf, accumulated))
+
+    def _follow(self, change: Change) -> None:
+        """Bring states and parameters to what the scheduler decided."""
+        if change.drawn is not None:
+            _logger.debug("step %d: drew layers %s", self.step_count, list(change.drawn))
+            for entry in self._entries:
+                if entry.can_train and entry.layer in (*change.drawn, len(self._layers)):
+                    group = self.param_groups[entry.group]
+                    self._states.allocate(self.state[entry.param], group, entry.param)
+        if change.left is not None:
+            if self._config.moments == "reset":
+                for entry in self._entries:
+                    if entry.layer in change.left and entry.param in self.state:
+                        self._states.reset(self.state[entry.param])
+                        if not self.state[entry.param]:
+                            del self.state[entry.param]
+            self._switch_parameters()
+        if self._offload is not None and not self._scheduler.probing:
+            coming = self._scheduler.next_active
+            later = None if coming is None else self._update_order(coming)
+            self._offload.prefetch(self._update_order(self._scheduler.active), later)
+
+    def _switch_parameters(self) -> None:
+        """Set ``requires_grad`` and hooks as the scheduler says."""
+        self._plans.clear()
+        scheduler, outside = self._scheduler, len(self._layers)
+        for entry in self._entries:
+            in_layer = entry.layer < outside and (scheduler.probing or entry.layer in scheduler.active)
+            entry.is_active = in_layer or entry.layer == outside
+        active = {entry.param for entry in self._entries if entry.is_active}
+        self._lease.switch(active.__contains__)
+        if self._probe is not None:
+            self._probe.remove()
+            self._probe = None
+        if self._fused is not None:
+            self._fused.remove()
+            self._lease.handles = [h for h in self._lease.handles if h not in self._fused.handles]
+            self._fused = None
+        if self._lease.ended:
+            return
+        training = [entry for entry in self._entries if entry.param.requires_grad]
+        if scheduler.probing:
+            params, layers = [e.param for e in training], [e.layer for e in training]
+            self._probe = Probe(params, layers, outside + 1)
+            self._lease.handles.extend(self._probe.handles)
+        else:
+            _logger.debug("step %d: training layers %s", self.step_count, list(scheduler.active))
+            if self._config.fused_backward:
+                by_bucket: dict[int, list[Tensor]] = {}
+                for entry in training:
+                    by_bucket.setdefault(entry.bucket, []).append(entry.param)
+                self._fused = FusedBackward(by_bucket, self._tied_params, self._update_in_backward)
+                self._lease.handles.extend(self._fused.handles)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, and what a probe has measured since the last step."""
+        super().zero_grad(set_to_none)
+        if self._probe is not None:
+            self._probe.discard()
+        if self._fused is not None:
+            self._fused.discard()
+
+    # -- one update ---------------------------------------------------------------------------------------
+
+    def _update(self, bucket: int | None = None) -> Tensor | None:
+        if self._offload is not None:
+            self._offload.follow()
+        sq_norms = super()._update(bucket)
+        if self._offload is not None and bucket is None:
+            self._offload.join()
+        return sq_norms
+
+    def _update_in_backward(self, bucket: int) -> Tensor | None:
+        """Update a bucket whose gradients are complete and will be freed."""
         self._refuse_if_ended()
         if self._fused is not None and not self._fused.done:
             check_groups(self.param_groups, self._options)
-        sq_norms = self._update(home)
-        if self._offloading is not None:
-            work = self._works[home]
-            self._offloading.pipeline.keep(
-                [row.param.grad for row in work.rows if row.param.grad is not None]
-            )
-            # The stream that backward was called on goes on when the updates are done, step or no step.
+        sq_norms = self._update(bucket)
+        if self._offload is not None:
+            grads = [p.grad for p in self._params_of(bucket)]
+            self._offload.keep([grad for grad in grads if grad is not None])
+            # The stream that backward was called on waits for the updates, step or no step.
             if torch._C._current_graph_task_id() != -1:  # inside backward; `step` joins by itself
-                torch.autograd.Variable._execution_engine.queue_callback(self._offloading.pipeline.join)
+                torch.autograd.Variable._execution_engine.queue_callback(self._offload.join)
         return sq_norms
 
     def accumulate(self) -> contextlib.AbstractContextManager[None]:
@@ -270,87 +435,102 @@ class GrassAdamW(MethodView, Saving):
         """
         return contextlib.nullcontext() if self._fused is None else self._fused.accumulate()
 
-    def _rows(self, home: int | None = None) -> tuple[list[Row], int]:
-        """The active parameters with gradients, and how many slots they are in."""
-        rows = []
+    def _params_of(self, bucket: int | None) -> list[Tensor]:
+        if bucket is None:
+            return super()._params_of(None)
+        return [entry.param for entry in self._current_entries() if entry.bucket == bucket]
+
+    def _current_entries(self) -> list[ParamEntry]:
+        """Records of the parameters that are in the groups now, where they are now."""
         members = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
-        for seed, (index, p) in enumerate(members):
-            if p.grad is None or (home is not None and self._homes.get(p) != home):
+        known = len(members) == len(self._entries) and all(
+            entry.param is p and entry.group == index
+            for entry, (index, p) in zip(self._entries, members, strict=True)
+        )
+        if not known:
+            by_param = {entry.param: entry for entry in self._entries}
+            if not all(p in by_param for _, p in members):
+                raise ParameterError(
+                    "the parameter groups hold parameters that this optimizer has not been told of: add them with "
+                    "add_param_group, or construct the optimizer anew"
+                )
+            self._entries = []
+            for place, (index, p) in enumerate(members):
+                entry = by_param[p]
+                entry.group, entry.index = index, place
+                self._entries.append(entry)
+        return self._entries
+
+    def _entries_with_grads(self, bucket: int | None) -> tuple[list[ParamEntry], int]:
+        entries = []
+        for entry in self._current_entries():
+            if entry.param.grad is None or bucket not in (None, entry.bucket):
                 continue
-            if self._trains(p):
-                rows.append(Row(index, p, self._slots[p], seed))
+            if entry.is_active:
+                entries.append(entry)
             else:
-                p.grad = None  # set by hand, or before a checkpoint was loaded
-        return rows, len(self._layers) + 1
+                entry.param.grad = None  # set by hand, or before a checkpoint was loaded
+        return entries, len(self._layers) + 1
 
-    def _finish_step(self, sq_norms: Tensor, observed: list[bool], accumulated: bool) -> None:
-        self._sq_norms = sq_norms
-        found_inf = getattr(self, "found_inf", None)
-        change = self._scheduler.finish_step(sq_norms[:-1], observed[:-1], found_inf, accumulated)
-        self._follow(change)
+    # -- states in host memory ------------------------------------------------------------------------------
 
-    def _follow(self, change: Change) -> None:
-        """Bring moments and parameters to what the scheduler decided."""
-        if change.drawn is not None:
-            for group, p in self._members():
-                if self._slots[p] in (*change.drawn, len(self._layers)) and self._lease.found(p):
-                    self._states.allocate(self.state[p], group, p)
-        if change.left is not None:
-            if self._config.moments == "reset":
-                for _, p in self._members():
-                    if self._slots[p] in change.left:
-                        self._states.reset(self.state, p)
-            self._switch_parameters()
-        if self._offloading is not None and not self._scheduler.probing:
-            self._offloading.pipeline.begin(self._order(self._scheduler.active))
-            if self._scheduler.next_active is not None:
-                self._offloading.pipeline.announce(self._order(self._scheduler.next_active))
+    def _rebuild_store(self) -> None:
+        """Make a store for the states of all parameters that can train, and move states there; all or nothing."""
+        if self._config.offload != "none":
+            before = self._offload
+            if before is not None:
+                before.drain()
+            buckets = buckets_of(self._entries, self.param_groups, self.state, self._options)
+            self._offload = self._states.home = OffloadManager(buckets, self._config, before)
+            self._residency = self._offload
+            if before is not None:
+                before.close()
+        self._observed_order = []
+        self._plans.clear()
+        for group, p in self._members():
+            if "step" in self.state.get(p, ()):
+                self._states.follow(self.state[p], group, p)
 
-    def _trains(self, p: Tensor) -> bool:
-        """Whether a parameter takes part in the step about to be taken (if it is trainable at all)."""
-        slot = self._slots[p]
-        if slot >= len(self._layers):
-            return slot == len(self._layers)
-        return self._scheduler.probing or slot in self._scheduler.active
-
-    def _can_train(self, p: Tensor) -> bool:
-        """Whether a parameter trains in some step."""
-        return self._slots[p] <= len(self._layers) and self._lease.found(p)
-
-    def _switch_parameters(self) -> None:
-        """Set ``requires_grad`` and the probe's hooks as the scheduler says."""
-        for slot in list(self._works):
-            self._leave_work(slot)
-        self._lease.switch(self._trains)
-        if self._probe is not None:
-            self._probe.remove()
-            self._probe = None
-        if self._fused is not None:
-            self._fused.remove()
-            self._lease.handles = [h for h in self._lease.handles if h not in self._fused.handles]
-            self._fused = None
-        if self._lease.ended:
+    def _ensure_capacity(self) -> None:
+        """Rebuild the store if it has no place for a state: groups or dtypes have changed since."""
+        if self._offload is None:
             return
-        if self._config.fused_backward and not self._scheduler.probing:
-            by_home: dict[int, list[Tensor]] = {}
-            for _, p in self._members():
-                if p.requires_grad:
-                    by_home.setdefault(self._homes[p], []).append(p)
-            self._fused = FusedBackward(by_home, self._late, self._update_home)
-            self._lease.handles.extend(self._fused.handles)
-        if self._scheduler.probing:
-            measured = [p for _, p in self._members() if p.requires_grad]
-            slots = [self._slots[p] for p in measured]
-            self._probe = Probe(measured, slots, len(self._layers) + 1)
-            self._lease.handles.extend(self._probe.handles)
+        buckets = buckets_of(self._current_entries(), self.param_groups, self.state, self._options)
+        if not self._offload.store.has_room_for(buckets):
+            for entry in self._entries:
+                check_shapes(self.state.get(entry.param, {}), entry.param, entry.index)
+            self._rebuild_store()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients, and what a probe has measured since the last step."""
-        super().zero_grad(set_to_none)
-        if self._probe is not None:
-            self._probe.discard()
-        if self._fused is not None:
-            self._fused.discard()
+    def _build_plan(self, params: Sequence[Tensor], bucket: int | None) -> tuple[StepPlan, Reading] | None:
+        self._ensure_capacity()
+        return super()._build_plan(params, bucket)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self._ensure_capacity()
+        super()._restore(saved)
+
+    def _reset_caches(self) -> None:
+        super()._reset_caches()
+        self._states.home = self.__dict__.get("_offload")
+
+    def _update_order(self, active: Sequence[int]) -> list[int]:
+        """Buckets that train, in the order of updates: as last observed, or as backward will probably have it."""
+        training = {
+            entry.bucket
+            for entry in self._entries
+            if entry.can_train and (entry.layer in active or entry.layer == len(self._layers))
+        }
+        outside = sorted((bucket for bucket in training if bucket >= len(self._layers)), reverse=True)
+        order = [*outside[:-1], *sorted(training.intersection(active), reverse=True), *outside[-1:]]
+        return self._observed_order if sorted(self._observed_order) == sorted(order) else order
+
+    def _buckets_of(self, entries: Sequence[ParamEntry]) -> list[int]:
+        if self._offload is None:
+            return super()._buckets_of(entries)
+        stored = {entry.bucket for entry in entries if entry.param in self._offload}
+        return [bucket for bucket in self._update_order(range(len(self._layers))) if bucket in stored]
+
+    # -- parameters -----------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of further parameters of the model.
@@ -366,29 +546,148 @@ class GrassAdamW(MethodView, Saving):
         given = param_group["params"]
         given = [given] if isinstance(given, Tensor) else list(given)
         params = [entry[1] if isinstance(entry, tuple) else entry for entry in given]
-        members = [p for _, p in self._members()]
-        flags = [self._lease.found(p) for p in members] + trainable_flags(params)
-        known, groups = self._slots, len(self.param_groups)
-        self._slots = {**known, **dict(zip(params, self._slots_of(params), strict=True))}
+        known, groups = self._current_entries(), len(self.param_groups)
+        layer_of = {entry.param: entry.layer for entry in known}
+        layer_of.update(zip(params, self._assign_layers(params), strict=True))
+        trainable = {entry.param: self._lease.original_requires_grad(entry.param) for entry in known}
+        trainable.update(zip(params, trainable_flags(params), strict=True))
         try:
-            counts = count_elements(self._by_slot(dict(zip([*members, *params], flags, strict=True))))
-            self._config.check_layers(sum(count > 0 for count in counts))
             super().add_param_group({**param_group, "params": given})
-            members = [p for _, p in self._members()]
-            self._move_in(dict(zip(members, flags, strict=True)))
+            self._entries = make_entries(self.param_groups, layer_of, trainable, len(self._layers))
+            counts = count_elements(params_by_layer(self._entries, len(self._layers)))
+            self._config.check_layers(sum(count > 0 for count in counts))
+            self._rebuild_store()
         except Exception:
-            self._slots = known
+            self._entries = known
             del self.param_groups[groups:]
             raise
         self._scheduler.recount(counts)
-        hooks = self._lease.handles
-        self._lease.handles = []  # the old lease ends with the new one's beginning, its hooks go on
-        self._lease = Lease(members, flags)
+        handles = self._lease.handles
+        self._lease.handles = []  # the old lease ends when the new one begins, its hooks go on
+        self._lease = RequiresGradLease(list(trainable), list(trainable.values()))
         self._lease.bind(self)
-        self._lease.handles = hooks
+        self._lease.handles = handles
         self._switch_parameters()
 
     def release(self) -> None:
-        """Give ``requires_grad`` back as it was at construction and remove all hooks."""
+        """Restore ``requires_grad`` as it was at construction and remove all hooks."""
         self._lease.end()
         self._probe = None
+
+    # -- state dicts and copies -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """State in torch's AdamW layout, with the whole method in ``param_groups[0]["grass"]``.
+
+        Layers that were never drawn appear with zero moments that take no memory: checkpoint libraries need
+        every parameter's state.
+        """
+        if self._offload is not None:
+            self._offload.drain()
+        state_dict = super().state_dict()
+        state_dict["param_groups"][0]["grass"] = self._method_state()
+        for index, entry in enumerate(self._current_entries()):
+            state = self.state.get(entry.param, {})
+            if entry.can_train and "step" not in state:
+                group = self.param_groups[entry.group]
+                empty = state_dicts.placeholder_state(group, entry.param, self._options)
+                state_dict["state"][index] = {**empty, **state}
+        return state_dict
+
+    def _method_state(self) -> dict[str, Any]:
+        method = self._scheduler.state_dict()
+        if self._fused is not None:
+            # of one shape at all times, as all of the method's state
+            torn = [*self.torn_layers, *[-1] * (self._config.active_layers + 1)]
+            method["torn"] = torch.tensor(torn[: self._config.active_layers + 1], device="cpu")
+        return method
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken, in whatever phase.
+
+        A state dict of `torch.optim.AdamW` gives the moments; the method then starts at its beginning, with
+        one warning.
+
+        Raises:
+            StateMismatchError: of another model, another layer map or another `GrassConfig`; nothing has
+                been changed then.
+        """
+        given = state_dict
+        state_dict, method = state_dicts.split_method(given)
+        state_dicts.check_shapes(state_dict, self.param_groups)
+        if method is not None:
+            self._scheduler.check(method)
+            expected = {entry.param for entry in self._current_entries() if entry.can_train}
+            state_dicts.check_complete(given, self.param_groups, expected)
+        super().load_state_dict(state_dict)
+        if method is None:
+            warnings.warn(
+                "the state dict is plain AdamW's: moments are loaded, the method starts at its beginning",
+                stacklevel=2,
+            )
+            self._scheduler.load_state_dict(self._scheduler.beginning)
+        else:
+            self._load_method(method)
+        self._switch_parameters()
+
+    def _load_method(self, method: dict[str, Any]) -> None:
+        self._scheduler.load_state_dict(method)
+        torn = [layer for layer in method.get("torn", torch.empty(0)).tolist() if layer >= 0]
+        if torn:
+            warnings.warn(
+                f"the state was saved inside a step that did not end: layers {torn} are one update ahead of the "
+                "others; weights, moments and counters of each agree",
+                stacklevel=4,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._offload is not None:
+            self._offload.drain()
+        entries = self._current_entries()
+        return {
+            **super().__getstate__(),
+            "grass_copy": {
+                "config": self._config,
+                "layers": self._layers,
+                "layer_of": [entry.layer for entry in entries],
+                "trainable": [self._lease.original_requires_grad(entry.param) for entry in entries],
+                "tied": [entry.param in self._tied_params for entry in entries],
+                "method": self._method_state(),
+            },
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        copied = state.get("grass_copy")
+        super().__setstate__({key: value for key, value in state.items() if key != "grass_copy"})
+        if copied is None:  # torch's load_state_dict comes by here too
+            return
+        self._config, self._layers, self._model_ref = copied["config"], copied["layers"], None
+        members = [p for _, p in self._members()]
+        self._tied_params = {p for p, tied in zip(members, copied["tied"], strict=True) if tied}
+        layer_of = dict(zip(members, copied["layer_of"], strict=True))
+        self._start(layer_of, dict(zip(members, copied["trainable"], strict=True)))
+        self._load_method(copied["method"])
+        self._switch_parameters()
+
+    # -- torch.distributed.checkpoint -----------------------------------------------------------------------
+
+    def _is_dcp_init_step(self) -> bool:
+        """Return if this step is `torch.distributed.checkpoint`'s, which makes a fresh optimizer show its state.
+
+        It sets zero gradients by hand and the learning rate to 0, steps once, and then loads the state of whatever
+        requires grad.
+        """
+        if self.step_count or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        grads = [p.grad for _, p in self._members() if p.grad is not None]
+        if self._probe is not None:
+            return bool(grads) and not self._probe.fired
+        return bool(grads) and not any(bool(grad.any()) for grad in grads)
+
+    def _init_state_for_dcp(self) -> None:
+        """Make the state of all that can ever train, and let it require grad until the next switch."""
+        shown = [entry for entry in self._current_entries() if entry.can_train]
+        for entry in shown:
+            self._states.allocate(self.state[entry.param], self.param_groups[entry.group], entry.param)
+        params = {entry.param for entry in shown}
+        self._lease.switch(params.__contains__)

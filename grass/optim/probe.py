@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from grass.optim.update import sq_norm
+from grass.optim.fallback import sq_norm
 
 # So small that neither a logged norm nor clipping feels it; a power of two, which a loss scale divides exactly.
 _MARK = 2.0**-20
@@ -26,33 +26,33 @@ class Probe:
 
     Args:
         params: parameters to hook; each must require grad.
-        slots: the layer of each, or one past the last layer for what is in none.
-        num_slots: layers + 1.
+        layers: of each; one past the last for parameters in no layer.
+        num_layers: L + 1.
 
     Attributes:
         handles: of the hooks.
         accumulated: some gradient has been measured more than once since the last `take` or `discard`.
     """
 
-    def __init__(self, params: list[Tensor], slots: list[int], num_slots: int) -> None:
+    def __init__(self, params: list[Tensor], layers: list[int], num_layers: int) -> None:
         self.accumulated = False
         self.handles: list[RemovableHandle] = []
-        self._sums: Tensor | None = None  # float32 [slots], on the first gradient's device
+        self._sums: Tensor | None = None  # float32 [L + 1], on the first gradient's device
         self._fired: dict[Tensor, int] = {}  # how often, since the last take
-        self._observed = [False] * num_slots
+        self._observed = [False] * num_layers
         self._kept: dict[torch.device, Tensor] = {}  # whose gradient is kept
         self._overflow: dict[torch.device, Tensor] = {}
-        for p, slot in zip(params, slots, strict=True):
-            self.handles.append(p.register_post_accumulate_grad_hook(self._hook(slot)))
+        for p, layer in zip(params, layers, strict=True):
+            self.handles.append(p.register_post_accumulate_grad_hook(self._hook(layer)))
 
-    def _hook(self, slot: int) -> Callable[[Tensor], None]:
+    def _hook(self, layer: int) -> Callable[[Tensor], None]:
         # Weak: parameters hold their hooks, and must not keep the optimizer alive.
         probe_ref = weakref.ref(self)
 
         def measure_and_free(param: Tensor) -> None:
             probe = probe_ref()
             if probe is not None:
-                probe._measure(param, slot)
+                probe._measure(param, layer)
 
         return measure_and_free
 
@@ -67,7 +67,7 @@ class Probe:
             self.discard()
 
     @torch.no_grad()
-    def _measure(self, param: Tensor, slot: int) -> None:
+    def _measure(self, param: Tensor, layer: int) -> None:
         self.notice_cleared()
         grad = param.grad
         if grad is None or grad.numel() == 0 or grad.is_sparse:  # `step` refuses sparse gradients
@@ -79,8 +79,8 @@ class Probe:
         norm = sq_norm(grad)
         if self._sums is None:
             self._sums = torch.zeros(len(self._observed), dtype=torch.float32, device=grad.device)
-        self._sums[slot] += norm.to(self._sums.device, non_blocking=True)
-        self._observed[slot] = True
+        self._sums[layer] += norm.to(self._sums.device, non_blocking=True)
+        self._observed[layer] = True
         self._fired[param] = self._fired.get(param, 0) + 1
         self.accumulated |= self._fired[param] > 1
         # 0 * inf and 0 * nan are nan: adds nothing unless a gradient overflowed.
@@ -100,13 +100,13 @@ class Probe:
 
     @torch.no_grad()
     def take(self, grad_scale: Tensor | None) -> tuple[Tensor, list[bool]]:
-        """The step's squared norms, unscaled, and which slots had gradients; then start anew.
+        """The step's squared norms, unscaled, and which layers had gradients; then start anew.
 
         Args:
             grad_scale: the GradScaler's, if gradients are still scaled.
 
         Returns:
-            float32 [slots], the sum over micro-batches of squared norms; and one bool a slot.
+            float32 [L + 1], the sum over micro-batches of squared norms; and one bool a layer.
         """
         assert self._sums is not None, "nothing has been measured"
         sums, ratios = self._sums, []

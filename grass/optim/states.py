@@ -11,7 +11,9 @@ import grass_kernels
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 KERNEL_DTYPES = (torch.float32, *LOW_PRECISION)
 KINDS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-"""Of moments, by their names in a state."""
+"""Moments, by their names in a state."""
+STATE_KEYS = ("step", *KINDS, "remainder")
+"""What the optimizer keeps in a state; all else there is the user's."""
 
 
 class Options(NamedTuple):
@@ -44,6 +46,19 @@ class Options(NamedTuple):
                 f"max_grad_norm must be a positive number, or None for no clipping, not {limit!r}"
             )
 
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Refuse a group that only torch's functional AdamW can update, if it cannot have the options.
+
+        Raises:
+            ValueError: with the setting's name.
+        """
+        setting = "differentiable=True" if group["differentiable"] else "decoupled_weight_decay=False"
+        if uses_torch(group) and (self.state_dtype, *self[1:3]) != (None, False, False):
+            raise ValueError(
+                f"a group with {setting} is updated by torch, which knows no state_dtype, master_weights or "
+                "stochastic_rounding: leave them out, or the setting"
+            )
+
     def check_param(self, p: Tensor, name: str) -> None:
         """Refuse a parameter that the options cannot serve.
 
@@ -58,15 +73,20 @@ class Options(NamedTuple):
             )
 
 
+def uses_torch(group: dict[str, Any]) -> bool:
+    """Return if a group has settings that only torch's functional AdamW knows."""
+    return bool(group["differentiable"]) or not group.get("decoupled_weight_decay", True)
+
+
 def takes_kernel(group: dict[str, Any], p: Tensor, options: Options) -> bool:
-    """Whether a parameter is updated by our kernels or by torch's own functional AdamW."""
-    if group["differentiable"] or p.dtype not in KERNEL_DTYPES:
+    """Return if a parameter is updated by a plan of `grass_kernels`, else by torch's functional AdamW."""
+    if uses_torch(group) or p.dtype not in KERNEL_DTYPES:
         return False
     if p.dtype in LOW_PRECISION or options.state_dtype == torch.bfloat16:
         return True  # torch has no path for moments of another dtype
     if group["capturable"] and not (p.device.type == "cuda" and grass_kernels.runs_triton(p.device)):
         return False
-    return not isinstance(group["betas"][0], Tensor)
+    return not any(isinstance(beta, Tensor) for beta in group["betas"])
 
 
 def moment_keys(group: dict[str, Any]) -> tuple[str, ...]:
@@ -74,137 +94,114 @@ def moment_keys(group: dict[str, Any]) -> tuple[str, ...]:
     return KINDS if group["amsgrad"] else KINDS[:2]
 
 
-def moment_dtype(p: Tensor, options: Options, differentiable: bool = False) -> torch.dtype:
-    """float32 or what the user asked for; the parameter's own where torch's path needs it."""
-    if differentiable or p.dtype not in KERNEL_DTYPES:
+def moment_dtype(group: dict[str, Any], p: Tensor, options: Options) -> torch.dtype:
+    """float32 or what the user asked for; the parameter's own where torch's functional AdamW needs it."""
+    if uses_torch(group) or p.dtype not in KERNEL_DTYPES:
         return p.dtype
     return options.state_dtype or torch.float32
 
 
-def has_remainder(p: Tensor, options: Options, differentiable: bool = False) -> bool:
-    """Whether a parameter is stored as an exact fp32 value in two parts."""
-    return options.master_weights and p.dtype == torch.bfloat16 and not differentiable
+def has_remainder(group: dict[str, Any], p: Tensor, options: Options) -> bool:
+    """Return if a parameter is stored as an fp32 value in two parts."""
+    return options.master_weights and p.dtype == torch.bfloat16 and not uses_torch(group)
 
 
 def step_device(group: dict[str, Any], p: Tensor, options: Options) -> torch.device:
-    """Where the step counter lives: beside the parameter for kernels, else where torch wants it."""
+    """Device of the step counter: the parameter's for kernels, else torch's choice."""
     on_device = takes_kernel(group, p, options) or group["capturable"] or group["fused"]
     return p.device if on_device else torch.device("cpu")
 
 
 class Home(Protocol):
-    """Memory for states, elsewhere than beside their parameters."""
+    """Memory for states elsewhere than beside their parameters."""
 
     def __contains__(self, p: Tensor) -> bool:
-        """Whether it has a place for a parameter's states."""
+        """Return if it has a place for a parameter's states."""
 
     def place(self, p: Tensor, kind: str) -> Tensor:
-        """The place of one state, in the parameter's shape and strides."""
+        """Return the place of one state, in the parameter's shape and strides."""
 
     def zeros(self, p: Tensor, kind: str) -> Tensor:
-        """The place of one state, zero."""
+        """Return the place of one state, zeroed."""
 
     def write(self, p: Tensor, kind: str, value: Tensor) -> Tensor:
-        """The place of one state, with these values."""
+        """Return the place of one state, with these values."""
 
 
 class StateMaker:
-    """Makes and restores states. All that it makes share one version counter.
-
-    Autograd notices that a tensor was written by its version counter. To advance those of a thousand moments
-    takes longer than to launch their update; so moments and counters of an optimizer count as written together.
+    """Makes and restores states.
 
     Args:
         options: of the optimizer.
-        home: where states live that do not live beside their parameters.
+        home: memory of states that do not live beside their parameters; holds none by itself.
     """
 
-    def __init__(self, options: Options, home: "Home | None" = None) -> None:
+    def __init__(self, options: Options, home: Home | None = None) -> None:
         self.options, self.home = options, home
-        self.counter = torch.empty(0, device="cpu")
-
-    def _counted(self, t: Tensor) -> Tensor:
-        """`t` as a tensor that shares the version counter."""
-        counted = self.counter.detach()
-        counted.data = t
-        return counted
 
     def allocate(self, state: dict[str, Any], group: dict[str, Any], p: Tensor) -> None:
-        """Give a parameter what its state lacks, in torch's layout."""
-        options, differentiable = self.options, group["differentiable"]
+        """Add to a state what it lacks, in torch's layout."""
+        options = self.options
         if "step" not in state:
             if group["fused"]:
                 _device_dtype_check_for_fused(p)
-            device = step_device(group, p, options)
-            state["step"] = self._counted(torch.zeros((), dtype=torch.float32, device=device))
+            state["step"] = torch.zeros((), dtype=torch.float32, device=step_device(group, p, options))
         for key in moment_keys(group):
             if key not in state:
-                zeros = self._zeros(p, key, moment_dtype(p, options, differentiable))
-                state[key] = zeros if differentiable else self._counted(zeros)
-        if not has_remainder(p, options, differentiable):
-            state.pop("remainder", None)  # the parameter is no longer bfloat16
+                state[key] = self._zeros(p, key, moment_dtype(group, p, options))
+        if not has_remainder(group, p, options):
+            if options.master_weights:
+                state.pop("remainder", None)  # the parameter is no longer bfloat16
         elif "remainder" not in state:
-            # the exact value to begin with is the parameter's own
-            state["remainder"] = self._counted(self._zeros(p, "remainder", torch.int16))
+            # zero: the fp32 value to begin with is the parameter's own
+            state["remainder"] = self._zeros(p, "remainder", torch.int16)
 
     def _zeros(self, p: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
         if self.home is not None and p in self.home:
             return self.home.zeros(p, kind)
         return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
-    def zero_remainder(self, state: dict[str, Any], p: Tensor) -> None:
-        """Let a parameter's exact value be what it is itself, in its home too."""
-        if self.home is not None and p in self.home:
-            state["remainder"] = self._counted(self.home.zeros(p, "remainder"))
-        else:
-            state["remainder"].zero_()
-
-    def reset(self, state: dict[Tensor, dict[str, Any]], p: Tensor) -> None:
-        """Drop what starts from zero when the parameter returns; what it lacks of its exact value stays."""
-        dropped = state.pop(p, {})
-        if "remainder" in dropped:
-            state[p] = {"remainder": dropped["remainder"]}
+    def reset(self, state: dict[str, Any]) -> None:
+        """Drop moments and counter, which start from zero when the parameter returns; all else stays."""
+        for key in ("step", *KINDS):
+            state.pop(key, None)
 
     def follow(self, state: dict[str, Any], group: dict[str, Any], p: Tensor) -> None:
-        """Bring a state to where its parameter is: a model may be moved after its optimizer has stepped.
+        """Move a state to where its parameter is: a model may be moved after its optimizer has stepped.
 
-        The counter may also be a number, or of another type, as earlier versions of torch kept it.
+        The counter may also be a number, or of another dtype, as earlier versions of torch kept it.
         """
         device = step_device(group, p, self.options)
         step = state["step"]
         if not isinstance(step, Tensor) or (step.dtype, step.device) != (torch.float32, device):
-            step = torch.as_tensor(step, dtype=torch.float32).to(device).reshape(())
-            state["step"] = self._counted(step)
-        for key, value in state.items():
-            if key == "step" or not isinstance(value, Tensor):
+            state["step"] = torch.as_tensor(step, dtype=torch.float32).to(device).reshape(())
+        for key in STATE_KEYS[1:]:
+            value = state.get(key)
+            if not isinstance(value, Tensor):
                 continue
             if self.home is not None and p in self.home:
                 place = self.home.place(p, key)
                 if (value.data_ptr(), value.shape, value.stride()) != (place.data_ptr(), p.shape, p.stride()):
-                    state[key] = self._counted(self.home.write(p, key, value))
+                    state[key] = self.home.write(p, key, value)
             elif value.device != p.device:
-                state[key] = self._counted(value.to(p.device))
+                state[key] = value.to(p.device)
 
     def restore(self, state: dict[str, Any], group: dict[str, Any], p: Tensor, saved: dict[str, Any]) -> None:
-        """Put moments, remainder and counter as they were saved in place of what torch made of them."""
+        """Copy moments, remainder and counter from a saved state, in their own precision."""
         options = self.options
         for name in moment_keys(group):
             if name in saved:
-                dtype = moment_dtype(p, options, group["differentiable"])
-                state[name] = self._counted(self._values(p, name, saved[name].detach(), dtype))
-        state.pop("remainder", None)
+                state[name] = self._copy(p, name, saved[name].detach(), moment_dtype(group, p, options))
         remainder = saved.get("remainder")
-        is_bits = (
-            isinstance(remainder, Tensor) and remainder.dtype == torch.int16
-        )  # torch casts what it does not know
-        if remainder is not None and is_bits and has_remainder(p, options, group["differentiable"]):
-            state["remainder"] = self._counted(self._values(p, "remainder", remainder, torch.int16))
+        # torch casts what it does not know: other dtypes are no remainders any more
+        is_bits = isinstance(remainder, Tensor) and remainder.dtype == torch.int16
+        if remainder is not None and is_bits and has_remainder(group, p, options):
+            state["remainder"] = self._copy(p, "remainder", remainder, torch.int16)
         if "step" in saved:
             step = torch.as_tensor(saved["step"], dtype=torch.float32)
-            device = step_device(group, p, options)
-            state["step"] = self._counted(step.to(device, copy=True).reshape(()))
+            state["step"] = step.detach().to(step_device(group, p, options), copy=True).reshape(())
 
-    def _values(self, p: Tensor, kind: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    def _copy(self, p: Tensor, kind: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         if self.home is not None and p in self.home:
             return self.home.write(p, kind, value)
-        return value.to(device=p.device, dtype=dtype)
+        return value.to(device=p.device, dtype=dtype, copy=True)

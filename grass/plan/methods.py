@@ -164,7 +164,6 @@ class _GrassAdamW(GrassAdamW):
         """
         scheduler = self._scheduler
         scheduler.schedule.step_count = scheduler.schedule.probe_steps
-        self._states.counter = torch.empty(0)  # fake, as what it counts
         left = tuple(layer for layer in scheduler.active if layer not in active)
         scheduler.active, scheduler.next_active = active, coming
         self._follow(Change(drawn, left))
@@ -208,12 +207,12 @@ def _adapting(
     def traffic() -> Traffic:
         if config.offload == "none":
             return Traffic()
-        assert optimizer._offloading is not None
-        host = optimizer._offloading.store.most_bytes
+        assert optimizer._offload is not None
+        host = optimizer._offload.store.most_bytes
         h2d, d2h = _moved(optimizer)
         if config.offload == "streamed":
             return Traffic(h2d - begun[0], d2h - begun[1], host)
-        slabs = [optimizer._offloading.store.slab(layer) for layer in coming if layer not in active]
+        slabs = [optimizer._offload.store.slab(layer) for layer in coming if layer not in active]
         moved = sum(slab.num_bytes for slab in slabs) / config.sample_interval
         return Traffic(moved, moved, host)
 
@@ -233,7 +232,7 @@ def _probing(
 
 
 def _moved(optimizer: GrassAdamW) -> tuple[int, int]:
-    stats = None if optimizer._offloading is None else optimizer._offloading.stats
+    stats = None if optimizer._offload is None else optimizer._offload.stats
     return (0, 0) if stats is None else (stats.h2d_bytes, stats.d2h_bytes)
 
 

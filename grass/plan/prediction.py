@@ -229,15 +229,10 @@ def _predict(case: Case, name: str, meta: nn.Module, frozen_at_the_end: int = 0)
 def _tracker() -> MemoryTracker:
     """A tracker that knows what the kernels hold beside their results."""
 
-    def of_update(params: list[Tensor], *args: Any, sq_norms: Tensor | None, **options: Any) -> int:
-        return _num_bytes(operators._workspace(params, 1 if sq_norms is None else sq_norms.numel(), 1))
-
     def of_norms(grads: list[Tensor], layer_index: list[int], num_layers: int, **options: Any) -> int:
-        return _num_bytes(operators._workspace(grads, num_layers, 0))
+        return _num_bytes(operators.workspace(grads, num_layers, 0))
 
-    return MemoryTracker(
-        {"grass_kernels::masked_adamw_": of_update, "grass_kernels::layer_sq_norms": of_norms}
-    )
+    return MemoryTracker({"grass_kernels::layer_sq_norms": of_norms})
 
 
 def _num_bytes(tensors: Sequence[Tensor]) -> int:

@@ -1,8 +1,7 @@
-"""Freezing: which parameters require grad, and the promise to give that back.
+"""RequiresGradLease: which parameters require grad, restored when the optimizer is done with them.
 
-One optimizer at a time decides over a parameter. A new one takes over: the older one's hooks are removed
-and ``requires_grad`` is first given back as it found it. The same happens on `release`, and when the
-optimizer is garbage collected.
+One optimizer at a time sets ``requires_grad`` of a parameter. A newer one takes over: the older one's hooks are
+removed and ``requires_grad`` is first restored. The same happens on `release`, and when the optimizer is collected.
 """
 
 import weakref
@@ -12,11 +11,11 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_LEASES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> weakref to its Lease
+_LEASES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> weakref to its lease
 
 
-class Lease:
-    """The right to switch ``requires_grad`` of some parameters, until it ends.
+class RequiresGradLease:
+    """Sets ``requires_grad`` of some parameters until it ends.
 
     Args:
         params: the parameters; leases of others on any of them end first.
@@ -28,7 +27,7 @@ class Lease:
 
     def __init__(self, params: Sequence[Tensor], trainable: Sequence[bool]) -> None:
         end_leases(params)
-        self._found = dict(zip(params, trainable, strict=True))
+        self._original = dict(zip(params, trainable, strict=True))
         self.handles: list[RemovableHandle] = []
         self.ended = False
         ref = weakref.ref(self)
@@ -36,7 +35,7 @@ class Lease:
             _LEASES[p] = ref
 
     def bind(self, owner: object) -> None:
-        """End with the garbage collection of the owner, which must not be reachable from here."""
+        """End when the owner is collected; the owner must not be reachable from here."""
         weakref.finalize(owner, self.end).atexit = False
 
     def switch(self, is_on: Callable[[Tensor], bool]) -> None:
@@ -46,36 +45,36 @@ class Lease:
         """
         if self.ended:
             return
-        for p, trainable in self._found.items():
+        for p, trainable in self._original.items():
             if trainable:
                 on = is_on(p)
                 p.requires_grad_(on)
                 if not on:
                     p.grad = None
 
-    def found(self, p: Tensor) -> bool:
-        """``requires_grad`` of a parameter as the lease found it."""
-        return self._found[p]
+    def original_requires_grad(self, p: Tensor) -> bool:
+        """``requires_grad`` of a parameter before the lease."""
+        return self._original[p]
 
     def end(self) -> None:
-        """Give ``requires_grad`` back and remove the hooks; once."""
+        """Restore ``requires_grad`` and remove the hooks; once."""
         if self.ended:
             return
         self.ended = True
         for handle in self.handles:
             handle.remove()
-        for p, trainable in self._found.items():
+        for p, trainable in self._original.items():
             p.requires_grad_(trainable)
             _LEASES.pop(p, None)
 
 
 def trainable_flags(params: Sequence[Tensor]) -> list[bool]:
-    """``requires_grad`` of each parameter, as it is or as a lease on it found it."""
+    """``requires_grad`` of each parameter, as it is or as it was before a lease."""
     flags = []
     for p in params:
         ref = _LEASES.get(p)
         lease = None if ref is None else ref()
-        flags.append(p.requires_grad if lease is None else lease.found(p))
+        flags.append(p.requires_grad if lease is None else lease.original_requires_grad(p))
     return flags
 
 

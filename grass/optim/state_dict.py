@@ -1,7 +1,7 @@
-"""What the optimizer's state dict needs beyond torch's layout: entries for what has never been stepped.
+"""State dict of `GrassAdamW`: torch's layout, with entries for parameters that were never stepped.
 
-Checkpoint libraries want the state of every parameter that requires grad, and a layer that was never drawn
-has none. It is shown as zeros that share one element of memory, and dropped again when loaded.
+Checkpoint libraries want the state of every parameter that requires grad, and a layer that was never drawn has none.
+It appears as zeros that share one element of memory, which are dropped again when loaded.
 """
 
 from typing import Any
@@ -14,11 +14,11 @@ from grass.optim.states import KINDS, Options, has_remainder, moment_dtype, mome
 
 
 def placeholder_state(group: dict[str, Any], p: Tensor, options: Options) -> dict[str, Tensor]:
-    """The state of a parameter that was never stepped, in torch's layout, without its memory."""
+    """Return the state of a parameter that was never stepped, in torch's layout, without its memory."""
     state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
     for key in moment_keys(group):
-        state[key] = torch.zeros((), dtype=moment_dtype(p, options), device=p.device).expand(p.shape)
-    if has_remainder(p, options):
+        state[key] = torch.zeros((), dtype=moment_dtype(group, p, options), device=p.device).expand(p.shape)
+    if has_remainder(group, p, options):
         state["remainder"] = torch.zeros((), dtype=torch.int16, device=p.device).expand(p.shape)
     return state
 
@@ -36,8 +36,11 @@ def split_method(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
         raise StateMismatchError('not an optimizer\'s state dict: it lacks "state" or "param_groups"')
     groups = [dict(group) for group in state_dict["param_groups"]]
     method = groups[0].pop("grass", None) if groups else None
-    entries = {key: _without_zeros(state) for key, state in state_dict["state"].items()}
-    kept = {key: state for key, state in entries.items() if state}
+    entries = {
+        key: _without_zeros(entry) if isinstance(entry, dict) else entry
+        for key, entry in state_dict["state"].items()
+    }
+    kept = {key: entry for key, entry in entries.items() if not (isinstance(entry, dict) and not entry)}
     return {**state_dict, "state": kept, "param_groups": groups}, method
 
 
@@ -45,8 +48,10 @@ def _without_zeros(state: dict[str, Any]) -> dict[str, Any]:
     """A state as it was before `state_dict` completed it: a counter of 0 stands beside moments that were not there."""
     if float(state.get("step", 1)) != 0:
         return state
-    remainder = state.get("remainder")
-    return {} if remainder is None or not bool(remainder.any()) else {"remainder": remainder}
+    kept = {key: value for key, value in state.items() if key not in ("step", *KINDS)}
+    if isinstance(kept.get("remainder"), Tensor) and not bool(kept["remainder"].any()):
+        del kept["remainder"]
+    return kept
 
 
 def check_complete(state_dict: dict[str, Any], groups: list[dict[str, Any]], expected: set[Tensor]) -> None:
@@ -91,6 +96,10 @@ def check_shapes(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> No
     for group, keys in zip(own, saved, strict=True):
         for p, key in zip(group, keys, strict=True):
             entry = state_dict["state"].get(key, {})
+            if not isinstance(entry, dict):
+                raise StateMismatchError(
+                    f"the state of parameter {key} in the state dict is no dict: it is damaged"
+                )
             missing = [kind for kind in KINDS[:2] if "step" in entry and kind not in entry]
             if missing:
                 raise StateMismatchError(

@@ -1,7 +1,8 @@
-"""Offloading: an optimizer's store and pipeline, and how they follow its parameters."""
+"""OffloadManager: an optimizer's store and pipeline, and how they follow its parameters."""
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 from grass.config import GrassConfig
 from grass.errors import OffloadError
 from grass.offload.host import check_host_memory
-from grass.offload.pipeline import Pipeline, ResidentPipeline, StreamedPipeline
-from grass.offload.store import Slot, Store, takes_host_memory
+from grass.offload.pipeline import Pipeline, ResidentPipeline, StreamedPipeline, Update
+from grass.offload.store import Bucket, Store, takes_host_memory
 from grass.offload.streams import CopyEngine, engine_for
-from grass.offload.units import elements_in
+from grass.offload.units import Unit, elements_in
+from grass.optim.param_entry import ParamEntry
+from grass.optim.states import KERNEL_DTYPES, KINDS, Options, has_remainder, moment_dtype, moment_keys
 
 MEBIBYTE = 2**20
 
@@ -41,15 +44,15 @@ class TransferStats(NamedTuple):
         return tuple.__iter__(self)
 
 
-class Offloading:
-    """The home of an optimizer's states, and their way to the device.
+class OffloadManager:
+    """States in host memory: where they are kept (`grass.optim.states.Home`) and how they are brought to the device
+    while they are updated (`grass.optim.step_plan.Residency`).
 
     Args:
-        slots: what the store holds. Complex and float64 parameters, which only torch updates, keep their states
-            beside them.
+        buckets: of the store, from `buckets_of`.
         config: ``offload``, ``buffer_mb`` and ``buffer_count``.
-        before: whose states move in, drained; what it has moved is counted on.
-        engine: copies; None is the device's own.
+        before: the manager that this one replaces; its traffic stays counted.
+        engine: makes the copy engine of a device.
 
     Raises:
         OffloadError: parameters on several devices, or less host memory than the store may need.
@@ -58,19 +61,19 @@ class Offloading:
 
     def __init__(
         self,
-        slots: Sequence[Slot],
+        buckets: Sequence[Bucket],
         config: GrassConfig,
-        before: "Offloading | None" = None,
+        before: "OffloadManager | None" = None,
         engine: Callable[[torch.device], CopyEngine] = engine_for,
     ) -> None:
         self._config, self._make_engine = config, engine
-        self._params = [p for slot in slots for p in slot.params]
+        self._params = [p for bucket in buckets for p in bucket.params]
         self._device = self._common_device()
-        self.store = Store(slots, pinned=self._device.type == "cuda")
+        self.store = Store(buckets, pinned=self._device.type == "cuda")
         if config.offload == "streamed":
-            for slot in sorted(slots, key=_width, reverse=True):
-                if slot.params:
-                    elements_in(self._buffer_bytes, slot.dtypes)
+            for bucket in sorted(buckets, key=_width, reverse=True):
+                if bucket.params:
+                    elements_in(self._buffer_bytes, bucket.dtypes)
         held = 0 if before is None else before.store.num_bytes
         if takes_host_memory():
             check_host_memory(self.store.most_bytes - held)
@@ -130,25 +133,53 @@ class Offloading:
         before = self._moved_before
         return TransferStats(before[0] + h2d, before[1] + d2h, self.store.num_bytes, held)
 
+    # -- the step ---------------------------------------------------------------------------------------------
+
+    def updating(self) -> AbstractContextManager[None]:
+        """See `Pipeline`."""
+        return self.pipeline.updating()
+
+    def units(self, bucket: int) -> Sequence[Unit]:
+        """See `Pipeline`."""
+        return self.pipeline.units(bucket)
+
+    def run(self, bucket: int, update: Update) -> None:
+        """See `Pipeline`."""
+        self.pipeline.run(bucket, update)
+
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """See `Pipeline`."""
+        self.pipeline.keep(tensors)
+
+    def join(self) -> None:
+        """See `Pipeline`."""
+        self.pipeline.join()
+
+    def prefetch(self, buckets: Sequence[int], later: Sequence[int] | None) -> None:
+        """Start to fetch the states of the next step's buckets; `later` are those of the next period, once known."""
+        self.pipeline.begin(buckets)
+        if later is not None:
+            self.pipeline.announce(later)
+
     def drain(self) -> None:
-        """Let the store hold all states as they are now."""
+        """Wait until the store holds all states as they are now."""
         if self._pipeline is not None:
             self._pipeline.drain()
 
-    def forget(self, p: Tensor | None = None) -> None:
-        """Let the host write to the states of a parameter and those that lie beside them, or to all."""
+    def invalidate(self, p: Tensor | None = None) -> None:
+        """Prepare for writes by the host to the states of a parameter's bucket, or to all."""
         if self._pipeline is not None:
-            self._pipeline.forget(None if p is None else self.store.slot_of(p))
+            self._pipeline.invalidate(None if p is None else self.store.bucket_of(p))
 
     def close(self) -> tuple[int, int, int]:
-        """End the pipeline, with all states at home; another is made when it is needed. Returns its `stats`."""
+        """End the pipeline, with all states in the store; another is made when needed. Returns its `stats`."""
         if self._pipeline is None:
             return 0, 0, 0
         self._end()
         stats, self._pipeline = self._pipeline.stats, None
         return stats
 
-    # -- the home of states, as `StateMaker` knows it ---------------------------------------------------------
+    # -- where states are kept --------------------------------------------------------------------------------
 
     def __contains__(self, p: Tensor) -> bool:
         return p in self.store
@@ -161,18 +192,43 @@ class Offloading:
         """See `grass.optim.states.Home`. Memory that was never written is zero, and stays untouched."""
         if self.store.is_fresh(p, kind):
             return self.store.view(p, kind)
-        self.forget(p)
+        self.invalidate(p)
         return self.store.view(p, kind).zero_()
 
     def write(self, p: Tensor, kind: str, value: Tensor) -> Tensor:
         """See `grass.optim.states.Home`."""
-        self.forget(p)
+        self.invalidate(p)
         place = self.store.view(p, kind)
         if value.untyped_storage().data_ptr() == place.untyped_storage().data_ptr():
             value = value.clone()  # the same memory, in another order
         return place.copy_(value)
 
 
-def _width(slot: Slot) -> int:
+def _width(bucket: Bucket) -> int:
     """Bytes of an element of all its states."""
-    return sum(dtype.itemsize for dtype in slot.dtypes.values())
+    return sum(dtype.itemsize for dtype in bucket.dtypes.values())
+
+
+def buckets_of(
+    entries: Sequence[ParamEntry],
+    groups: Sequence[dict[str, Any]],
+    state: Mapping[Tensor, dict[str, Any]],
+    options: Options,
+) -> list[Bucket]:
+    """Return what a store has to hold, by bucket: states of parameters that can train and take the kernels.
+
+    Complex and float64 parameters, which only torch updates, keep their states beside them.
+    """
+    buckets = [Bucket([], {}) for _ in range(1 + max((entry.bucket for entry in entries), default=-1))]
+    for entry in entries:
+        group, p = groups[entry.group], entry.param
+        if not entry.can_train or p.dtype not in KERNEL_DTYPES:
+            continue
+        params, dtypes = buckets[entry.bucket]
+        params.append(p)
+        for kind in KINDS:
+            if kind in moment_keys(group) or kind in state.get(p, {}):
+                dtypes[kind] = moment_dtype(group, p, options)
+        if has_remainder(group, p, options):
+            dtypes["remainder"] = torch.int16
+    return buckets

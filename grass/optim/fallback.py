@@ -1,0 +1,120 @@
+"""Fallback: parameters that only torch's functional AdamW can update (complex, float64, tensor betas, ...)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+import grass_kernels
+from grass.optim.hyperparameters import hyperparameters_of
+from grass_kernels import reference
+
+
+class Fallback:
+    """Parameters of one group, updated by torch; a backend of `grass.optim.step_plan.StepPlan`.
+
+    Args:
+        places: of the parameters in the readings of steps.
+        layers: of each.
+        group: index of the group.
+        num_layers: number of layers.
+        device: of the norms; the first parameter's.
+    """
+
+    def __init__(
+        self, places: Sequence[int], layers: Sequence[int], group: int, num_layers: int, device: torch.device
+    ) -> None:
+        self._places, self._layers, self._index, self._num_layers = places, layers, group, num_layers
+        self.device = device
+
+    def prepare(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Refuse hyperparameters that are no numbers, before any group is updated."""
+        group = groups[self._index]
+        if not any(isinstance(beta, Tensor) for beta in group["betas"]):
+            hyperparameters_of(group, self.device)
+
+    def upload(self, reading: Any, groups: Sequence[dict[str, Any]]) -> None:
+        """Take the tensors of a step, until `finish`."""
+        self._group = groups[self._index]
+        columns = (reading.params, reading.grads, reading.exp_avgs, reading.exp_avg_sqs, reading.steps)
+        self._tensors = [[column[place] for place in self._places] for column in columns]
+        self._maxima = [reading.max_exp_avg_sqs[place] for place in self._places]
+
+    @torch.no_grad()
+    def measure(self, grad_scale: Tensor | None) -> Tensor:
+        """Squared norms by layer, float32 [layers]."""
+        sq_norms = torch.zeros(self._num_layers, dtype=torch.float32, device=self.device)
+        for grad, layer in zip(self._tensors[1], self._layers, strict=True):
+            sq_norms[layer] += torch.linalg.vector_norm(grad).square().float()
+        if grad_scale is not None:
+            sq_norms /= grad_scale.to(self.device).square()
+        return sq_norms
+
+    def begin(
+        self,
+        norms: bool,
+        max_grad_norm: float | None,
+        clip_by: Tensor | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Decide what gradients are multiplied with, and if the step is skipped."""
+        self._sq_norms = self.measure(grad_scale) if norms else None
+        self._factor = None if grad_scale is None else grad_scale.double().reciprocal()
+        self._found_inf = found_inf
+        self._skips = False
+        if clip_by is not None:
+            assert max_grad_norm is not None
+            coef, not_finite = reference.clip_coefficient(clip_by, max_grad_norm)
+            self._factor = coef if self._factor is None else coef * self._factor
+            self._skips = bool(not_finite)  # torch's operations are launched by the host
+        if found_inf is not None and not self._group["fused"]:
+            self._skips |= bool(found_inf)
+
+    def finish(self) -> Tensor | None:
+        """Update; returns the squared norms if `begin` was asked for them."""
+        if not self._skips:
+            self._update()
+        del self._tensors, self._maxima
+        return self._sq_norms
+
+    def _update(self) -> None:
+        group = self._group
+        params, grads, exp_avgs, exp_avg_sqs, steps = self._tensors
+        beta1, beta2 = group["betas"]
+        with torch.set_grad_enabled(bool(group["differentiable"])):
+            grads = [g.resolve_conj() for g in grads]
+            if self._factor is not None:  # gradients are only read
+                grads = [g * self._factor.to(g.device, g.dtype) for g in grads]
+            adam(
+                params,
+                grads,
+                exp_avgs,
+                exp_avg_sqs,
+                self._maxima if group["amsgrad"] else [],
+                steps,
+                foreach=group["foreach"],
+                capturable=group["capturable"],
+                differentiable=group["differentiable"],
+                fused=group["fused"],
+                found_inf=self._found_inf if group["fused"] else None,
+                has_complex=any(torch.is_complex(p) for p in params),
+                decoupled_weight_decay=group.get("decoupled_weight_decay", True),
+                amsgrad=group["amsgrad"],
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+            )
+
+
+@torch.no_grad()
+def sq_norm(grad: Tensor) -> Tensor:
+    """Squared norm of one gradient: float32, shape (), on its device; the kernels' own where they can."""
+    if grass_kernels.is_supported(grad.dtype, grad.dtype, torch.float32):
+        return grass_kernels.layer_sq_norms([grad], [0], 1)[0]
+    return torch.linalg.vector_norm(grad).square().float()

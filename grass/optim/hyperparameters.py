@@ -1,0 +1,50 @@
+"""Hyperparameters: the numbers of a parameter group, checked and as kernels take them."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import grass_kernels
+from grass_kernels import Hyperparameters
+from grass_kernels.arguments import check_flag, check_hyperparameters, to_number
+from grass_kernels.inputs import split_lr
+
+
+def settings_of(group: dict[str, Any]) -> tuple[Any, ...]:
+    """Hyperparameters of a group, to be compared; a list of betas may be written in place."""
+    try:
+        beta1, beta2 = group["betas"]
+    except (TypeError, ValueError):
+        raise grass_kernels.KernelArgumentError(f"betas are {group['betas']!r}: give two numbers") from None
+    return group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["maximize"]
+
+
+def hyperparameters_of(
+    group: dict[str, Any], device: torch.device, max_grad_norm: float = math.inf
+) -> Hyperparameters:
+    """Hyperparameters of a group as kernels take them.
+
+    Raises:
+        KernelArgumentError: with the hyperparameter's name.
+    """
+    lr, *rest, maximize = settings_of(group)
+    if not isinstance(lr, Tensor) or lr.device != device or lr.numel() != 1:
+        lr = to_number("lr", lr)
+    names = ("betas[0]", "betas[1]", "eps", "weight_decay")
+    beta1, beta2, eps, weight_decay = map(to_number, names, rest)
+    check_hyperparameters(lr, (beta1, beta2), eps, weight_decay, device)
+    return Hyperparameters(
+        *split_lr(lr, device),
+        (beta1, beta2),
+        eps,
+        weight_decay,
+        check_flag("maximize", maximize),
+        max_grad_norm,
+    )
+
+
+def has_tensor(settings: tuple[Any, ...]) -> bool:
+    """Return if a setting is a tensor. Those are not compared, which would be a device sync."""
+    return any(type(value) is not float and isinstance(value, Tensor) for value in settings)

@@ -1,0 +1,142 @@
+"""ParamEntry: one record a parameter: the layer it belongs to, what it is updated with, and when it trains."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from grass.config import GrassConfig
+from grass.errors import ConfigError, ParameterError
+from grass.layers import LayerMap
+
+
+@dataclass(eq=False, slots=True)
+class ParamEntry:
+    """One parameter of an optimizer.
+
+    With L layers, `layer` 0 to L - 1 are the layers, L is all that is in no layer. What is updated and moved
+    together is a bucket: a layer, or one parameter that is in no layer, since those get their gradients at the two
+    ends of backward.
+    """
+
+    param: Tensor
+    group: int
+    """Index of its parameter group."""
+    index: int
+    """Place among all parameters; the seed of stochastic rounding, and its name in messages."""
+    layer: int
+    bucket: int = 0
+    can_train: bool = True
+    """Trains in some step: neither frozen by the user nor by ``always_active``."""
+    is_active: bool = True
+    """Trains in the step about to be taken."""
+
+
+def make_entries(
+    groups: Sequence[dict], layer_of: dict[Tensor, int], trainable: dict[Tensor, bool], num_layers: int
+) -> list[ParamEntry]:
+    """Records of all parameters, in the order of the groups.
+
+    Args:
+        groups: the optimizer's parameter groups.
+        layer_of: from `assign_layers`.
+        trainable: ``requires_grad`` of each parameter as the user set it.
+        num_layers: L.
+    """
+    entries: list[ParamEntry] = []
+    outside = num_layers  # bucket of the next parameter that is in no layer
+    for index, group in enumerate(groups):
+        for p in group["params"]:
+            layer = layer_of[p]
+            bucket = layer
+            if layer == num_layers:
+                bucket, outside = outside, outside + 1
+            can_train = trainable[p] and layer <= num_layers
+            entries.append(ParamEntry(p, index, len(entries), layer, bucket, can_train))
+    return entries
+
+
+def assign_layers(
+    params: Sequence[Tensor], model: nn.Module, layers: LayerMap, config: GrassConfig
+) -> list[int]:
+    """The layer of each parameter: L for what is in no layer and always trains, L + 1 for what never does.
+
+    Raises:
+        ParameterError: a parameter is not the model's.
+        ConfigError: a name pattern of ``always_active`` that matches nothing.
+    """
+    patterns = config.always_active_patterns
+    named: dict[Tensor, tuple[str, int | None]] = {
+        p: (name, layer) for name, p, layer in layers.assign(model)
+    }
+    foreign = [tuple(p.shape) for p in params if p not in named]
+    if foreign:
+        raise ParameterError(
+            f"{len(foreign)} of the parameters do not belong to the model, the first of shape {foreign[0]}: "
+            "pass the model's own parameters, and the model that is trained"
+        )
+    if patterns is not None:
+        _check_patterns(patterns, [name for name, _ in named.values()])
+    outside = len(layers) if config.always_active == "outside" else len(layers) + 1
+    assigned = []
+    for p in params:
+        name, layer = named[p]
+        if patterns is not None and any(_matches(name, pattern) for pattern in patterns):
+            assigned.append(len(layers))
+        else:
+            assigned.append(outside if layer is None else layer)
+    return assigned
+
+
+def params_by_layer(entries: Sequence[ParamEntry], num_layers: int) -> list[list[Tensor]]:
+    """Parameters of each layer that can train."""
+    params: list[list[Tensor]] = [[] for _ in range(num_layers)]
+    for entry in entries:
+        if entry.can_train and entry.layer < num_layers:
+            params[entry.layer].append(entry.param)
+    return params
+
+
+def count_elements(params: Sequence[Sequence[Tensor]]) -> list[int]:
+    """Elements of each layer's parameters."""
+    return [sum(p.numel() for p in layer) for layer in params]
+
+
+@torch.no_grad()
+def weight_norms(params: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Root-mean-square weight of each layer, float32 [L]; 0 for a layer without parameters."""
+    norms = []
+    for layer in params:
+        total = sum(float(torch.linalg.vector_norm(p)) ** 2 for p in layer)
+        norms.append((total / max(1, sum(p.numel() for p in layer))) ** 0.5)
+    return torch.tensor(norms)
+
+
+def refuse_distributed(model: nn.Module) -> None:
+    """Refuse what has not been built: every rank would draw layers of its own.
+
+    Raises:
+        ConfigError: a data-parallel wrapper, or several processes.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    wrapped = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
+    if wrapped or (distributed and torch.distributed.get_world_size() > 1):
+        raise ConfigError(
+            "GrassAdamW runs in one process on one copy of the model: ranks would draw different layers; "
+            "run without DataParallel, DistributedDataParallel or FSDP"
+        )
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or name.startswith(pattern + ".")
+
+
+def _check_patterns(patterns: tuple[str, ...], names: list[str]) -> None:
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in names):
+            raise ConfigError(
+                f"always_active pattern {pattern!r} matches no parameter; names look like {names[0]!r} and "
+                f"{names[-1]!r}"
+            )
