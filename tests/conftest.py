@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.utils.deterministic
 
+pytest.register_assert_rewrite("tests.support")
+
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:

@@ -9,13 +9,13 @@ import weakref
 from collections import Counter
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
 import grass
 from grass.checkpointing import checkpoint_activations
 from grass.layers import LayerMap
+from tests.support import tiny
 
 transformers = pytest.importorskip("transformers", reason="checkpoints are of transformers models")
 

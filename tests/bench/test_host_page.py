@@ -2,11 +2,10 @@
 situation's unit, to another number of tensors or across runs; a variant whose cost is not shown.
 """
 
-from pages import host_row, lines_of, page_of, write_rows, write_run
-
 from bench.host import subjects
 from bench.report import UNMEASURED
 from bench.report_host import VARIANTS
+from tests.support.pages import host_row, lines_of, page_of, write_rows, write_run
 
 
 def test_what_a_step_costs_the_host(tmp_path):

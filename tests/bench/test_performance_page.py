@@ -8,12 +8,12 @@ page that is not what the committed results give.
 from dataclasses import replace
 
 import pytest
-from pages import CARD, host_row, kernel_row, lines_of, page_of, write_rows, write_run
 
 from bench.gpu.figures import LARGE, OF_ONE_DTYPE, beside, figure_cases, figures
 from bench.kernels.cases import Case
 from bench.kernels.rows import failed_row
 from bench.report import PAGE, RESULTS, UNMEASURED, main, make_page
+from tests.support.pages import CARD, host_row, kernel_row, lines_of, page_of, write_rows, write_run
 
 
 def test_the_committed_page_is_what_the_committed_results_give():

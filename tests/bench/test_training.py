@@ -14,7 +14,7 @@ from bench.gpu.figures import Rows, figures
 from grass.plan.losses import loss_of
 from grass.plan.models import build
 from grass.plan.prediction import METHODS, Case
-from tests.tiny import llama
+from tests.support.tiny import llama
 
 CPU = torch.device("cpu")
 

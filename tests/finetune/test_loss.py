@@ -44,7 +44,7 @@ from grass.finetune.options import FinetuneOptions
 from grass.finetune.run_folder import read_rows
 from grass.finetune.screen import Screen, quiet_libraries
 from grass.finetune.training import ChunkedLossTrainer
-from tests.tiny import VOCAB, checkpoint_activations, llama
+from tests.support.tiny import VOCAB, checkpoint_activations, llama
 
 pytestmark = pytest.mark.skipif(
     not hasattr(nn, "LinearCrossEntropyOptions"), reason="torch before 2.13 has no chunked loss"

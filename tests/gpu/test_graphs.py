@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import grass
-
-from .problem import BF16, F32, assert_same_snapshot, gradients, parameters, snapshot
+from tests.support.device_problem import BF16, F32, assert_same_snapshot, gradients, parameters, snapshot
 
 REPLAYS = 5
 

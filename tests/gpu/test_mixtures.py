@@ -8,12 +8,11 @@ mask or a skip that is read wrongly on the device; 32-bit offsets in tensors tha
 
 import pytest
 import torch
-from kernels.oracle import BF16, F32, State, exact, name, plain_torch, worst_ulps
 
 from grass_kernels import layer_sq_norms, masked_adamw_, reference, rounding, runs_triton
 from grass_kernels.table import BLOCK, CHUNK
-
-from .problem import HYPER, MIXTURES, Mixture, Problem, same_bits
+from tests.support.device_problem import HYPER, MIXTURES, Mixture, Problem, same_bits
+from tests.support.oracle import BF16, F32, State, exact, name, plain_torch, worst_ulps
 
 LAYERS = {"layer_index": [0, 1, 2, 0, 1, 2, 3]}
 GIB = 1 << 30

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import grass
-
-from .problem import BF16, F32, gradients, parameters
+from tests.support.device_problem import BF16, F32, gradients, parameters
 
 
 @contextlib.contextmanager

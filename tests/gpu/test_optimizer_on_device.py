@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 import grass
-
-from .problem import BF16, F16, F32, assert_same_snapshot, gradients, parameters, snapshot
+from tests.support.device_problem import BF16, F16, F32, assert_same_snapshot, gradients, parameters, snapshot
 
 SCALE = 1024.0
 MIB = 1 << 20

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 import grass
-
-from .problem import F32, assert_same_snapshot, gradients, parameters, snapshot
+from tests.support.device_problem import F32, assert_same_snapshot, gradients, parameters, snapshot
 
 STEPS = 24  # three times the staging slots
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -18,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import grass
 from grass.integrations.transformers import trainer_optimizer
+from tests.support import tiny
 
 STEPS = 14
 LR, DECAY = 1e-2, 0.1

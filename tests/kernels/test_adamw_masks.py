@@ -12,10 +12,9 @@ import torch
 
 from grass_kernels import _triton, arguments, layer_sq_norms, masked_adamw_
 from grass_kernels.table import BLOCK, CHUNK
-
-from .conftest import Buffers, interpreter_only, same_bits
-from .oracle import BF16, F16, F32, name
-from .test_adamw import HYPER, SIZES, Problem, assert_same
+from tests.support.buffers import Buffers, interpreter_only, same_bits
+from tests.support.kernel_problem import HYPER, SIZES, Problem, assert_same
+from tests.support.oracle import BF16, F16, F32, name
 
 LAYERS = [0, 1, 2, 0, 1, 2, 1]
 MASKS = [[True, True, True], [False, False, False], [True, False, False], [False, True, True]]

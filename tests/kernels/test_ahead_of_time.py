@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 
 from grass_kernels import _triton, adamw_kernel, arguments, is_supported, prologue, sq_norm
-
-from . import aot
-from .oracle import BF16
+from tests.support import aot
+from tests.support.oracle import BF16
 
 pytest.importorskip("triton", reason="no Triton on this platform")
 if _triton.INTERPRETING:

@@ -17,9 +17,8 @@ from torch.utils import _pytree
 
 from grass_kernels import KernelArgumentError, _triton, is_supported, layer_sq_norms, masked_adamw_
 from grass_kernels.arguments import check_addressable, check_memory
-
-from .conftest import same_bits
-from .oracle import BF16, COMBINATIONS, F16, F32
+from tests.support.buffers import same_bits
+from tests.support.oracle import BF16, COMBINATIONS, F16, F32
 
 HYPER = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 F64 = torch.float64

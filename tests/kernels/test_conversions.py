@@ -13,8 +13,7 @@ from torch import Tensor
 
 from grass_kernels._triton import jit, launch, tl, tl_dtype
 from grass_kernels.conversions import load_fp32, pointer, store_fp32
-
-from .conftest import bits, interpreter_only, same_bits
+from tests.support.buffers import bits, interpreter_only, same_bits
 
 pytestmark = interpreter_only
 N = 1 << 16

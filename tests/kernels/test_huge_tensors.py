@@ -14,8 +14,7 @@ from grass_kernels import AdamWPlan, Hyperparameters, TensorLists, reference, ro
 from grass_kernels.inputs import split_lr
 from grass_kernels.reference import Tensors
 from grass_kernels.table import CHUNK, COLUMNS
-
-from .conftest import bits, interpreter_only, same_bits
+from tests.support.buffers import bits, interpreter_only, same_bits
 
 pytestmark = interpreter_only
 LENGTH = CHUNK + 77

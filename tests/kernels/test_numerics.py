@@ -15,9 +15,8 @@ from torch import Tensor
 
 from grass_kernels import _triton, masked_adamw_, rounding
 from grass_kernels.table import BLOCK
-
-from .conftest import same_bits
-from .oracle import BF16, COMBINATIONS, F32, State, exact, name, plain_torch, worst_ulps
+from tests.support.buffers import same_bits
+from tests.support.oracle import BF16, COMBINATIONS, F32, State, exact, name, plain_torch, worst_ulps
 
 HYPER = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 FIELDS = ("param", "exp_avg", "exp_avg_sq")

@@ -15,9 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import grass
 import grass_kernels
 from grass_kernels import AdamWPlan, TensorLists, layer_sq_norms, masked_adamw_
-
-from .conftest import same_bits
-from .oracle import BF16, F32
+from tests.support.buffers import same_bits
+from tests.support.oracle import BF16, F32
 
 HYPER = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 

@@ -22,10 +22,9 @@ from grass_kernels import (
 )
 from grass_kernels.inputs import split_lr
 from grass_kernels.table import CHUNK
-
-from .conftest import Buffers, interpreter_only, same_bits
-from .oracle import BF16, F32
-from .test_adamw import Problem, assert_same
+from tests.support.buffers import Buffers, interpreter_only, same_bits
+from tests.support.kernel_problem import Problem, assert_same
+from tests.support.oracle import BF16, F32
 
 pytestmark = interpreter_only
 CPU = torch.device("cpu")

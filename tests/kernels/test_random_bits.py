@@ -18,8 +18,7 @@ from grass_kernels import rounding
 from grass_kernels._triton import jit, launch, tl
 from grass_kernels.conversions import random_16_bits
 from grass_kernels.table import CHUNK
-
-from .conftest import interpreter_only
+from tests.support.buffers import interpreter_only
 
 CPU = torch.device("cpu")
 N = 1 << 16

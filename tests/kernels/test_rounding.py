@@ -21,9 +21,8 @@ from grass_kernels._triton import jit, launch, tl
 from grass_kernels.conversions import join_fp32, round_stochastically, split_fp32
 from grass_kernels.reference import PIECE
 from grass_kernels.table import BLOCK, CHUNK
-
-from .conftest import Buffers, bits, interpreter_only, same_bits
-from .oracle import BF16, F32
+from tests.support.buffers import Buffers, bits, interpreter_only, same_bits
+from tests.support.oracle import BF16, F32
 
 CPU = torch.device("cpu")
 N = 1 << 16

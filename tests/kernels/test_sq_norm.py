@@ -11,9 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grass_kernels import _triton, layer_sq_norms, layer_sq_norms_bytes, reference
 from grass_kernels.table import BLOCK, CHUNK
-
-from .conftest import Buffers, interpreter_only, same_bits
-from .oracle import BF16, F16, F32
+from tests.support.buffers import Buffers, interpreter_only, same_bits
+from tests.support.oracle import BF16, F16, F32
 
 SIZES = [0, 1, 7, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3 * BLOCK + 5]
 LAYERS = [3, 0, 1, 1, 0, 2, 0, 2, 5, 2]

@@ -25,11 +25,10 @@ from grass_kernels import (
 from grass_kernels._triton import jit, launch, tl
 from grass_kernels.inputs import Hyperparameters
 from grass_kernels.table import BLOCK, CHUNK
-
-from .aot import MIXTURES
-from .conftest import Buffers, interpreter_only
-from .oracle import BF16, F32, name
-from .traffic import Traffic, count_traffic
+from tests.support.aot import MIXTURES
+from tests.support.buffers import Buffers, interpreter_only
+from tests.support.oracle import BF16, F32, name
+from tests.support.traffic import Traffic, count_traffic
 
 pytestmark = interpreter_only
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 
@@ -32,9 +31,9 @@ from grass_kernels import (
 )
 from grass_kernels.inputs import split_lr
 from grass_kernels.table import CHUNK
-
-from .conftest import interpreter_only, same_bits
-from .oracle import BF16, F32
+from tests.support import tiny
+from tests.support.buffers import interpreter_only, same_bits
+from tests.support.oracle import BF16, F32
 
 plain_only = pytest.mark.skipif(
     _triton.INTERPRETING, reason="torch's path: CPU tensors take the kernels here"

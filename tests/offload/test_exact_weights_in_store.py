@@ -13,17 +13,16 @@ import pickle
 from collections.abc import Callable
 
 import pytest
-import ragged
-import tiny
 import torch
-from ragged import Ragged
 from torch import Tensor, nn
-from trainings import FUSED, outcome, saved, train
-from trainings import MODES as RUNS
 
 import grass
 from grass_kernels import _triton
 from grass_kernels.table import CHUNK
+from tests.support import ragged, tiny
+from tests.support.ragged import Ragged
+from tests.support.trainings import FUSED, outcome, saved, train
+from tests.support.trainings import MODES as RUNS
 
 MODES = {**RUNS, "fused none": FUSED}
 OTHERS = [mode for mode in MODES if mode != "none"]

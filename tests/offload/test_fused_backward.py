@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from fused import FUSED, MODES, STEPS, backward, compare, stack, watch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import grass
 from grass.errors import BackwardError
 from grass.integrations.transformers import trainer_optimizer
+from tests.support import tiny
+from tests.support.fused import FUSED, MODES, STEPS, backward, compare, stack, watch
 
 
 @pytest.fixture(autouse=True)

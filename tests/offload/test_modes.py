@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import ragged
-import tiny
 import torch
-from ragged import MEBIBYTE, Ragged
 from torch import Tensor, nn
 
 import grass
+from tests.support import ragged, tiny
+from tests.support.ragged import MEBIBYTE, Ragged
 
 STEPS = 11
 

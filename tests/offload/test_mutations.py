@@ -11,7 +11,6 @@ import inspect
 from typing import NamedTuple
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +23,7 @@ from grass.offload.store import ALIGNMENT, Slot, Store
 from grass.offload.streams import COMPUTE, InlineEngine, Operation
 from grass.optim.offloading import Offloading
 from grass_kernels.table import CHUNK
+from tests.support import tiny
 
 KINDS = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
 ONE_CHUNK = 8 * CHUNK + 2 * ALIGNMENT  # bytes of a buffer

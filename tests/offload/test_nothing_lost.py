@@ -12,11 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import ragged
-import tiny
 import torch
 from torch import Tensor
-from trainings import EXACT, MODES, OFFLOADED, STEPS, outcome, start, train
 
 import grass
 from grass.offload.order import conflicts
@@ -24,6 +21,8 @@ from grass.offload.recording import RecordingEngine
 from grass.offload.streams import H2D, HOST
 from grass.optim.offloading import Offloading
 from grass_kernels import KernelArgumentError
+from tests.support import ragged, tiny
+from tests.support.trainings import EXACT, MODES, OFFLOADED, STEPS, outcome, start, train
 
 # -- data of another size --------------------------------------------------------------------------
 

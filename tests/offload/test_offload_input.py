@@ -7,8 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import ragged
-import tiny
 import torch
 from torch import nn
 
@@ -16,6 +14,7 @@ import grass
 from grass.errors import ConfigError, OffloadError, StateMismatchError
 from grass.offload import host
 from grass.offload.host import available_bytes, check_host_memory
+from tests.support import ragged, tiny
 
 STREAMED, RESIDENT = {"offload": "streamed"}, {"offload": "resident"}
 OFFLOADS = [STREAMED, RESIDENT]

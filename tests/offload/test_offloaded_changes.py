@@ -8,11 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import ragged
-import tiny
 import torch
 from torch import Tensor
-from trainings import (
+
+import grass
+from grass_kernels import KernelArgumentError
+from tests.support import ragged, tiny
+from tests.support.trainings import (
     MODES,
     OFFLOADED,
     STEPS,
@@ -21,9 +23,6 @@ from trainings import (
     start,
     train,
 )
-
-import grass
-from grass_kernels import KernelArgumentError
 
 
 def halve(opt: grass.GrassAdamW, p: Tensor) -> None:

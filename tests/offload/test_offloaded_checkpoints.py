@@ -11,15 +11,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import ragged
-import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from ragged import Ragged
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from trainings import (
+
+import grass
+from tests.support import ragged, tiny
+from tests.support.ragged import Ragged
+from tests.support.trainings import (
     EXACT,
     MODES,
     OFFLOADED,
@@ -32,8 +33,6 @@ from trainings import (
     train,
     whole,
 )
-
-import grass
 
 # -- saved in one mode, resumed in another -------------------------------------------------------------------------
 

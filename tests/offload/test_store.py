@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ragged
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 import grass
 from grass.errors import OffloadError
 from grass.offload.store import ALIGNMENT, Slab, Slot, Store, allocating, place
+from tests.support import ragged, tiny
 
 F32, BF16, I16 = torch.float32, torch.bfloat16, torch.int16
 KINDS = [

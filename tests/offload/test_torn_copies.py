@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
-from fused import MODES, STEPS, compare, stack
-from test_torn_steps import torn
+
+from tests.support import tiny
+from tests.support.fused import MODES, STEPS, compare, stack, torn
 
 
 def pickled(both: Any) -> Any:

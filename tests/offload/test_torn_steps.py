@@ -9,43 +9,13 @@ import warnings
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from fused import FUSED, MODES, STEPS, backward, compare, stack
-from torch import Tensor, nn
 
 import grass
 import grass_kernels
 from grass.errors import BackwardError
-
-
-class BackwardFailedError(RuntimeError):
-    pass
-
-
-def failing(model: nn.Module, index: int, layer: int) -> None:
-    """A backward that ends with an error where a block's output gets its gradient."""
-
-    def fail(grad: Tensor) -> None:
-        raise BackwardFailedError
-
-    def arm(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(fail)
-
-    handle = model.blocks[layer].register_forward_hook(arm)
-    loss = tiny.loss_of(model, tiny.batch(index))
-    handle.remove()
-    with pytest.raises(BackwardFailedError):
-        loss.backward()
-
-
-def torn(offload: str = "none", **options: Any) -> tuple[nn.Module, grass.GrassAdamW]:
-    """The head and two layers updated, the third not, nor the embedding."""
-    model, opt = stack(**{"active_layers": 3, "seed": 0, "sample_interval": 6, **MODES[offload], **options})
-    tiny.train(model, opt, 1, 3)
-    failing(model, 3, min(opt.active_layers))
-    return model, opt
+from tests.support import tiny
+from tests.support.fused import FUSED, MODES, STEPS, backward, compare, failing, stack, torn
 
 
 @pytest.mark.parametrize("offload", MODES)

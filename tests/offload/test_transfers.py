@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from ragged import MEBIBYTE
 from torch import Tensor, nn
 
 import grass
+from tests.support.ragged import MEBIBYTE
 
 
 class Even(nn.Module):

@@ -8,11 +8,11 @@ import copy
 import pickle
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
 import grass
+from tests.support import tiny
 
 # torch's advice about inputs without grad is the very case these tests make on purpose
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")

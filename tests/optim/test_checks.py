@@ -11,13 +11,13 @@ import math
 
 import pytest
 import torch
-from pair import BF16, F16, F32, Pair, normal
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.testing._internal.two_tensor import TwoTensor
 
 import grass
 import grass_kernels
+from tests.support.pair import BF16, F16, F32, Pair, normal
 
 needs_grad_dtype = pytest.mark.skipif(
     not hasattr(Tensor, "grad_dtype"), reason="torch before 2.10: a gradient has its tensor's dtype"

@@ -13,12 +13,12 @@ import copy
 import math
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 
 import grass
 from grass_kernels import _triton
+from tests.support import tiny
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 SHAPES = ((4, 5), (517,), (), (3, 2), (0,))

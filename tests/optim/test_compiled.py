@@ -3,12 +3,12 @@ layers; a compiled run that trains otherwise than the plain one; layers that are
 """
 
 import pytest
-import tiny
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import grass
+from tests.support import tiny
 
 # the compiler itself looks at the gradients of activations
 pytestmark = [

@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
@@ -21,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import grass
+from tests.support import tiny
 
 # The library's own remarks about one process, and its own use of names that torch deprecates
 pytestmark = [

@@ -12,9 +12,13 @@ import copy
 import io
 
 import pytest
-import tiny
 import torch
-from exact import (
+from torch import Tensor, nn
+
+import grass
+from grass_kernels import _triton
+from tests.support import tiny
+from tests.support.exact import (
     BF16,
     F16,
     F32,
@@ -32,10 +36,6 @@ from exact import (
     through_a_file,
     train,
 )
-from torch import Tensor, nn
-
-import grass
-from grass_kernels import _triton
 
 # Exact weights
 

@@ -4,11 +4,11 @@ enters the importance, or that updates a weight; `unscale_` and clipping that br
 """
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 
 import grass
+from tests.support import tiny
 
 
 class Overflow(nn.Module):

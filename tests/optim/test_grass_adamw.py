@@ -10,11 +10,11 @@ import weakref
 from collections.abc import Callable
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
 import grass
+from tests.support import tiny
 
 
 def flags(model: nn.Module) -> dict[str, bool]:

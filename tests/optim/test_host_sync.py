@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grass
 import grass_kernels
+from tests.support import tiny
 
 WAITS = (
     "_local_scalar_dense",

@@ -5,11 +5,11 @@ of one seed that differ, gradients that stay on frozen layers, a method that onl
 """
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
 import grass
+from tests.support import tiny
 
 LR, DECAY = 1e-2, 0.1
 

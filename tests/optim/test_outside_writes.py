@@ -11,9 +11,12 @@ import contextlib
 import copy
 
 import pytest
-import tiny
 import torch
-from exact import (
+from torch import Tensor, nn
+
+import grass
+from tests.support import tiny
+from tests.support.exact import (
     BF16,
     F32,
     HYPER,
@@ -28,9 +31,6 @@ from exact import (
     set_grads,
     train,
 )
-from torch import Tensor, nn
-
-import grass
 
 
 def write_in_place(model: nn.Module, values: Tensor) -> None:

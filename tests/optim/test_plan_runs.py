@@ -11,17 +11,6 @@ import inspect
 
 import pytest
 import torch
-from pair import (
-    BF16,
-    F16,
-    F32,
-    HYPER,
-    MOMENTS,
-    SHAPES,
-    Pair,
-    normal,
-)
-from test_plans import misaligned
 from torch import Tensor, nn
 
 import grass
@@ -29,6 +18,17 @@ import grass_kernels
 import grass_kernels.adamw
 import grass_kernels.sq_norm
 from grass_kernels import _triton
+from tests.support.pair import (
+    BF16,
+    F16,
+    F32,
+    HYPER,
+    MOMENTS,
+    SHAPES,
+    Pair,
+    misaligned,
+    normal,
+)
 
 
 def test_several_thousand_tiny_tensors():

@@ -13,22 +13,23 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pair import (
+from torch import Tensor, nn
+
+import grass
+from grass_kernels import _triton
+from tests.support.pair import (
     BF16,
     F16,
     F32,
     Pair,
     clear,
+    misaligned,
     move_data,
     normal,
     pop_one,
     replace_dicts,
     write_in_place,
 )
-from torch import Tensor, nn
-
-import grass
-from grass_kernels import _triton
 
 # Gradients
 
@@ -48,10 +49,6 @@ def with_gaps(g: Tensor) -> Tensor:
 def expanded(g: Tensor) -> Tensor:
     g[...] = g.flatten()[0]
     return g.flatten()[:1].view([1] * g.dim()).expand(g.shape)
-
-
-def misaligned(g: Tensor) -> Tensor:
-    return torch.cat((torch.full((1,), torch.nan, dtype=g.dtype), g.flatten()))[1:].view(g.shape)
 
 
 def in_fp32(g: Tensor) -> Tensor:

@@ -11,15 +11,15 @@ import gc
 
 import pytest
 import torch
-from pair import (
+
+from grass_kernels import _triton
+from tests.support.pair import (
     BF16,
     F32,
     NOTICED_IF_DROPPED,
     STATE_EVENTS,
     Pair,
 )
-
-from grass_kernels import _triton
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["the old one dropped", "the old one kept"])

@@ -6,11 +6,11 @@ probe that measure something else.
 """
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 
 import grass
+from tests.support import tiny
 
 PROBE = 3
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_iter
 import grass
 from grass.optim import probe
 from grass.optim.probe import Probe
+from tests.support import tiny
 
 BIG = 4096  # ids of the vocabulary: the embedding is larger than all layers together
 

@@ -10,11 +10,11 @@ import pickle
 import warnings
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
 import grass
+from tests.support import tiny
 
 STEPS = 16  # 3 of the probe, then more than two windows of two periods of three
 

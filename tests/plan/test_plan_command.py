@@ -11,7 +11,7 @@ import pytest
 
 from grass.cli.plan import add_parser
 from grass.plan.prediction import METHODS
-from tests.plan.conftest import SIZES
+from tests.support.plan_model import SIZES
 
 pytest.importorskip("transformers", reason="plans are of transformers models")
 

@@ -13,7 +13,7 @@ from grass.errors import ConfigError
 from grass.plan import preset_names
 from grass.plan.models import PlanError, build
 from grass.plan.prediction import GIBIBYTE, METHODS, Case, _predict, predict
-from tests.plan.conftest import SIZES
+from tests.support.plan_model import SIZES
 
 pytest.importorskip("transformers", reason="plans are of transformers models")
 

@@ -16,6 +16,10 @@ def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def misaligned(g: Tensor) -> Tensor:
+    return torch.cat((torch.full((1,), torch.nan, dtype=g.dtype), g.flatten()))[1:].view(g.shape)
+
+
 class Pair:
     """Our optimizer and torch's for-loop, on twins. Every event is done to both, every step compared."""
 

@@ -4,11 +4,11 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import tiny
 import torch
 from torch import Tensor, nn
 
 import grass
+from tests.support import tiny
 
 MEBIBYTE = 2**20
 

@@ -4,11 +4,11 @@ import functools
 import io
 from typing import Any
 
-import ragged
 import torch
-from ragged import Ragged
 
 import grass
+from tests.support import ragged
+from tests.support.ragged import Ragged
 
 STEPS = 11
 STREAMED, RESIDENT = {"offload": "streamed", "buffer_mb": 0.25}, {"offload": "resident"}

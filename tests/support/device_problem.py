@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from kernels.oracle import BF16, COMBINATIONS, F16, F32
 from torch import Tensor, nn
 
 from grass_kernels import rounding
 from grass_kernels.table import BLOCK, CHUNK
+from tests.support.oracle import BF16, COMBINATIONS, F16, F32
 
 SIZES = (0, 1, 7, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK + 77)
 HYPER = {"lr": 3e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}

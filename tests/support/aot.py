@@ -8,8 +8,8 @@ machine code comes back as JSON::
 
 As a script::
 
-    python -m tests.kernels.aot --output facts.json    # what the Triton of this process makes of everything
-    python -m tests.kernels.aot --write-registers      # bring registers.json up to date with every version found
+    python -m tests.support.aot --output facts.json    # what the Triton of this process makes of everything
+    python -m tests.support.aot --write-registers      # bring registers.json up to date with every version found
 
 Kernels come and go in one place: :func:`variants`.
 """
@@ -36,16 +36,15 @@ from typing import Any, NamedTuple
 import torch
 
 from grass_kernels import _triton, adamw_kernel, prologue, reference, sq_norm, table
-
-from . import oracle
-from .oracle import BF16, COMBINATIONS, F16, F32, name
+from tests.support import oracle
+from tests.support.oracle import BF16, COMBINATIONS, F16, F32, name
 
 SUPPORTED = ("3.6.0", "3.7.1", "3.9.0")
 """The oldest, the one that development uses, the newest."""
 INSTALLED = importlib.metadata.version("triton") if _triton.INSTALLED else None
 ROOT = Path(__file__).resolve().parents[2]
-REGISTERS = Path(__file__).with_name("registers.json")
-WRITE_REGISTERS = "python -m tests.kernels.aot --write-registers"
+REGISTERS = ROOT / "tests" / "kernels" / "registers.json"
+WRITE_REGISTERS = "python -m tests.support.aot --write-registers"
 
 NVIDIA = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 TARGETS = (*NVIDIA, "gfx942")
@@ -318,7 +317,7 @@ def _compile_in_a_process(version: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         environment["TRITON_CACHE_DIR"] = str(Path(folder) / "cache")
         output = Path(folder) / "facts.json"
-        command = [sys.executable, "-m", "tests.kernels.aot", "--output", str(output)]
+        command = [sys.executable, "-m", "tests.support.aot", "--output", str(output)]
         subprocess.run(command, env=environment, cwd=ROOT, check=True)
         facts = json.loads(output.read_text())
     assert facts["triton"] == version, f"{facts['triton']} compiled in place of {version}"
