@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import grass
-from grass.checkpointing import checkpoint_activations
+from grass.activation_checkpointing import checkpoint_activations
 from grass.layers import LayerMap
 
 transformers = pytest.importorskip("transformers", reason="checkpoints are of transformers models")
