@@ -1,9 +1,9 @@
-"""Activation checkpointing for models of which few layers train at a time.
+"""Activation checkpointing for models in which few layers train at a time.
 
-Backward through a checkpointed layer begins with all its activations computed again. Most of that memory belongs to
-the layers that train: their weights' gradients need the inputs of every linear map and norm. There are few of them, so
-more of them can be computed twice for next to nothing: inside a layer that trains, attention and norms are checkpoints
-of their own, and what backward needs of them is not there yet while it goes through the feed-forward part.
+Backward through a checkpointed layer first recomputes all activations of this layer. A layer that trains keeps most of
+them, since the gradients of its weights need the inputs of every linear layer and norm. As few layers train, a second
+level of checkpoints inside these is cheap: attention and norms are checkpointed too, so their activations do not exist
+yet while backward runs through the feed-forward network.
 """
 
 import functools
@@ -17,17 +17,17 @@ from grass.layers import LayerMap
 
 
 def checkpoint_activations(model: nn.Module, layers: LayerMap | None = None) -> None:
-    """Keep no activations of a Hugging Face model but the inputs of its layers, and compute the rest again.
+    """Enable activation checkpointing for a Hugging Face model: keep only the inputs of layers, and recompute the rest.
 
-    Gradients are the same to the bit. Checkpoints are non-reentrant, for reentrant ones need an input that requires
-    grad, which frozen embeddings do not give.
+    Gradients are bitwise the same. Checkpoints are non-reentrant, since reentrant ones need an input that requires
+    grad, which frozen embeddings do not provide.
 
     Args:
-        model: with ``gradient_checkpointing_enable``.
-        layers: in which to checkpoint the parts as well, when they train: each submodule but the largest, the
-            feed-forward network, since backward needs that one first. It pays where gradients do not pile up until
-            the step, with ``fused_backward``: 0.27 GiB of 14.67 for two layers of LLaMA2-7B, 4 x 1024 tokens, at 0.6 %
-            more arithmetic (`grass plan`). None: only whole layers.
+        model: a model with ``gradient_checkpointing_enable``.
+        layers: layers whose submodules are checkpointed too while they train, except the largest submodule, the
+            feed-forward network, which backward needs first. None checkpoints whole layers only. Submodules are worth
+            it with ``fused_backward``, where gradients do not accumulate until the step: 0.27 of 14.67 GiB for two
+            layers of LLaMA2-7B with 4 x 1024 tokens, for 0.6 % more arithmetic (predicted by `grass plan`).
     """
     target: Any = model
     if hasattr(target, "activation_checkpointing_enable"):
@@ -41,14 +41,14 @@ def checkpoint_activations(model: nn.Module, layers: LayerMap | None = None) -> 
 
 
 def _parts(layer: nn.Module) -> list[nn.Module]:
-    """The submodules worth a checkpoint of their own; a linear map keeps nothing but its input anyway."""
+    """Return the submodules to checkpoint; not linear layers, which keep nothing but their input anyway."""
     parts = [child for child in layer.children() if any(True for _ in child.parameters())]
     largest = max(parts, key=lambda child: sum(p.numel() for p in child.parameters()), default=None)
     return [part for part in parts if part is not largest and not isinstance(part, nn.Linear)]
 
 
 class _Checkpointed:
-    """A module's forward as a checkpoint, while the module trains. Copies and pickles go with the module's."""
+    """Forward of a module that is checkpointed while the module trains; copied and pickled with the module."""
 
     def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self._module, self._forward = module, forward
@@ -57,10 +57,10 @@ class _Checkpointed:
         module = self._module
         if not (module.training and any(p.requires_grad for p in module.parameters())):
             return self._forward(*args, **kwargs)
-        # tensors go in by position: those given by name would be kept by the layer's own checkpoint
-        run = functools.partial(_by_name, self._forward, len(args), tuple(kwargs))
+        # Pass tensors by position: the checkpoint of the layer would keep those passed as keyword arguments.
+        run = functools.partial(_call, self._forward, len(args), tuple(kwargs))
         return checkpoint(run, *args, *kwargs.values(), use_reentrant=False)
 
 
-def _by_name(forward: Callable[..., Any], count: int, names: tuple[str, ...], *values: Any) -> Any:
-    return forward(*values[:count], **dict(zip(names, values[count:], strict=True)))
+def _call(forward: Callable[..., Any], num_args: int, names: tuple[str, ...], *values: Any) -> Any:
+    return forward(*values[:num_args], **dict(zip(names, values[num_args:], strict=True)))
