@@ -1,6 +1,6 @@
-"""GRASS: full-rank fine-tuning that trains a few layers at a time, chosen by their gradients."""
+"""GRASS: full-rank fine-tuning by gradient-based adaptive layer-wise importance sampling."""
 
-import grass.integrations.transformers  # noqa: F401 - reachable as an attribute, as the contract spells it
+import grass.integrations.transformers  # noqa: F401 - makes the submodule available as an attribute
 from grass.config import GrassConfig
 from grass.errors import (
     ConfigError,

@@ -1,60 +1,66 @@
-"""GrassConfig: every setting of the method, checked once, immutable after."""
+"""Configuration of the method: `GrassConfig`, and the check of choices that other option classes share."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_origin
 
 from grass.errors import ConfigError
 
-IMPORTANCE_SCALES = ("mean", "log", "zscore", "none")
-SAMPLERS = ("adaptive", "static", "uniform", "weight_norm", "cyclic", "shuffled")
-MOMENTS = ("keep", "reset")
-OFFLOADS = ("none", "resident", "streamed")
+# Checkpoints store a choice by its position: append new ones at the end.
+ImportanceScale = Literal["mean", "log", "zscore", "none"]
+SamplerName = Literal["adaptive", "static", "uniform", "weight_norm", "cyclic", "shuffled"]
+Moments = Literal["keep", "reset"]
+Offload = Literal["none", "resident", "streamed"]
+
+SAMPLERS: tuple[str, ...] = get_args(SamplerName)
 
 
 @dataclass(frozen=True)
 class GrassConfig:
-    """Settings of the method, in optimizer steps unless said otherwise.
+    """Configuration of layer sampling, offloading and fused backward. Intervals are in optimizer steps.
 
     Args:
-        active_layers: gamma, how many layers train at a time.
-        probe_steps: T_p, steps at the start that measure all gradients and update nothing. Samplers that
-            use no gradient (``uniform``, ``cyclic``, ``weight_norm``) skip the probe.
-        sample_interval: T_s, steps with one active set.
-        update_interval: T_u, steps between two refreshes of the importance; a multiple of
+        active_layers: gamma, number of layers trained at a time.
+        probe_steps: T_p, number of initial steps that measure the gradients of all layers and update nothing.
+            Samplers that use no gradients (``uniform``, ``cyclic``, ``weight_norm``) skip the probe.
+        sample_interval: T_s, number of steps between two changes of the active layers.
+        update_interval: T_u, number of steps between two updates of the importance; a multiple of
             ``sample_interval``.
-        temperature: tau of the softmax, dimensionless.
-        ema: alpha, the share of the newest window in a sampled layer's importance, in (0, 1].
-        importance_scale: what is done to the importance before the softmax, so that it does not depend on
+        temperature: tau, temperature of the softmax over layers.
+        ema: alpha, weight of the newest measurement in a layer's importance, in (0, 1].
+        importance_scale: transformation of the importance before the softmax, which makes it independent of
             the size of the gradients: ``"mean"`` divides by the mean over layers, ``"log"`` takes the
-            logarithm (p proportional to m^(1/tau)), ``"zscore"`` standardises, ``"none"`` is the paper's
-            formula to the letter.
-        sampler: ``"adaptive"`` is the method; ``"static"`` keeps the probe's importance; ``"uniform"`` and
-            ``"cyclic"`` ignore it; ``"weight_norm"`` uses the root-mean-square weight; ``"shuffled"`` gives
-            the adaptive probabilities to the wrong layers, a control.
-        min_probability: floor f of each layer's probability, p = (1 - L f) softmax + f.
-        always_active: ``"outside"`` trains all that is in no layer at every step, ``"none"`` freezes it,
-            name patterns (``"lm_head*"``) train what matches, also inside layers.
-        moments: ``"keep"`` continues a returning layer's moments, ``"reset"`` starts them from zero.
-        draw_ahead: how many steps before a period's end the next set is drawn, at most
-            ``sample_interval - 1`` (taken as 0 when ``sample_interval`` is 1).
-        seed: of the sampler's own generator.
-        offload: where states live. ``"none"``: beside their parameters. ``"resident"``: in host memory, and on the
-            device while their layers train. ``"streamed"``: in host memory, and on the device while they are updated.
-            What is trained is the same to the bit (a logged ``grad_norm`` may differ in its last one with
-            ``fused_backward``).
-        buffer_mb: size of a device buffer of ``"streamed"``, in MiB.
-        buffer_count: how many there are. Two overlap copies with updates.
-        fused_backward: update a layer inside backward, as soon as its gradients are complete, and free them. One
-            backward is one step; for micro-batches see `GrassAdamW.accumulate`. Excludes ``max_grad_norm``, a
-            GradScaler, and clipping or reading gradients after backward.
+            logarithm (p proportional to m^(1/tau)), ``"zscore"`` standardizes, ``"none"`` leaves it as it is,
+            which is the formula of the paper.
+        sampler: ``"adaptive"`` follows the gradient norms during training and is the method of the paper;
+            ``"static"`` uses the norms of the probe only; ``"uniform"`` and ``"cyclic"`` use no norms;
+            ``"weight_norm"`` uses the root mean square of the weights; ``"shuffled"`` assigns the adaptive
+            probabilities to randomly permuted layers, as a control.
+        min_probability: lower bound f of each layer's probability, p = (1 - L f) softmax + f.
+        always_active: parameters trained in every step: ``"outside"`` for all parameters that belong to no
+            layer, ``"none"`` for no parameters, or name patterns (``"lm_head*"``), which may also match
+            parameters of layers. Other parameters outside the layers are frozen.
+        moments: ``"keep"`` keeps the moments of a layer while it is frozen, ``"reset"`` restarts them from
+            zero when the layer becomes active again.
+        draw_ahead: number of steps before the end of a period at which the next layers are drawn, at most
+            ``sample_interval - 1`` (0 if ``sample_interval`` is 1).
+        seed: seed of the sampler's generator.
+        offload: where the optimizer states are kept. ``"none"``: on the device of their parameters.
+            ``"resident"``: in host memory, and on the device for layers that are active. ``"streamed"``: in
+            host memory; they pass through device buffers in every step. All modes train bitwise the same
+            parameters (with ``fused_backward`` the reported ``grad_norm`` may differ in its last bit).
+        buffer_mb: size of a device buffer with ``"streamed"``, in MiB.
+        buffer_count: number of device buffers with ``"streamed"``; at least two overlap copies with updates.
+        fused_backward: update each layer inside backward, as soon as its gradients are complete, and free
+            them. Every backward is then a step; for gradient accumulation see `GrassAdamW.accumulate`. Cannot
+            be combined with ``max_grad_norm``, a GradScaler, or clipping or reading gradients after backward.
 
     Raises:
-        ConfigError: a value out of range, with the remedy.
+        ConfigError: a value is out of range, or values cannot be combined.
 
     Source: paper sections "probing", "sampling probability" and "adaptation". ``importance_scale``,
-    ``min_probability``, ``moments`` and ``draw_ahead`` are ours.
+    ``min_probability``, ``moments`` and ``draw_ahead`` are additions of this library.
     """
 
     active_layers: int = 2
@@ -63,32 +69,28 @@ class GrassConfig:
     update_interval: int = 100
     temperature: float = 1.0
     ema: float = 0.5
-    importance_scale: str = "log"
-    sampler: str = "adaptive"
+    importance_scale: ImportanceScale = "log"
+    sampler: SamplerName = "adaptive"
     min_probability: float = 0.0
     always_active: str | Sequence[str] = "outside"
-    moments: str = "keep"
+    moments: Moments = "keep"
     draw_ahead: int = 1
     seed: int = 0
-    offload: str = "none"
+    offload: Offload = "none"
     buffer_mb: float = 64
     buffer_count: int = 2
     fused_backward: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("active_layers", "sample_interval", "update_interval"):
+        check_choices(self)
+        for name in ("active_layers", "sample_interval", "update_interval", "buffer_count"):
             _check_int(name, getattr(self, name), least=1)
         for name in ("probe_steps", "draw_ahead", "seed"):
             _check_int(name, getattr(self, name), least=0)
         if self.seed >= 2**32:
             raise ConfigError(
-                f"seed must be below 2**32, not {self.seed}: other generators of a run share it"
+                f"seed must be below 2**32, not {self.seed}: it also seeds NumPy, which accepts no larger one"
             )
-        _check_choice("importance_scale", self.importance_scale, IMPORTANCE_SCALES)
-        _check_choice("sampler", self.sampler, SAMPLERS)
-        _check_choice("moments", self.moments, MOMENTS)
-        _check_choice("offload", self.offload, OFFLOADS)
-        _check_int("buffer_count", self.buffer_count, least=1)
         if not (_is_number(self.buffer_mb) and 0 < self.buffer_mb < math.inf):
             raise ConfigError(f"buffer_mb must be a positive number of MiB, not {self.buffer_mb!r}")
         if not isinstance(self.fused_backward, bool):
@@ -96,18 +98,18 @@ class GrassConfig:
         if not (_is_number(self.temperature) and 0 < self.temperature < math.inf):
             raise ConfigError(f"temperature must be a positive number, not {self.temperature!r}")
         if not (_is_number(self.ema) and 0 < self.ema <= 1):
-            raise ConfigError(f"ema must be in (0, 1], not {self.ema!r}; 1 forgets all earlier windows")
+            raise ConfigError(f"ema must be in (0, 1], not {self.ema!r}; 1 uses the newest measurement only")
         if not (_is_number(self.min_probability) and 0 <= self.min_probability <= 1):
             raise ConfigError(f"min_probability must be in [0, 1], not {self.min_probability!r}")
         if self.update_interval % self.sample_interval:
             raise ConfigError(
                 f"update_interval ({self.update_interval}) must be a multiple of sample_interval "
-                f"({self.sample_interval}): importance is refreshed when a set is drawn"
+                f"({self.sample_interval}): importance is updated when layers are drawn"
             )
         if self.draw_ahead > max(1, self.sample_interval - 1):
             raise ConfigError(
                 f"draw_ahead ({self.draw_ahead}) must be at most sample_interval - 1 "
-                f"({self.sample_interval - 1}): a set is drawn within the period before its own"
+                f"({self.sample_interval - 1}): layers are drawn in the period before the one they train in"
             )
         if not isinstance(self.always_active, (str, Sequence)):
             raise ConfigError(
@@ -121,37 +123,39 @@ class GrassConfig:
                     f"not {self.always_active!r}"
                 )
         elif not self.always_active:
-            raise ConfigError('always_active must not be empty; "none" freezes all that is in no layer')
+            raise ConfigError(
+                'always_active must not be empty; "none" freezes all parameters outside the layers'
+            )
 
     @property
     def effective_draw_ahead(self) -> int:
-        """Steps before a period's end at which the next set is drawn."""
+        """Number of steps before the end of a period at which the next layers are drawn."""
         return min(self.draw_ahead, self.sample_interval - 1)
 
     @property
     def always_active_patterns(self) -> tuple[str, ...] | None:
-        """Name patterns of ``always_active``; None for the two words ``"outside"`` and ``"none"``."""
+        """Name patterns in ``always_active``; None if it is ``"outside"`` or ``"none"``."""
         if self.always_active in ("outside", "none"):
             return None
         return (self.always_active,) if isinstance(self.always_active, str) else tuple(self.always_active)
 
     def check_options(self, max_grad_norm: float | None) -> None:
-        """Check what depends on the optimizer's options.
+        """Check the configuration against arguments of the optimizer.
 
         Raises:
-            ConfigError: options that exclude each other.
+            ConfigError: the two cannot be combined.
         """
         if self.fused_backward and max_grad_norm is not None:
             raise ConfigError(
-                "fused_backward and max_grad_norm exclude each other: the norm of all gradients is known when backward "
-                "has ended, and most layers are updated by then; leave one of them out"
+                "fused_backward and max_grad_norm exclude each other: most layers are updated before the norm of all "
+                "gradients is known, at the end of backward; leave one of them out"
             )
 
     def check_layers(self, num_layers: int) -> None:
-        """Check what depends on how many layers can be drawn.
+        """Check the configuration against the number of layers that can be drawn.
 
         Raises:
-            ConfigError: more active layers than layers, or a floor that cannot be given to all.
+            ConfigError: there are fewer layers than ``active_layers``, or ``min_probability`` is too high.
         """
         if self.active_layers > num_layers:
             raise ConfigError(
@@ -165,6 +169,23 @@ class GrassConfig:
             )
 
 
+def choices_of(options: type) -> dict[str, tuple[Any, ...]]:
+    """Return the allowed values of each dataclass field that is annotated with a ``Literal``."""
+    return {f.name: get_args(f.type) for f in fields(options) if get_origin(f.type) is Literal}
+
+
+def check_choices(options: Any) -> None:
+    """Check the fields of a dataclass instance that are annotated with a ``Literal``.
+
+    Raises:
+        ConfigError: a value is not one of the choices.
+    """
+    for name, choices in choices_of(type(options)).items():
+        value = getattr(options, name)
+        if value not in choices:
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -172,8 +193,3 @@ def _is_number(value: Any) -> bool:
 def _check_int(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{name} must be an integer of at least {least}, not {value!r}")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}")

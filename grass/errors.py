@@ -1,32 +1,32 @@
-"""The errors users meet. Each message says what is wrong, where, and what to do about it."""
+"""Exception classes. Every message states what is wrong, where, and what to do about it."""
 
 
 class GrassError(Exception):
-    """Base of every error this library raises on purpose."""
+    """Base class of all exceptions that GRASS raises."""
 
 
 class ConfigError(GrassError, ValueError):
-    """A setting, or a combination of settings, that cannot work."""
+    """Invalid setting, or settings that cannot be combined."""
 
 
 class LayerDiscoveryError(GrassError, ValueError):
-    """The model's layers cannot be told without doubt; the message lists the candidates."""
+    """Layers of the model that cannot be determined unambiguously; the message lists the candidates."""
 
 
 class ParameterError(GrassError, ValueError):
-    """Parameters that do not fit the model, or no parameters at all."""
+    """Parameters that do not belong to the model, or an empty list of parameters."""
 
 
 class StateMismatchError(GrassError, ValueError):
-    """A checkpoint of another model, another layer map or another configuration."""
+    """State dict of a different model, layer map or configuration."""
 
 
 class OffloadError(GrassError, RuntimeError):
-    """States that cannot be kept in host memory, or not in the way that was asked for."""
+    """Optimizer states that cannot be kept in host memory as requested."""
 
 
 class BackwardError(GrassError, RuntimeError):
-    """A backward that came where an update inside backward forbids it."""
+    """Backward pass that is not allowed while layers are updated inside backward."""
 
 
 class DataError(GrassError, ValueError):
@@ -34,4 +34,4 @@ class DataError(GrassError, ValueError):
 
 
 class RunFolderError(GrassError):
-    """An output folder that is not a run of ours, or a run that cannot be resumed."""
+    """Output folder that was not created by `grass finetune`, or a run that cannot be resumed."""

@@ -1,14 +1,13 @@
-"""MeanGradientNorm: the importance of a layer, measured on the device, read at a refresh.
+"""Mean gradient norm: the importance of a layer, measured on the device.
 
     m_l = (1/T) sum_t sqrt(||g_t^(l)||^2 / N_l)
 
-``g_t^(l)`` are all gradients of layer l that step t consumed, ``N_l`` how many elements they have: the
-root-mean-square gradient, averaged over the steps of a window in which the layer was observed.
-Observing is a few operations on tensors of L elements and never waits for the device; `refresh` copies
-L sums to the host, once.
+``g_t^(l)`` is the gradient of layer l in step t and ``N_l`` the number of its elements: the root-mean-square
+gradient, averaged over those steps of a window in which the layer had gradients. `MeanGradientNorm.observe` runs a
+few operations on tensors of L elements, without device sync; `MeanGradientNorm.refresh` copies L sums to the host.
 
-Source: paper, "mean gradient norm" and "adaptation". Ours: a norm that is not finite is counted and left
-out, and the correction for accumulation (see `refresh`).
+Source: paper, "mean gradient norm" and "adaptation". Additions of this library: norms that are not finite are
+counted and left out, and the correction for gradient accumulation (see `MeanGradientNorm.refresh`).
 """
 
 from collections.abc import Sequence
@@ -19,17 +18,17 @@ from torch import Tensor
 
 
 class MeanGradientNorm:
-    """Windowed mean of root-mean-square gradients by layer, with a moving average over windows.
+    """Mean of the root-mean-square gradient of each layer over a window, with a moving average over windows.
 
     Args:
-        num_params: N_l, elements whose gradients count for each layer; 0 where nothing can be observed.
-        ema: alpha, the newest window's share.
-        device: where gradients' norms are computed.
+        num_params: N_l, number of elements of each layer that can have a gradient; 0 if there are none.
+        ema: alpha, weight of the newest window in the moving average.
+        device: device on which gradient norms are computed.
 
     Attributes:
-        importance: float32 [L] on the CPU, as last refreshed.
-        num_refreshes: windows closed so far.
-        accumulated: the probe saw more than one backward in a step, so its values are per micro-batch.
+        importance: float32 [L] on the CPU, as of the last refresh.
+        num_refreshes: number of windows closed so far.
+        accumulated: True if a step of the probe had several backward passes; its norms are then per micro-batch.
     """
 
     def __init__(self, num_params: Sequence[int], ema: float, device: torch.device) -> None:
@@ -37,35 +36,35 @@ class MeanGradientNorm:
         self.importance = torch.zeros(len(num_params))
         self.num_refreshes = 0
         self.accumulated = False
-        self.count(num_params, device)
+        self.set_num_params(num_params, device)
         self._sum = torch.zeros_like(self._num_params)  # of root-mean-square gradients
         self._count = torch.zeros_like(self._num_params)  # of finite observations
         self._nonfinite = torch.zeros((), device=device)
 
-    def count(self, num_params: Sequence[int], device: torch.device) -> None:
-        """Take N_l anew."""
+    def set_num_params(self, num_params: Sequence[int], device: torch.device) -> None:
+        """Replace N_l."""
         counts = torch.tensor([max(1, n) for n in num_params], dtype=torch.float32)
         self._num_params = counts.to(device)
 
     @property
     def device(self) -> torch.device:
-        """Where the window's sums are."""
+        """Device of the sums of the current window."""
         return self._sum.device
 
     @property
     def nonfinite_norms(self) -> int:
-        """How many norms were NaN or inf and left out. Waits for the device."""
+        """Number of norms that were NaN or inf and were left out. Synchronizes with the device."""
         return int(self._nonfinite.item())
 
     def observe(self, sq_norms: Tensor, observed: Tensor, skipped: Tensor | None = None) -> None:
-        """Add one step's norms to the window.
+        """Add the norms of one step to the window.
 
         Args:
-            sq_norms: float32 [L], squared norms of the gradients the step consumed.
-            observed: bool [L], the layers that had gradients.
-            skipped: device scalar, not zero if the step was skipped (a GradScaler found an overflow).
+            sq_norms: float32 [L], squared norms of the gradients.
+            observed: bool [L], True for layers that had gradients.
+            skipped: scalar tensor, nonzero if the step was skipped (a GradScaler found an overflow).
         """
-        if sq_norms.device != self._sum.device:  # the model has been moved since construction
+        if sq_norms.device != self._sum.device:  # the model was moved after construction
             self._num_params, self._sum, self._count, self._nonfinite = (
                 t.to(sq_norms.device) for t in (self._num_params, self._sum, self._count, self._nonfinite)
             )
@@ -79,37 +78,38 @@ class MeanGradientNorm:
         self._nonfinite += (observed & ~finite).sum()
 
     def refresh(self, *, probe: bool) -> None:
-        """Close the window: one copy to the host, then the moving average.
+        """Close the window: copy its sums to the host and update the moving average.
+
+        With gradient accumulation, the probe measures the gradients of single micro-batches, whose norms are on
+        another scale than those of the accumulated gradient. The first window after such a probe therefore
+        multiplies the importance of layers that it has not observed by the mean ratio window / probe of those
+        that it has.
 
         Args:
-            probe: the window is the probe; its means become the importance as they are.
-
-        A probe under gradient accumulation measures single micro-batches, whose norms are not on the scale
-        of the accumulated gradient. So the first window after it multiplies the layers it has not sampled
-        by the mean ratio window / probe of those it has.
+            probe: True if the window is the probe, whose means become the importance directly.
         """
         total, count = torch.stack([self._sum, self._count]).cpu()
-        seen = count > 0
+        observed = count > 0
         mean = total / count.clamp_min(1)
         if probe:
-            # A layer without one finite norm is given what the others have on average.
-            fallback = mean[seen].mean() if seen.any() else torch.tensor(0.0)
-            self.importance = torch.where(seen, mean, fallback)
+            # A layer without a finite norm gets the mean over the other layers.
+            default = mean[observed].mean() if observed.any() else torch.tensor(0.0)
+            self.importance = torch.where(observed, mean, default)
         else:
             before = self.importance
-            self.importance = torch.where(seen, self.ema * mean + (1 - self.ema) * before, before)
+            self.importance = torch.where(observed, self.ema * mean + (1 - self.ema) * before, before)
             if self.accumulated:
-                comparable = seen & (before > 0)
+                comparable = observed & (before > 0)
                 if comparable.any():
                     ratio = (mean[comparable] / before[comparable]).mean()
-                    self.importance = torch.where(seen, self.importance, before * ratio)
+                    self.importance = torch.where(observed, self.importance, before * ratio)
                     self.accumulated = False
         self._sum.zero_()
         self._count.zero_()
         self.num_refreshes += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes, as plain tensors and numbers."""
+        """Return the state as a dict of tensors and numbers."""
         return {
             "importance": self.importance.clone(),
             "num_refreshes": self.num_refreshes,
@@ -120,7 +120,7 @@ class MeanGradientNorm:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken."""
+        """Load a state returned by `state_dict`."""
         self.importance = state["importance"].detach().cpu().float().clone()
         self.num_refreshes = int(state["num_refreshes"])
         self.accumulated = bool(state["accumulated"])

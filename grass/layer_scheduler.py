@@ -1,8 +1,8 @@
-"""LayerScheduler: norms in, active layers out. The method, without parameters, moments or hooks.
+"""Layer scheduler: from the gradient norms of each step to the layers that train.
 
-It joins three parts that do not know each other: the clock (`grass.schedule`), the importance
-(`grass.importance`) and the sampler (`grass.sampling`). The optimizer tells it the norms of each step and
-is told which layers to prepare and which to switch to.
+`LayerScheduler` combines the schedule (`grass.schedule`), the importance (`grass.importance`) and the sampler
+(`grass.sampling`), which do not import each other. It knows no parameters, moments or hooks: the optimizer passes
+the norms of each step and applies the returned change.
 
 Source: paper, "the method".
 """
@@ -15,43 +15,40 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grass.config import IMPORTANCE_SCALES, MOMENTS, SAMPLERS, GrassConfig
+from grass.config import GrassConfig, choices_of
 from grass.errors import StateMismatchError
 from grass.importance import MeanGradientNorm
 from grass.sampling import make_sampler
 from grass.schedule import Events, Schedule
 
-_PLACES = (
-    "offload",
-    "buffer_mb",
-    "buffer_count",
-    "fused_backward",
-)  # where and when, not what: they may change
-_CHOICES = {"importance_scale": IMPORTANCE_SCALES, "sampler": SAMPLERS, "moments": MOMENTS}
-_FORMAT = 1
+# They do not change which parameters are trained, nor to which values: a state dict loads under other settings.
+RUNTIME_ONLY_FIELDS = ("offload", "buffer_mb", "buffer_count", "fused_backward")
+_CHOICES = choices_of(GrassConfig)
+_FORMAT_VERSION = 1
 
 
 class Change(NamedTuple):
-    """What a step brought about: None where nothing happened."""
+    """Layers that were drawn and deactivated at the end of a step; None if there was no draw or no switch."""
 
-    drawn: tuple[int, ...] | None  # the next period's layers
-    left: tuple[int, ...] | None  # on a switch: layers that were active and no longer are
+    drawn: tuple[int, ...] | None  # layers of the next period
+    left: tuple[int, ...] | None  # layers that were active until this step
 
 
 class LayerScheduler:
-    """Decides which layers train.
+    """Schedule, importance and sampler combined: determines the layers that train.
 
     Args:
-        config: settings of the method.
-        layer_names: module paths, to recognise a checkpoint of another model.
-        num_params: for each layer, how many elements can have a gradient; 0 excludes it from drawing.
-        device: where norms are computed.
-        weight_norms: float32 [L], root-mean-square weights; the importance of the ``weight_norm`` sampler.
+        config: configuration of the method.
+        layer_names: module paths of the layers; a state dict of other layers is refused.
+        num_params: for each layer, number of elements that can have a gradient; layers with 0 are never drawn.
+        device: device on which gradient norms are computed.
+        weight_norms: float32 [L], root mean squares of the weights, which the ``weight_norm`` sampler uses as
+            importance.
 
     Attributes:
-        active: layers the step about to be taken trains; () while probing.
-        next_active: layers of the next period; None until drawn.
-        draw_counts: for each layer, in how many sets it has been.
+        active: layers trained in the next step; () during the probe.
+        next_active: layers of the next period; None until they are drawn.
+        draw_counts: for each layer, number of times that it was drawn.
         beginning: the state before the first step.
 
     Raises:
@@ -90,15 +87,15 @@ class LayerScheduler:
         self.beginning = self.state_dict()
 
     def recount(self, num_params: Sequence[int]) -> None:
-        """Take the layers' sizes anew, after parameters were added; all else goes on."""
+        """Replace the sizes of the layers, after parameters were added, and keep the rest of the state."""
         sampler = make_sampler(self.config, [count > 0 for count in num_params])
         sampler.load_state_dict(self.sampler.state_dict())
         self.sampler, self.num_params = sampler, list(num_params)
-        self.importance.count(num_params, self.importance.device)
+        self.importance.set_num_params(num_params, self.importance.device)
 
     @property
     def probing(self) -> bool:
-        """Whether the step about to be taken only measures."""
+        """True if the next step belongs to the probe."""
         return self.schedule.phase == "probe"
 
     def finish_step(
@@ -108,20 +105,20 @@ class LayerScheduler:
         skipped: Tensor | None = None,
         accumulated: bool = False,
     ) -> Change:
-        """Count a step: observe its norms, then refresh, draw and switch as is due.
+        """Observe the norms of a step, then refresh, draw and switch if they are due.
 
         Args:
-            sq_norms: float32 [L] on the device, squared norms of the gradients consumed.
-            observed: for each layer, whether it had a gradient.
-            skipped: device scalar, not zero if the step was skipped.
-            accumulated: the probe measured single micro-batches.
+            sq_norms: float32 [L] on the device, squared norms of the gradients.
+            observed: for each layer, True if it had a gradient.
+            skipped: scalar tensor, nonzero if the step was skipped.
+            accumulated: True if the step had several backward passes, whose gradients the probe measured one by one.
         """
         if self.probing:
             self.importance.accumulated |= accumulated
-        # Filled by index rather than copied from the host, which would wait for the device.
+        # Filled by index: a copy from the host would synchronize with the device.
         mask = torch.zeros(len(observed), dtype=torch.bool, device=sq_norms.device)
-        for layer, seen in enumerate(observed):
-            if seen:
+        for layer, has_grad in enumerate(observed):
+            if has_grad:
                 mask[layer] = True
         self.importance.observe(sq_norms, mask, skipped)
         was_probing = self.probing
@@ -143,17 +140,15 @@ class LayerScheduler:
             self.active, self.next_active = self.next_active, None
         return Change(drawn, left)
 
-    # -- checkpoints: plain tensors and numbers ---------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
-        """The whole method, as tensors, numbers and dicts of them."""
+        """Return the state of schedule, importance and sampler as tensors, numbers and dicts of them."""
         return {
-            "format": _FORMAT,
+            "format": _FORMAT_VERSION,
             "config": _config_numbers(self.config),
             "names_checksum": self._names_checksum,
             "num_params": torch.tensor(self.num_params),
             "step_count": self.schedule.step_count,
-            # of one shape at all times: checkpoint libraries load into the tensors of a fresh optimizer
+            # always of the same shape: checkpoint libraries load into the tensors of a newly constructed optimizer
             "active": self._as_tensor(self.active),
             "next_active": self._as_tensor(self.next_active or ()),
             "draw_counts": torch.tensor(self.draw_counts),
@@ -162,46 +157,50 @@ class LayerScheduler:
         }
 
     def _as_tensor(self, layers: tuple[int, ...]) -> Tensor:
-        """int64 [active_layers], -1 where there is no layer."""
+        """Return layers as int64 [active_layers], padded with -1."""
         padding = [-1] * (self.config.active_layers - len(layers))
         return torch.tensor([*layers, *padding], dtype=torch.int64)
 
     def check(self, state: dict[str, Any]) -> None:
-        """Refuse the state of another method, before anything is changed.
+        """Check that a state fits, without loading it.
 
         Raises:
-            StateMismatchError: another format, model or configuration, with what differs.
+            StateMismatchError: the state has another format, or was saved with another model or configuration.
         """
-        if int(state.get("format", -1)) != _FORMAT:
+        if int(state.get("format", -1)) != _FORMAT_VERSION:
             raise StateMismatchError(
-                f"the checkpoint's method state has format {state.get('format')}, this version reads {_FORMAT}"
+                f'param_groups[0]["grass"] of the state dict has format {state.get("format")}; this version reads '
+                f"format {_FORMAT_VERSION}"
             )
-        damaged = _missing(state, self.beginning)
-        if damaged:
+        missing = _missing(state, self.beginning)
+        if missing:
             raise StateMismatchError(
-                f"the checkpoint's method state lacks {', '.join(damaged)}: it is damaged; load one that is whole"
+                f'param_groups[0]["grass"] of the state dict is incomplete: it lacks {", ".join(missing)}; load a '
+                "complete state dict"
             )
         saved = state["num_params"].tolist()
         if saved != self.num_params or int(state["names_checksum"]) != self._names_checksum:
             raise StateMismatchError(
-                f"the checkpoint is of another layer map: it has {len(saved)} layers of {saved[:3]}... trainable "
-                f"elements, this model {len(self.num_params)} of {self.num_params[:3]}...; load it into the model "
-                "it was saved from"
+                f"the state dict was saved with a different layer map: it has {len(saved)} layers of {saved[:3]}... "
+                f"trainable elements, this model has {len(self.num_params)} of {self.num_params[:3]}...; load it into "
+                "the model it was saved from"
             )
-        own, theirs = _config_numbers(self.config), state["config"]
-        different = sorted(name for name in own if theirs.get(name) != own[name])
+        own, other = _config_numbers(self.config), state["config"]
+        different = sorted(name for name in own if other.get(name) != own[name])
         if different:
             listed = ", ".join(
-                f"{name} {_readable(name, theirs.get(name))} there, {_readable(name, own[name])} here"
+                "always_active"  # known by its checksum only
+                if name == "always_active"
+                else f"{name}: saved {_readable(name, other.get(name))}, now {_readable(name, own[name])}"
                 for name in different
             )
             raise StateMismatchError(
-                f"the checkpoint is of another GrassConfig ({listed}); construct the optimizer with that "
-                'configuration, or delete param_groups[0]["grass"] from the state dict to keep the moments only'
+                f"the state dict was saved with a different GrassConfig ({listed}); construct the optimizer with that "
+                'configuration, or delete param_groups[0]["grass"] from the state dict to load the moments only'
             )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken."""
+        """Load a state returned by `state_dict`; see `check`."""
         self.schedule.step_count = int(state["step_count"])
         self.active = tuple(layer for layer in state["active"].tolist() if layer >= 0)
         self.next_active = tuple(layer for layer in state["next_active"].tolist() if layer >= 0) or None
@@ -211,7 +210,7 @@ class LayerScheduler:
 
 
 def _missing(state: dict[str, Any], complete: dict[str, Any]) -> list[str]:
-    """Keys that a state lacks, also in the parts it is made of."""
+    """Return the keys that a state lacks, including those of the sampler and the importance."""
     missing = [key for key in complete if key not in state]
     for part in ("sampler", "importance"):
         if part in state:
@@ -220,10 +219,10 @@ def _missing(state: dict[str, Any], complete: dict[str, Any]) -> list[str]:
 
 
 def _config_numbers(config: GrassConfig) -> dict[str, int | float]:
-    """The configuration as numbers: choices by their place, name patterns by a checksum."""
+    """Return the configuration as numbers: choices by position, name patterns by checksum."""
     numbers: dict[str, int | float] = {}
     for field in fields(config):
-        if field.name in _PLACES:
+        if field.name in RUNTIME_ONLY_FIELDS:
             continue
         value = getattr(config, field.name)
         if field.name in _CHOICES:
@@ -231,12 +230,12 @@ def _config_numbers(config: GrassConfig) -> dict[str, int | float]:
         elif field.name == "always_active":
             text = value if isinstance(value, str) else "\n".join(value)
             numbers[field.name] = zlib.crc32(text.encode())
-        else:  # a NumPy float passes for a float, but not through torch.load(weights_only=True)
+        else:  # torch.load(weights_only=True) refuses a NumPy float, which is an instance of float
             numbers[field.name] = float(value) if isinstance(value, float) else value
     return numbers
 
 
 def _readable(name: str, number: Any) -> str:
     if name in _CHOICES and number is not None:
-        return _CHOICES[name][int(number)]
-    return "another list" if name == "always_active" else str(number)
+        return str(_CHOICES[name][int(number)])
+    return str(number)

@@ -1,4 +1,4 @@
-"""Modules under the paths that users know, and the stacks of repeated blocks among them."""
+"""Module paths without `torch.compile` wrappers, and the stacks of repeated blocks of a model."""
 
 from __future__ import annotations
 
@@ -9,60 +9,60 @@ from typing import Any
 
 from torch import nn
 
-COMPILED = "_orig_mod"  # where torch.compile keeps the module that it wraps
+COMPILED = "_orig_mod"  # attribute in which torch.compile's wrapper keeps the wrapped module
 
 
 def clean_name(name: str) -> str:
-    """A module's or parameter's name as it is without torch.compile's wrappers."""
+    """Return the name of a module or parameter without `torch.compile` wrappers."""
     return ".".join(part for part in name.split(".") if part != COMPILED)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The module inside torch.compile's wrapper, or the module itself."""
+    """Return the module inside a `torch.compile` wrapper, or the module itself."""
     while isinstance(inner := module._modules.get(COMPILED), nn.Module):
         module = inner
     return module
 
 
 def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module under its clean path, wrappers in place of what they wrap, parents first."""
+    """Yield every module with its clean path, parents first; a wrapper stands for the module it wraps."""
     yield path, module
     for name, child in children_of(module):
         yield from walk(child, join(path, name))
 
 
 def join(path: str, name: str) -> str:
-    """`path.name`, where the model itself has the empty path."""
+    """Return ``path.name``; the path of the model itself is empty."""
     return f"{path}.{name}" if path else name
 
 
 def parent_of(path: str) -> str:
-    """The path one level up."""
+    """Return the path of the parent module."""
     return path.rpartition(".")[0]
 
 
 def is_under(path: str, ancestor: str) -> bool:
-    """Whether `path` is `ancestor` or lies inside it."""
+    """Return True if `path` is `ancestor` or a submodule of it."""
     return not ancestor or path == ancestor or path.startswith(ancestor + ".")
 
 
 def children_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The children of a module, or of the one inside torch.compile's wrapper."""
+    """Return the named children of a module, or of the module inside a `torch.compile` wrapper."""
     return [(name, child) for name, child in unwrap(module)._modules.items() if child is not None]
 
 
 def is_plain_container(module: nn.Module) -> bool:
-    """Whether a module only holds others and has no forward of its own: never a block."""
+    """Return True for a list or dict of modules, which has no forward and is therefore no block."""
     return type(unwrap(module)) in (nn.ModuleList, nn.ModuleDict)
 
 
-def _holds_parameters(module: nn.Module) -> bool:
+def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
 def _is_bare(module: nn.Module) -> bool:
-    """Whether all parameters are the module's own: an embedding, a linear map, a norm, no block."""
-    return not any(_holds_parameters(child) for _, child in children_of(module))
+    """Return True if no submodule has parameters, as in an embedding, a linear layer or a norm."""
+    return not any(_has_parameters(child) for _, child in children_of(module))
 
 
 def _signature(module: nn.Module) -> frozenset[str]:
@@ -70,36 +70,36 @@ def _signature(module: nn.Module) -> frozenset[str]:
 
 
 def config_of(module: nn.Module) -> Any:
-    """The Hugging Face configuration that a module carries, known by what it can do."""
+    """Return the Hugging Face configuration of a module (an object with ``get_text_config``), or None."""
     config = unwrap(module).__dict__.get("config")
     return config if callable(getattr(config, "get_text_config", None)) else None
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A container whose numbered children look like the blocks of a network."""
+    """Container whose numbered children repeat one structure, such as the blocks of a transformer."""
 
     path: str
-    blocks: tuple[str, ...]  # module paths; a block registered twice is there once
-    length: int  # numbered children, whether they hold parameters or not
+    blocks: tuple[str, ...]  # module paths; a block that is registered twice is listed once
+    length: int  # number of children, including those without parameters
     num_params: int
-    classes: str  # of the blocks, for messages
-    bare: bool  # the blocks are single modules without submodules
-    config: Any  # of the nearest module around it that carries a Hugging Face configuration
+    classes: str  # class names of the blocks, for messages
+    bare: bool  # True if no block has submodules
+    config: Any  # Hugging Face configuration of the closest enclosing module that has one
 
     @property
     def pattern(self) -> str:
-        """What to pass to choose this stack."""
+        """Pattern of the block paths, as `LayerMap.from_model` takes it."""
         return join(self.path, "*")
 
 
 def find_stacks(model: nn.Module, counts: Collection[int] = ()) -> list[Stack]:
-    """All stacks of a model that lie in no other stack's block, in the order of registration.
+    """Return all stacks that are not inside a block of another stack, in the order of registration.
 
     Args:
         model: any module.
-        counts: numbers of blocks that the model's configuration announces; a container of as many children
-            is a stack even if it repeats nothing (one block, or two of different kinds).
+        counts: numbers of blocks given by the model's configuration. A container of as many children is a stack
+            even if no class occurs twice (a single block, or two of different classes).
     """
     stacks: list[Stack] = []
     seen: set[int] = set()
@@ -125,22 +125,23 @@ def _as_stack(path: str, module: nn.Module, config: Any, counts: Collection[int]
     if not children or not all(name.isdigit() for name, _ in children):
         return None
     distinct = {id(unwrap(child)): (name, child) for name, child in reversed(children)}
-    holding = [(name, child) for name, child in reversed(distinct.values()) if _holds_parameters(child)]
-    if any(is_plain_container(child) for _, child in holding):
+    with_parameters = [(name, child) for name, child in reversed(distinct.values()) if _has_parameters(child)]
+    if any(is_plain_container(child) for _, child in with_parameters):
         return None
 
-    blocks = [(name, child) for name, child in holding if not _is_bare(child)]
+    blocks = [(name, child) for name, child in with_parameters if not _is_bare(child)]
     bare = not blocks
     if bare:
-        if len(holding) != len(distinct) or len({_signature(child) for _, child in holding}) != 1:
+        signatures = {_signature(child) for _, child in with_parameters}
+        if len(with_parameters) != len(distinct) or len(signatures) != 1:
             return None
-        blocks = holding
+        blocks = with_parameters
     elif isinstance(unwrap(module), nn.Sequential):
         blocks = _without_stem_and_head(blocks)
 
     classes = Counter(type(unwrap(child)).__name__ for _, child in blocks)
     repeats = max(classes.values(), default=0) >= 2
-    # A single block, or two of different kinds, repeat nothing: the configuration must vouch for them.
+    # A single block, or two of different classes, count as a stack only if the configuration gives their number.
     if not repeats and (bare or len(children) not in counts):
         return None
     parameters = {id(p): p.numel() for _, child in blocks for p in child.parameters()}
@@ -156,7 +157,7 @@ def _as_stack(path: str, module: nn.Module, config: Any, counts: Collection[int]
 
 
 def _without_stem_and_head(blocks: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
-    """Drops the one-of-a-kind modules of an `nn.Sequential` that share no parameter name with the rest."""
+    """Drop modules of an `nn.Sequential` whose class occurs once and that share no parameter name with the rest."""
     classes = Counter(type(unwrap(child)) for _, child in blocks)
     signatures = [_signature(child) for _, child in blocks]
     names = Counter(name for signature in signatures for name in signature)

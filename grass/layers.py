@@ -1,4 +1,4 @@
-"""Which parameters form which layer: the map that every other part of the method reads."""
+"""Layer map: the assignment of a model's parameters to layers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Pattern = str | Sequence[str] | Sequence[nn.Module] | nn.Module
 
 @dataclass(frozen=True)
 class LayerMap:
-    """The layers of a model, and what is outside of them; names and numbers only.
+    """Names and sizes of the layers of a model, and of the parameters outside of them.
 
-    Every parameter has exactly one owner, a layer or the outside. One that two layers share, or a layer
-    and something outside, belongs to the outside: freezing a layer must not freeze another. Names
-    are those of the unwrapped model, so a map holds before and after `torch.compile`.
+    Every parameter belongs to one layer or to the outside (embedding, head, final norm). A parameter that is shared
+    by two layers, or by a layer and a module outside, belongs to the outside, since freezing one layer must not
+    freeze another. Names are those of the uncompiled model, so a map is valid before and after `torch.compile`.
 
     Example:
         >>> layers = LayerMap.from_model(model)
@@ -31,11 +31,11 @@ class LayerMap:
 
     Args:
         names: module path of each layer, in order.
-        num_params: elements of each layer; a parameter counts once.
-        parameter_names: for each layer the names as `model.named_parameters()` gives them.
-        outside: names of the parameters in no layer.
-        outside_num_params: elements outside.
-        tied: further names of parameters that have several, each with the one under which it is listed.
+        num_params: number of elements of each layer; tied parameters count once.
+        parameter_names: for each layer, the names of its parameters as in ``model.named_parameters()``.
+        outside: names of the parameters that belong to no layer.
+        outside_num_params: number of elements outside the layers.
+        tied: for each additional name of a tied parameter, this name and the name under which it is listed.
     """
 
     names: tuple[str, ...]
@@ -47,16 +47,16 @@ class LayerMap:
 
     @classmethod
     def from_model(cls, model: nn.Module, pattern: Pattern | None = None) -> LayerMap:
-        """Finds the layers of a model, or takes those that the caller names.
+        """Find the layers of a model, or take those that `pattern` names.
 
         Args:
-            model: any module; Hugging Face models (also wrapped by peft or `torch.compile`) are
-                understood by their configuration and input embedding.
-            pattern: None to discover; a pattern of module paths such as `"model.layers.*"`, in which `*`
-                stays within one part of the path; several patterns, in order; or the block modules.
+            model: any module. In Hugging Face models (also wrapped by peft or `torch.compile`) the configuration and
+                the input embedding tell the layers of the language model from others.
+            pattern: None to find the layers; a pattern of module paths such as ``"model.layers.*"``, in which ``*``
+                matches one component of a path; several patterns, in order; or the block modules.
 
         Raises:
-            LayerDiscoveryError: no layers, or doubt about them; the message lists the candidates.
+            LayerDiscoveryError: there are no layers, or they are ambiguous; the message lists the candidates.
         """
         return cls._from_paths(model, discover(model) if pattern is None else _paths_of(model, pattern))
 
@@ -85,7 +85,7 @@ class LayerMap:
             if not names:
                 raise LayerDiscoveryError(
                     f"layer {path!r} owns no parameter: it has none, or shares all of them with other "
-                    "modules. Pass as pattern only blocks with parameters of their own."
+                    "modules. Pass a pattern that matches only blocks with parameters of their own."
                 )
         return cls(
             names=tuple(paths),
@@ -97,63 +97,61 @@ class LayerMap:
         )
 
     def __len__(self) -> int:
-        """The number of layers."""
+        """Return the number of layers."""
         return len(self.names)
 
     def layer_of(self, parameter_name: str) -> int | None:
-        """The layer that owns a parameter, None if it is outside.
+        """Return the layer of a parameter, None if it is outside the layers.
 
         Raises:
-            ParameterError: the model has no parameter of this name.
+            ParameterError: the model has no parameter with this name.
         """
         name = clean_name(parameter_name)
         name = dict(self.tied).get(name, name)
         owner = self._owners.get(name, -1)
         if owner == -1:
             raise ParameterError(
-                f"{parameter_name!r} is no parameter of the model that this layer map describes. "
-                "Names are those of model.named_parameters()."
+                f"{parameter_name!r} is not a parameter of the model of this layer map; pass a name of "
+                "model.named_parameters()"
             )
         return owner
 
     def assign(self, model: nn.Module) -> list[tuple[str, nn.Parameter, int | None]]:
-        """Every parameter of the model once, with its clean name and its layer (None: outside).
+        """Return every parameter of a model once, with its clean name and its layer (None if it is outside).
 
         Args:
-            model: the model the map was made from, or a copy; compiled or not.
+            model: the model that the map was made from, or a copy; compiled or not.
 
         Raises:
-            ParameterError: the model's parameters are not those of the map.
+            ParameterError: the parameters of the model differ from those of the map.
         """
         owners = self._owners
-        found = {clean_name(name): parameter for name, parameter in model.named_parameters()}
-        if found.keys() != owners.keys():
-            missing, unknown = sorted(owners.keys() - found.keys()), sorted(found.keys() - owners.keys())
+        parameters = {clean_name(name): parameter for name, parameter in model.named_parameters()}
+        if parameters.keys() != owners.keys():
+            missing = sorted(owners.keys() - parameters.keys())
+            unknown = sorted(parameters.keys() - owners.keys())
             raise ParameterError(
-                f"the model's parameters are not those of the layer map: {len(missing)} missing "
+                f"the parameters of the model differ from those of the layer map: {len(missing)} missing "
                 f"{missing[:3]}, {len(unknown)} unknown {unknown[:3]}. Adapters and wrappers change names: "
-                "make the map of the model as it is trained, LayerMap.from_model(model)."
+                "make the map from the model that is trained, with LayerMap.from_model(model)"
             )
-        return [(name, parameter, owners[name]) for name, parameter in found.items()]
+        return [(name, parameter, owners[name]) for name, parameter in parameters.items()]
 
     def modules(self, model: nn.Module) -> tuple[nn.Module, ...]:
-        """The blocks themselves, as the model calls them (a compiled block in its wrapper).
+        """Return the modules of the layers; for a compiled block, its wrapper.
 
         Raises:
-            ParameterError: the model lacks one of the blocks.
+            ParameterError: the model lacks a layer of the map.
         """
-        found: dict[str, nn.Module] = {}
-        wanted = set(self.names)
-        for path, module in walk(model):
-            if path in wanted:
-                found[path] = module
-        missing = [name for name in self.names if name not in found]
+        names = set(self.names)
+        by_path = {path: module for path, module in walk(model) if path in names}
+        missing = [name for name in self.names if name not in by_path]
         if missing:
             raise ParameterError(
-                f"the model has no modules {missing[:3]}: the layer map was made from a model of another "
-                "structure. Make it anew with LayerMap.from_model(model)."
+                f"the model has no modules {missing[:3]}: the layer map was made from a different model; make it "
+                "from this one with LayerMap.from_model(model)"
             )
-        return tuple(found[name] for name in self.names)
+        return tuple(by_path[name] for name in self.names)
 
     @cached_property
     def _owners(self) -> dict[str, int | None]:
@@ -164,9 +162,9 @@ class LayerMap:
 
 
 def _holders(model: nn.Module, paths: Sequence[str]) -> dict[int, set[int | None]]:
-    """For each parameter's id the layers (None: outside) that hold it, told by module, not by name.
+    """Return for each parameter, by id, the layers that hold it (None for the outside).
 
-    A model may register a block, or the whole language model, under a second name; that shares nothing.
+    Modules are compared by identity: a block that is registered under two names does not share its parameters.
     """
     modules = dict(walk(model))
     layer_of_block = {id(unwrap(modules[path])): index for index, path in enumerate(paths)}
@@ -186,38 +184,37 @@ def _holders(model: nn.Module, paths: Sequence[str]) -> dict[int, set[int | None
 
 
 def _paths_of(model: nn.Module, pattern: Pattern) -> list[str]:
-    wanted = [pattern] if isinstance(pattern, str) else list(pattern) if isinstance(pattern, Iterable) else []
-    if wanted and all(isinstance(item, str) for item in wanted):
-        paths = _paths_matching(model, wanted)  # type: ignore[arg-type]
-    elif wanted and all(isinstance(item, nn.Module) for item in wanted):
-        paths = _paths_of_modules(model, wanted)  # type: ignore[arg-type]
+    items = [pattern] if isinstance(pattern, str) else list(pattern) if isinstance(pattern, Iterable) else []
+    if items and all(isinstance(item, str) for item in items):
+        paths = _paths_matching(model, items)  # type: ignore[arg-type]
+    elif items and all(isinstance(item, nn.Module) for item in items):
+        paths = _paths_of_modules(model, items)  # type: ignore[arg-type]
     else:
         raise LayerDiscoveryError(
-            "pattern must be a string, or a list of only strings or only modules, and not empty; "
-            f"got {pattern!r}"
+            f"pattern must be a string, a non-empty list of strings, or a non-empty list of modules, not {pattern!r}"
         )
     for path in paths:
-        around = next((other for other in paths if other != path and is_under(path, other)), None)
-        if around is not None:
-            raise LayerDiscoveryError(f"{path!r} lies inside {around!r}: layers must not be nested")
+        outer = next((other for other in paths if other != path and is_under(path, other)), None)
+        if outer is not None:
+            raise LayerDiscoveryError(f"{path!r} is inside {outer!r}: layers must not be nested")
     return paths
 
 
 def _paths_matching(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     modules = {path: module for path, module in walk(model) if path}
-    found: dict[int, str] = {}  # by block: one that stands in two places is one layer
+    path_of_block: dict[int, str] = {}  # by id: a block that is registered twice is one layer
     for pattern in patterns:
         parts = clean_name(pattern).split(".")
         matches = [path for path in modules if _matches(path.split("."), parts)]
         if not matches:
-            raise _not_there(model, f"pattern {pattern!r} matches no module")
+            raise _pattern_error(model, f"pattern {pattern!r} matches no module")
         for path in matches:
             if is_plain_container(modules[path]):
-                raise _not_there(
+                raise _pattern_error(
                     model, f"pattern {pattern!r} matches {path!r}, a list of modules, not a block"
                 )
-            found.setdefault(id(unwrap(modules[path])), path)
-    return list(found.values())
+            path_of_block.setdefault(id(unwrap(modules[path])), path)
+    return list(path_of_block.values())
 
 
 def _matches(path: Sequence[str], pattern: Sequence[str]) -> bool:
@@ -225,16 +222,16 @@ def _matches(path: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _paths_of_modules(model: nn.Module, blocks: Sequence[nn.Module]) -> list[str]:
-    known: dict[int, str] = {}
+    path_of: dict[int, str] = {}
     for path, module in walk(model):
-        known.setdefault(id(unwrap(module)), path)
-    foreign = [block for block in blocks if id(unwrap(block)) not in known]
+        path_of.setdefault(id(unwrap(module)), path)
+    foreign = [block for block in blocks if id(unwrap(block)) not in path_of]
     if foreign:
-        raise _not_there(model, f"a {title(foreign[0])} passed as layer is no module of the model")
-    return list(dict.fromkeys(known[id(unwrap(block))] for block in blocks))
+        raise _pattern_error(model, f"the {title(foreign[0])} passed as a layer is not a module of the model")
+    return list(dict.fromkeys(path_of[id(unwrap(block))] for block in blocks))
 
 
-def _not_there(model: nn.Module, why: str) -> LayerDiscoveryError:
+def _pattern_error(model: nn.Module, reason: str) -> LayerDiscoveryError:
     stacks = candidates(model)
     listed = f"\nstacks of repeated blocks in {title(model)}:\n{describe(stacks)}" if stacks else ""
-    return LayerDiscoveryError(f"{why}{listed}\n{how_to_pass(stacks)}")
+    return LayerDiscoveryError(f"{reason}{listed}\n{how_to_pass(stacks)}")

@@ -1,14 +1,14 @@
-"""Samplers: from importance to probabilities, from probabilities to a set of active layers.
+"""Samplers: from the importance of layers to probabilities, and from these to the active layers.
 
-``p = softmax(scale(m) / tau)`` with the layers' importance ``m``; ``gamma`` layers are drawn without
-replacement by Gumbel top-k on ``log p``, which is Plackett-Luce sampling (each next layer with
-probability proportional to p among those left). All in float64 on the CPU, with the sampler's own
-generator, so a draw neither disturbs nor depends on the training run's random numbers.
+``p = softmax(scale(m) / tau)``, where ``m`` is the importance of the layers. ``gamma`` layers are drawn without
+replacement by Gumbel top-k on ``log p``, which is Plackett-Luce sampling: each layer is drawn with probability
+proportional to p among the remaining ones. Samplers compute in float64 on the CPU and have a generator of their own,
+so draws neither depend on the random state of torch nor change it.
 
-A new sampler is a subclass of `Sampler` and an entry in `SAMPLER_CLASSES`.
+A new sampler is a subclass of `Sampler`, an entry in `SAMPLER_CLASSES` and a name in `grass.config.SamplerName`.
 
-Source: paper, "sampling probability"; the scales are ours (raw gradient norms of 1e-6 to 1e-3 would make
-the softmax uniform).
+Source: paper, "sampling probability". The scales are an addition of this library: raw gradient norms between 1e-6 and
+1e-3 would make the softmax uniform.
 """
 
 from typing import Any
@@ -16,18 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grass.config import GrassConfig
+from grass.config import GrassConfig, ImportanceScale
 
 
-def scale_importance(importance: Tensor, kind: str) -> Tensor:
-    """Bring importance to a scale on which a temperature near 1 means something.
+def scale_importance(importance: Tensor, kind: ImportanceScale) -> Tensor:
+    """Transform the importance so that the softmax does not depend on the size of the gradients.
 
     Args:
-        importance: [L], not negative.
-        kind: ``"mean"`` m / mean(m); ``"log"`` ln(m); ``"zscore"`` (m - mean(m)) / std(m); ``"none"`` m.
+        importance: [L], nonnegative.
+        kind: ``"mean"`` for m / mean(m), ``"log"`` for ln(m), ``"zscore"`` for (m - mean(m)) / std(m), ``"none"``
+            for m.
 
     Returns:
-        float64 [L]. Importance that does not tell the layers apart gives zeros.
+        float64 [L]; zeros if the transformation is undefined (a mean or standard deviation of 0).
     """
     m = importance.double()
     mean = m.mean()
@@ -38,24 +39,24 @@ def scale_importance(importance: Tensor, kind: str) -> Tensor:
     if kind == "mean":
         return m / mean
     if kind == "log":
-        # A layer that has shown no gradient stays drawable: one in 1e12 of the largest.
+        # A layer without gradient can still be drawn: it counts as 1e-12 of the largest.
         return m.clamp_min(float(m.max()) * 1e-12).log()
     spread = (m - mean).square().mean().sqrt()
     return (m - mean) / spread if spread > 0 else torch.zeros_like(m)
 
 
 class Sampler:
-    """Adaptive layer-wise importance sampling, and the base of its alternatives.
+    """Adaptive layer-wise importance sampling, and the base class of the other samplers.
 
     Args:
-        config: gamma, temperature, scale, floor, seed.
-        eligible: for each layer, whether it can be drawn (it has a trainable parameter).
+        config: ``active_layers``, ``temperature``, ``importance_scale``, ``min_probability`` and ``seed`` are used.
+        eligible: for each layer, True if it can be drawn (it has a trainable parameter).
 
     Attributes:
-        probes: whether the method measures before the first draw.
-        adapts: whether refreshes change the importance.
-        probabilities: float64 [L], what the next draw uses.
-        num_draws: how many sets have been drawn.
+        probes: True if gradients are measured before the first draw.
+        adapts: True if the importance is updated during training.
+        probabilities: float64 [L], probabilities of the next draw.
+        num_draws: number of draws so far.
     """
 
     probes = True
@@ -70,21 +71,21 @@ class Sampler:
         self.probabilities = self.eligible.double() / self.eligible.sum()
 
     def refresh(self, importance: Tensor) -> None:
-        """Recompute the probabilities from importance, [L]."""
+        """Recompute the probabilities from the importance, [L]."""
         self.probabilities = self._from_importance(importance)
 
     def draw(self) -> tuple[int, ...]:
-        """Draw the next set: ``active_layers`` indices, ascending."""
+        """Draw ``active_layers`` layers and return their indices, ascending."""
         noise = torch.empty_like(self.probabilities).exponential_(generator=self.generator).log().neg()
         keys = torch.where(self.eligible, self.probabilities.log() + noise, -torch.inf)
-        # A probability that underflowed to 0 ranks behind every other, and among its like by chance.
+        # Layers whose probability underflowed to 0 rank behind all others, in random order.
         underflowed = self.eligible & (self.probabilities <= 0)
         keys = torch.where(underflowed, noise - 1e6, keys)
         self.num_draws += 1
         return tuple(sorted(keys.topk(self.config.active_layers).indices.tolist()))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes, as plain tensors and numbers."""
+        """Return the state as a dict of tensors and numbers."""
         return {
             "generator": self.generator.get_state(),
             "num_draws": self.num_draws,
@@ -92,8 +93,10 @@ class Sampler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken."""
-        self.generator.set_state(state["generator"].cpu())  # trainers move every tensor to the device
+        """Load a state returned by `state_dict`."""
+        self.generator.set_state(
+            state["generator"].cpu()
+        )  # trainers move all tensors of a state dict to the device
         self.num_draws = int(state["num_draws"])
         self.probabilities = state["probabilities"].detach().cpu().double()
 
@@ -104,62 +107,65 @@ class Sampler:
             self.config.temperature,
             self.config.min_probability,
         )
-        own = scale_importance(importance.cpu()[self.eligible], kind)
-        # The largest becomes 0 first: a tiny temperature must not divide to inf, whose softmax is NaN.
-        scaled[self.eligible] = (own - own.max()) / tau
+        logits = scale_importance(importance.cpu()[self.eligible], kind)
+        # Subtract the maximum before dividing: with a tiny temperature the quotient would be inf, and the softmax NaN.
+        scaled[self.eligible] = (logits - logits.max()) / tau
         count = int(self.eligible.sum())
         return (1 - count * floor) * scaled.softmax(0) + floor * self.eligible.double()
 
 
 class StaticSampler(Sampler):
-    """The probe's importance for the whole run (the paper's "static GRASS")."""
+    """Use the importance measured by the probe for the whole run (the paper's "static GRASS")."""
 
     adapts = False
 
 
 class ShuffledSampler(Sampler):
-    """Adaptive probabilities given to the wrong layers: one fixed permutation, drawn from the seed.
+    """Assign the adaptive probabilities to permuted layers, with one permutation that depends on the seed.
 
-    A control: it keeps how unequal the probabilities are, and drops which layer has which.
+    A control experiment: the probabilities keep their values, but not their layers.
     """
 
     def __init__(self, config: GrassConfig, eligible: list[bool]) -> None:
         super().__init__(config, eligible)
-        places = self.eligible.nonzero().flatten()
-        order = torch.randperm(len(places), generator=torch.Generator().manual_seed(config.seed))
+        indices = self.eligible.nonzero().flatten()
+        order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(config.seed))
         self.permutation = torch.arange(len(eligible))
-        self.permutation[places] = places[order]
+        self.permutation[indices] = indices[order]
 
     def refresh(self, importance: Tensor) -> None:
-        """Recompute the probabilities from importance, [L], and permute them."""
+        """Recompute the probabilities from the importance, [L], and permute them."""
         self.probabilities = self._from_importance(importance)[self.permutation]
 
 
 class UniformSampler(Sampler):
-    """Every layer alike (LISA's choice)."""
+    """Draw all layers with the same probability, as LISA does."""
 
     probes = False
     adapts = False
 
     def refresh(self, importance: Tensor) -> None:
-        """Importance changes nothing."""
+        """Do nothing: the probabilities do not depend on the importance."""
 
 
 class WeightNormSampler(Sampler):
-    """Importance is the root-mean-square weight of each layer, read once by the optimizer."""
+    """Use the root mean square of each layer's weights, computed once at construction, as importance."""
 
     probes = False
     adapts = False
 
 
 class CyclicSampler(UniformSampler):
-    """Blocks of gamma in layer order, wrapping round; p is 1 / gamma on the set drawn last."""
+    """Take ``active_layers`` layers at a time in order, starting again after the last.
+
+    ``probabilities`` is 1 / ``active_layers`` for the layers drawn last.
+    """
 
     def draw(self) -> tuple[int, ...]:
-        """Take the next ``active_layers`` eligible layers."""
-        places = self.eligible.nonzero().flatten().tolist()
+        """Return the indices of the next ``active_layers`` eligible layers, ascending."""
+        indices = self.eligible.nonzero().flatten().tolist()
         gamma = self.config.active_layers
-        chosen = [places[(self.num_draws * gamma + i) % len(places)] for i in range(gamma)]
+        chosen = [indices[(self.num_draws * gamma + i) % len(indices)] for i in range(gamma)]
         self.num_draws += 1
         self.probabilities = torch.zeros_like(self.probabilities)
         self.probabilities[chosen] = 1 / gamma
@@ -177,9 +183,9 @@ SAMPLER_CLASSES: dict[str, type[Sampler]] = {
 
 
 def make_sampler(config: GrassConfig, eligible: list[bool]) -> Sampler:
-    """The sampler that ``config.sampler`` names.
+    """Construct the sampler that ``config.sampler`` names.
 
     Raises:
-        ConfigError: more active layers than can be drawn, or too high a floor.
+        ConfigError: there are fewer eligible layers than ``active_layers``, or ``min_probability`` is too high.
     """
     return SAMPLER_CLASSES[config.sampler](config, eligible)

@@ -1,13 +1,13 @@
-"""When things happen: probe, periods, refreshes. Pure Python, no tensors, no layers.
+"""Schedule: the steps at which importance is refreshed, layers are drawn, and active layers change.
 
-One clock drives everything: the number of steps taken. With ``T_p`` probe steps, sampling interval
-``T_s``, update interval ``T_u`` and draws ``d`` steps ahead, and ``a`` adapt steps taken::
+The schedule depends on the number of steps taken only; it knows neither tensors nor layers. With ``T_p`` probe
+steps, sampling interval ``T_s``, update interval ``T_u``, draws ``d`` steps ahead, and ``a`` steps after the probe::
 
     end of the probe      refresh, draw, switch
-    (a + d) % T_s == 0    draw the next period's set;  if (a + d) % T_u == 0, refresh before it
-    a % T_s == 0          switch to the set drawn last
+    (a + d) % T_s == 0    draw the layers of the next period;  if (a + d) % T_u == 0, refresh first
+    a % T_s == 0          switch to the layers drawn last
 
-Source: paper, "sampling" and "adaptation"; where a window closes is our decision.
+Source: paper, "sampling" and "adaptation". A measurement window closes at a draw, which the paper leaves open.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 
 class Events(NamedTuple):
-    """What is due at the end of a step, in the order in which it is done."""
+    """Actions due at the end of a step, in order of execution."""
 
     refresh: bool
     draw: bool
@@ -24,14 +24,14 @@ class Events(NamedTuple):
 
 @dataclass
 class Schedule:
-    """The clock of the method.
+    """Schedule of refreshes, draws and switches. Its only state is ``step_count``.
 
     Args:
         probe_steps: T_p; 0 for samplers that measure nothing before the first draw.
         sample_interval: T_s.
         update_interval: T_u, a multiple of T_s.
         draw_ahead: d, at most T_s - 1.
-        step_count: steps taken so far; the only thing that changes, and all there is to save.
+        step_count: number of steps taken so far.
     """
 
     probe_steps: int
@@ -42,21 +42,21 @@ class Schedule:
 
     @property
     def phase(self) -> str:
-        """``"probe"`` or ``"adapt"``: of the step about to be taken."""
+        """Phase of the next step, ``"probe"`` or ``"adapt"``."""
         return "probe" if self.step_count < self.probe_steps else "adapt"
 
     @property
     def adapt_steps(self) -> int:
-        """Adapt steps taken so far."""
+        """Number of steps taken after the probe."""
         return max(0, self.step_count - self.probe_steps)
 
     def start(self) -> Events:
-        """What is due before the first step: without a probe, the first draw."""
+        """Return the actions due before the first step: the first draw, if there is no probe."""
         first_draw = self.step_count == 0 and self.probe_steps == 0
         return Events(refresh=False, draw=first_draw, switch=first_draw)
 
     def advance(self) -> Events:
-        """Count a step that has been taken, and say what is due at its end."""
+        """Count a step and return the actions due at its end."""
         self.step_count += 1
         if self.step_count < self.probe_steps:
             return Events(refresh=False, draw=False, switch=False)

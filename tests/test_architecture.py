@@ -19,7 +19,7 @@ FLOORS = [
     {"grass.schedule", "grass.sampling", "grass.importance", "grass.layer_stacks", "grass.offload"},
     {"grass.layer_discovery"},
     {"grass.layer_scheduler", "grass.layers"},
-    {"grass.optim", "grass.checkpointing"},
+    {"grass.optim", "grass.activation_checkpointing"},
     {"grass.integrations"},
     {"grass.finetune"},
     {"grass.plan"},

@@ -23,7 +23,7 @@ import grass
 from bench.gpu.figures import Row
 from bench.kernels.rows import describe_environment
 from bench.kernels.timing import quantile
-from grass.checkpointing import checkpoint_activations
+from grass.activation_checkpointing import checkpoint_activations
 from grass.layers import LayerMap
 from grass.plan import methods
 from grass.plan.losses import loss_of

@@ -67,7 +67,9 @@ def given_options(namespace: argparse.Namespace, cls: type) -> dict[str, Any]:
 
 
 def _kind(annotation: Any) -> tuple[type, bool]:
-    """The type of a single value, and whether a list of them may be given."""
+    """Return the type of a single value, and True if a list of them may be given."""
+    if typing.get_origin(annotation) is typing.Literal:  # checked by the dataclass itself
+        return type(typing.get_args(annotation)[0]), False
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         members = [m for m in typing.get_args(annotation) if m is not type(None)]
         return members[0], len(members) > 1

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from grass.checkpointing import checkpoint_activations
+from grass.activation_checkpointing import checkpoint_activations
 from grass.config import GrassConfig
 from grass.finetune.encoding import Collator, Example
 from grass.finetune.evaluation import heldout_loss

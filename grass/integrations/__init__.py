@@ -1,1 +1,1 @@
-"""Thin factories for other libraries' training loops."""
+"""Integrations with the training loops of other libraries."""

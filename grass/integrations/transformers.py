@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: an optimizer factory, nothing else."""
+"""Integration with Hugging Face Trainer: a factory for the optimizer."""
 
 import warnings
 from collections.abc import Callable
@@ -25,22 +25,21 @@ def trainer_optimizer(
     args: Any = None,
     **more: Any,
 ) -> tuple[Factory, dict[str, Any]]:
-    """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes to train by GRASS.
+    """Return the value of ``Trainer(optimizer_cls_and_kwargs=...)`` to train with `grass.GrassAdamW`.
 
-    The optimizer gets the two groups Trainer makes for its own AdamW: biases and norms are not decayed.
-    Trainer asks for it once the model stands where it will be trained.
+    The optimizer gets the two parameter groups that Trainer makes for its own AdamW: biases and norms have no weight
+    decay. Trainer constructs it after it has moved the model to the device.
+
+    With ``GrassConfig(fused_backward=True)`` pass ``max_grad_norm=0`` to Trainer, whose default is 1. Trainer clips
+    after backward, when the gradients have been freed, and would silently clip nothing.
 
     Args:
-        lr, weight_decay, betas, eps: as for `grass.AdamW`; Trainer does not pass its own
-            ``learning_rate`` and ``weight_decay`` on, so give ``lr=args.learning_rate`` and so on.
-        config: settings of the method.
-        pattern: as for `grass.GrassAdamW`.
-        args: Trainer's own, a ``TrainingArguments``, which it does not show to optimizers: to be told if they ask for
-            clipping that cannot be; nothing else of them is used.
-        more: its other keywords, such as ``master_weights``.
-
-    With ``GrassConfig(fused_backward=True)`` give Trainer ``max_grad_norm=0``, for its default is 1: it clips after
-    backward, when gradients are gone, and would clip nothing without a word. With ``args`` there is a warning.
+        lr, weight_decay, betas, eps: as in `grass.AdamW`. Trainer does not pass its ``learning_rate`` and
+            ``weight_decay`` to the optimizer: pass ``lr=args.learning_rate`` and so on.
+        config: configuration of the method.
+        pattern: as in `grass.GrassAdamW`.
+        args: the ``TrainingArguments`` of the Trainer; only used to warn if they ask for clipping that cannot work.
+        more: further keyword arguments of `grass.GrassAdamW`, such as ``master_weights``.
 
     Example:
         >>> Trainer(model, args, optimizer_cls_and_kwargs=trainer_optimizer(lr=1e-5, config=GrassConfig()), ...)
@@ -48,7 +47,7 @@ def trainer_optimizer(
     if config is not None and config.fused_backward and args is not None and args.max_grad_norm:
         warnings.warn(
             f"TrainingArguments(max_grad_norm={args.max_grad_norm}) clips nothing: with fused_backward gradients are "
-            "freed inside backward, before Trainer would clip them; pass max_grad_norm=0, or leave fused_backward out",
+            "freed inside backward, before Trainer clips them; pass max_grad_norm=0, or leave fused_backward out",
             stacklevel=2,
         )
     options = {
@@ -72,13 +71,15 @@ def _build_optimizer(model: nn.Module, *, weight_decay: float, **options: Any) -
 
 
 def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainer's groups: decayed and not decayed, without what does not require grad."""
+    """Return the parameter groups of Trainer, with and without weight decay, of parameters that require grad."""
     from transformers import Trainer
 
-    # An instance method that reads nothing of the instance.
+    # An instance method that does not use the instance.
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     named = list(model.named_parameters())
-    flags = trainable_flags([p for _, p in named])  # also what an older optimizer has frozen
+    flags = trainable_flags(
+        [p for _, p in named]
+    )  # True also for parameters that an earlier GrassAdamW froze
     trainable = [(name, p) for (name, p), flag in zip(named, flags, strict=True) if flag]
     return [
         {"params": [p for name, p in trainable if name in decayed], "weight_decay": weight_decay},

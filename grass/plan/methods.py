@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from grass.config import GrassConfig
+from grass.config import GrassConfig, Offload
 from grass.layer_scheduler import Change
 from grass.offload import store
 from grass.optim import GrassAdamW
@@ -129,7 +129,7 @@ def lisa(model: nn.Module, mode: FakeTensorMode, tracker: MemoryTracker, setting
     return _adapting(model, mode, tracker, setting._replace(state_dtype=dtype), config)
 
 
-def grass(offload: str = "none", *, fused: bool = False, probing: bool = False) -> Method:
+def grass(offload: Offload = "none", *, fused: bool = False, probing: bool = False) -> Method:
     """GRASS, while it adapts or while it probes, with states where `offload` says.
 
     Adapting, every layer has been drawn before: without offload the moments of all are on the device.

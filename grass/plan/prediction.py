@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from grass.checkpointing import checkpoint_activations
+from grass.activation_checkpointing import checkpoint_activations
 from grass.config import GrassConfig
 from grass.errors import GrassError
 from grass.layers import LayerMap

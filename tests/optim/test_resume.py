@@ -183,11 +183,11 @@ def test_states_of_others_are_refused_and_change_nothing() -> None:
     wide = trained(tiny.stack(width=6)).state_dict()
     del wide["param_groups"][0]["grass"]
     refuses(opt, model, wide, "has shape")
-    refuses(opt, model, trained(tiny.stack(), ema=0.9).state_dict(), "ema 0.9 there, 0.5 here")
-    refuses(opt, model, trained(tiny.stack(), seed=1).state_dict(), "another GrassConfig .*seed")
+    refuses(opt, model, trained(tiny.stack(), ema=0.9).state_dict(), "ema: saved 0.9, now 0.5")
+    refuses(opt, model, trained(tiny.stack(), seed=1).state_dict(), "different GrassConfig .*seed")
     frozen = tiny.stack()
     frozen.blocks[0].requires_grad_(False)
-    refuses(opt, model, trained(frozen).state_dict(), "another layer map")
+    refuses(opt, model, trained(frozen).state_dict(), "different layer map")
     old = opt.state_dict()
     old["param_groups"][0]["grass"] = {**old["param_groups"][0]["grass"], "format": 0}
     refuses(opt, model, old, "format 0")

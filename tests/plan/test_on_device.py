@@ -21,7 +21,7 @@ def most_bytes(optimizer_of, fused):
     """That tensors took in bfloat16 training with activations checkpointed, and the model's own loss."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from grass.checkpointing import checkpoint_activations
+    from grass.activation_checkpointing import checkpoint_activations
     from grass.layers import LayerMap
 
     device = torch.device("cuda")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import grass
-from grass.checkpointing import checkpoint_activations
+from grass.activation_checkpointing import checkpoint_activations
 from grass.layers import LayerMap
 from tests.support import tiny
 
