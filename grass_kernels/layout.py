@@ -63,6 +63,7 @@ class Layout:
     where it belongs; storages never change hands.
     """
 
+    @torch.no_grad()
     def __init__(self, params: Sequence[Tensor]):
         self._copies: list[tuple[Tensor, Tensor]] = []  # (original, copy)
         self.params = [p if is_dense(p) else self._copy(p, p.resolve_neg().contiguous()) for p in params]
@@ -71,6 +72,7 @@ class Layout:
         self._copies.append((original, copy))
         return copy
 
+    @torch.no_grad()
     def _match(
         self, tensors: Sequence[Tensor | None], on_copy: Callable[[Tensor, Tensor], Tensor]
     ) -> list[Tensor | None]:
@@ -91,6 +93,7 @@ class Layout:
         """`tensors`, one a parameter (or None where there is none), to be changed in place."""
         return self._match(tensors, self._copy)
 
+    @torch.no_grad()
     def write_back(self) -> None:
         """Return the contents of changed copies to the tensors they stand for."""
         for original, copy in self._copies:

@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.offload.shapes import Compute, Shape
 from grass.offload.pipeline import StreamedPipeline, Update
 from grass.offload.recording import Log, RecordingEngine
-from grass.offload.store import Slot, Store, allocating
+from grass.offload.store import Bucket, Store, allocating
 from grass.offload.streams import COMPUTE, D2H, H2D, HOST, CopyEngine, Operation
 from grass.offload.timeline import Link, Seconds, Span, busy_seconds, floor_seconds, simulate
 
@@ -143,7 +143,7 @@ class OneByOne(RecordingEngine):
 def make_pipeline(task: Task, engine: CopyEngine, device: torch.device) -> StreamedPipeline:
     """The pipeline of a task; on the meta device without memory anywhere."""
     store = Store(
-        [Slot(list(members), dict(MOMENTS)) for members in task.members()], pinned=device.type == "cuda"
+        [Bucket(list(members), dict(MOMENTS)) for members in task.members()], pinned=device.type == "cuda"
     )
     return StreamedPipeline(store, engine, device, task.buffer_bytes, task.buffer_count)
 

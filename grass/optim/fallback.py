@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 import grass_kernels
-from grass.optim.hyperparameters import hyperparameters_of
+from grass.optim.hyperparameters import has_tensor, hyperparameters_of, settings_of
 from grass_kernels import reference
 
 
@@ -30,9 +30,9 @@ class Fallback:
         self.device = device
 
     def prepare(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Refuse hyperparameters that are no numbers, before any group is updated."""
+        """Refuse hyperparameters that are no numbers, before any group is updated; torch reads tensors."""
         group = groups[self._index]
-        if not any(isinstance(beta, Tensor) for beta in group["betas"]):
+        if not has_tensor(settings_of(group)):
             hyperparameters_of(group, self.device)
 
     def upload(self, reading: Any, groups: Sequence[dict[str, Any]]) -> None:

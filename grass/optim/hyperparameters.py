@@ -11,6 +11,8 @@ from grass_kernels import Hyperparameters
 from grass_kernels.arguments import check_flag, check_hyperparameters, to_number
 from grass_kernels.inputs import split_lr
 
+_LR_DTYPES = (torch.float32, torch.float64)
+
 
 def settings_of(group: dict[str, Any]) -> tuple[Any, ...]:
     """Hyperparameters of a group, to be compared; a list of betas may be written in place."""
@@ -30,8 +32,8 @@ def hyperparameters_of(
         KernelArgumentError: with the hyperparameter's name.
     """
     lr, *rest, maximize = settings_of(group)
-    if not isinstance(lr, Tensor) or lr.device != device or lr.numel() != 1:
-        lr = to_number("lr", lr)
+    if not isinstance(lr, Tensor) or lr.device != device or device.type == "cpu" or lr.dtype not in _LR_DTYPES:
+        lr = to_number("lr", lr)  # else kernels read it on the device
     names = ("betas[0]", "betas[1]", "eps", "weight_decay")
     beta1, beta2, eps, weight_decay = map(to_number, names, rest)
     check_hyperparameters(lr, (beta1, beta2), eps, weight_decay, device)

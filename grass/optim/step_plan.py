@@ -60,7 +60,7 @@ def read_step(params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Any]], 
     present = [g is not None for g in all_grads]
     rows = list(compress(params, present))
     grads = list(compress(all_grads, present))
-    states = [state[p] for p in rows]
+    states: Any = list(map(state.get, rows))
     exp_avgs, exp_avg_sqs, steps = (
         map(list, zip(*map(_moments, states), strict=True)) if rows else ([], [], [])
     )

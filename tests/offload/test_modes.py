@@ -172,7 +172,7 @@ def test_the_cases_train() -> None:
 def test_small_units_really_cut_layers() -> None:
     model, opt = start({}, **STREAMED)
     list(steps({}, model, opt))
-    units = [opt._pipeline.units(layer) for layer in opt.active_layers]
+    units = [opt._offload.units(layer) for layer in opt.active_layers]
     assert all(len(members) > 1 for members in units)
     pieces = [piece for members in units for unit in members for piece in unit.pieces]
     assert len(pieces) > len({piece.param for piece in pieces}), "some parameter is in two units"

@@ -19,9 +19,9 @@ import grass
 from grass.offload import pipeline as pipelines
 from grass.offload.order import conflicts
 from grass.offload.recording import RecordingEngine
-from grass.offload.store import ALIGNMENT, Slot, Store
+from grass.offload.store import ALIGNMENT, Bucket, Store
 from grass.offload.streams import COMPUTE, InlineEngine, Operation
-from grass.optim.offloading import Offloading
+from grass.optim.offload_manager import OffloadManager
 from grass_kernels.table import CHUNK
 from tests.support import tiny
 
@@ -65,7 +65,7 @@ class Harness:
 
     def __init__(self, sizes, buffers, ignore=frozenset(), module=pipelines, used=()):
         self.params = [[torch.zeros(n) for n in numbers] for numbers in sizes]
-        self.store = Store([Slot(list(members), dict(KINDS)) for members in self.params], pinned=False)
+        self.store = Store([Bucket(list(members), dict(KINDS)) for members in self.params], pinned=False)
         self.names = TrueNames()
         self.engine = RecordingEngine(self.names, ignore)
         self.engine.note(COMPUTE, Operation("user", "", used, used))
@@ -118,7 +118,7 @@ class Harness:
         self.compare()
 
     def forget(self):
-        self.pipeline.forget()
+        self.pipeline.invalidate()
         self.compare()
 
     def close(self):
@@ -126,7 +126,7 @@ class Harness:
         self.compare()
 
     def forget_one(self, slot):
-        self.pipeline.forget(slot)
+        self.pipeline.invalidate(slot)
         self.compare(slot)
 
     def write(self, slot):
@@ -174,7 +174,7 @@ WITNESSES = [
     Witness("the first update", "H1", 2, [do("begin", 0), do("run", 0)]),
     Witness("the first write-back", "H2", 2, [do("begin", 0), do("run", 0)]),
     Witness("a ring of one", "H3:d2h", 1, [do("run", 0), do("run", 1)]),
-    Witness("a ring in used memory", "H3:compute", 2, [do("begin", 0)], ("slot 0",)),
+    Witness("a ring in used memory", "H3:compute", 2, [do("begin", 0)], ("buffer 0",)),
     # A ring of one would wait by H3; in three buffers the unit comes back into another one.
     Witness("a unit that comes back soon", "H4", 3, [do("step", 0)]),
     Witness("gradients of the first backward", "H7", 2, [do("begin", 0), do("run", 0)]),
@@ -191,7 +191,7 @@ WITNESSES = [
     Witness("resident: a checkpoint's copy", "H2", RESIDENT, [do("run", 0), do("drain")]),
     Witness("resident: a switch", "H3:d2h", RESIDENT, [do("run", 0), do("begin", 1)]),
     Witness("resident: in used memory", "H3:compute", RESIDENT, [do("begin", 0)], ("slab 0",)),
-    # Slot 2 is larger: its buffer holds slot 0 first, and then slot 0 comes back into that of slot 1.
+    # Bucket 2 is larger: its buffer holds slot 0 first, and then slot 0 comes back into that of slot 1.
     Witness(
         "resident: back into another buffer",
         "H4",
@@ -333,8 +333,8 @@ def test_the_optimizer_s_own_schedule_has_no_conflict(monkeypatch, mode, moments
         engines.append(RecordingEngine())
         return engines[-1]
 
-    made_with = functools.partialmethod(Offloading.__init__, engine=record)
-    monkeypatch.setattr(Offloading, "__init__", made_with)
+    made_with = functools.partialmethod(OffloadManager.__init__, engine=record)
+    monkeypatch.setattr(OffloadManager, "__init__", made_with)
     model = tiny.stack(width=64)  # layers of two units
     options = {"sample_interval": 2, "update_interval": 4, "probe_steps": 2}
     config = tiny.config(**mode, **options, moments=moments, fused_backward=fused_backward)

@@ -19,7 +19,7 @@ import grass
 from grass.offload.order import conflicts
 from grass.offload.recording import RecordingEngine
 from grass.offload.streams import H2D, HOST
-from grass.optim.offloading import Offloading
+from grass.optim.offload_manager import OffloadManager
 from grass_kernels import KernelArgumentError
 from tests.support import ragged, tiny
 from tests.support.trainings import EXACT, MODES, OFFLOADED, STEPS, outcome, start, train
@@ -174,7 +174,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[RecordingEngine]:
         made.append(RecordingEngine())
         return made[-1]
 
-    monkeypatch.setattr(Offloading, "__init__", functools.partialmethod(Offloading.__init__, engine=record))
+    monkeypatch.setattr(OffloadManager, "__init__", functools.partialmethod(OffloadManager.__init__, engine=record))
     return made
 
 

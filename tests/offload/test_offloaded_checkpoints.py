@@ -192,7 +192,7 @@ def test_a_checkpoint_of_torchs_adamw_goes_into_the_store(mode: str) -> None:
 
     (model, opt), (plain, reference) = run(mode), run("none")
     assert_at_home(opt)
-    assert opt.transfer_stats.store_bytes == opt._offloading.store.most_bytes
+    assert opt.transfer_stats.store_bytes == opt._offload.store.most_bytes
     train(model, opt, 0, STEPS)
     train(plain, reference, 0, STEPS)
     tiny.assert_identical(outcome(model, opt), outcome(plain, reference))

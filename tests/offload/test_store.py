@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import grass
 from grass.errors import OffloadError
-from grass.offload.store import ALIGNMENT, Slab, Slot, Store, allocating, place
+from grass.offload.store import ALIGNMENT, Slab, Bucket, Store, allocating, place
 from tests.support import ragged, tiny
 
 F32, BF16, I16 = torch.float32, torch.bfloat16, torch.int16
@@ -126,12 +126,12 @@ def test_a_parameter_with_gaps_is_refused() -> None:
 
 def test_a_slab_is_made_when_it_is_first_asked_for() -> None:
     members = [[torch.zeros(10), torch.zeros(3, 4)], [torch.zeros(1000)], []]
-    store = Store([Slot(list(members), dict(KINDS[2])) for members in members], pinned=False)
+    store = Store([Bucket(list(members), dict(KINDS[2])) for members in members], pinned=False)
     assert store.num_bytes == 0
     assert store.most_bytes == (2 * 128 + 8 * 128) * 10
     assert [p in store for p in members[0]] == [True, True]
     assert torch.zeros(10) not in store
-    assert store.slot_of(members[1][0]) == 1
+    assert store.bucket_of(members[1][0]) == 1
     view = store.view(members[1][0], "exp_avg")
     assert store.num_bytes == 8 * 128 * 10
     assert store.view(members[1][0], "exp_avg").data_ptr() == view.data_ptr()
@@ -142,7 +142,7 @@ def test_a_slab_is_made_when_it_is_first_asked_for() -> None:
 
 def test_what_was_never_given_out_is_known_to_be_zero() -> None:
     p, q = torch.zeros(10), torch.zeros(10)
-    store = Store([Slot(list(members), dict(KINDS[0])) for members in [[p, q]]], pinned=False)
+    store = Store([Bucket(list(members), dict(KINDS[0])) for members in [[p, q]]], pinned=False)
     assert store.is_fresh(p, "exp_avg")
     store.view(p, "exp_avg")
     assert not store.is_fresh(p, "exp_avg")
@@ -184,7 +184,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
 
 def test_a_slab_is_pinned_once_for_what_it_is(driver: Driver) -> None:
     p = torch.zeros(1000)
-    store = Store([Slot(list(members), dict(KINDS[0])) for members in [[p]]], pinned=True)
+    store = Store([Bucket(list(members), dict(KINDS[0])) for members in [[p]]], pinned=True)
     assert not driver.pinned
     view = store.view(p, "exp_avg")
     assert driver.pinned == {view.data_ptr(): 1024 * 8}
@@ -200,7 +200,7 @@ def test_a_slab_is_pinned_once_for_what_it_is(driver: Driver) -> None:
 
 def test_a_store_is_pinned_late_when_parameters_move(driver: Driver) -> None:
     p, q = torch.zeros(10), torch.zeros(200)
-    store = Store([Slot(list(members), dict(KINDS[0])) for members in [[p], [q]]], pinned=False)
+    store = Store([Bucket(list(members), dict(KINDS[0])) for members in [[p], [q]]], pinned=False)
     view = store.view(p, "exp_avg")
     assert not driver.pinned
     store.pin()
@@ -212,7 +212,7 @@ def test_a_store_is_pinned_late_when_parameters_move(driver: Driver) -> None:
 def test_memory_that_cannot_be_pinned_is_an_error_with_the_remedy(driver: Driver) -> None:
     driver.error = 2
     p = torch.zeros(1000)
-    store = Store([Slot(list(members), dict(KINDS[0])) for members in [[p]]], pinned=True)
+    store = Store([Bucket(list(members), dict(KINDS[0])) for members in [[p]]], pinned=True)
     with pytest.raises(OffloadError, match=r"8,192 bytes .* could not be pinned \(CUDA error 2\).*ulimit -l"):
         store.view(p, "exp_avg")
     assert store.num_bytes == 0
@@ -269,7 +269,7 @@ def test_the_states_of_an_optimizer_are_in_one_slab_a_layer(
 @pytest.mark.parametrize(("amsgrad", "master"), [(False, False), (True, True)])
 def test_the_forecast_is_what_is_there_when_all_was_drawn(amsgrad: bool, master: bool) -> None:
     _, opt = trained(0, amsgrad=amsgrad, master_weights=master)
-    forecast = opt._offloading.store.most_bytes
+    forecast = opt._offload.store.most_bytes
     assert opt.transfer_stats.store_bytes == 0
     _, opt = trained(25, amsgrad=amsgrad, master_weights=master, sampler="cyclic")
     assert all(opt.draw_counts)
@@ -281,7 +281,7 @@ def test_frozen_parameters_and_layers_have_no_place() -> None:
     model.blocks[1].requires_grad_(False)
     model.head.requires_grad_(False)
     opt = grass.GrassAdamW(model, config=ragged.config(offload="streamed"), pattern="blocks.*")
-    store = opt._offloading.store
+    store = opt._offload.store
     homeless = {name for name, p in model.named_parameters() if p not in store}
     assert homeless == {"head", *(f"blocks.1.{name}" for name, _ in model.blocks[1].named_parameters())}
     trainable = [p for p in model.parameters() if p.requires_grad]

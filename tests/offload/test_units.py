@@ -49,7 +49,7 @@ def check_cover(params: list[Tensor], slab: Slab, units: list[Unit]) -> None:
     expected = [(p, chunk) for p in params for chunk in range(-(-p.numel() // CHUNK))]
     found = []
     for number, unit in enumerate(units):
-        assert (unit.slot, unit.label) == (7, f"7.{number}")
+        assert (unit.bucket, unit.label) == (7, f"7.{number}")
         assert unit.pieces
         reach = unit.start
         for piece in unit.pieces:

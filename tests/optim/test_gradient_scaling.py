@@ -77,7 +77,7 @@ def test_a_scaled_run_is_an_unscaled_run(clip: float | None, scale: float, micro
 @pytest.mark.parametrize("unscale", [False, True])
 def test_an_overflow_of_any_layer_in_the_probe_is_seen_by_the_scaler_alone(layer: int, unscale: bool) -> None:
     model, inner = overflowing(layer)
-    opt = grass.GrassAdamW(model, config=tiny.config(), pattern="blocks.*")
+    opt = grass.GrassAdamW(model, config=tiny.config(), pattern="blocks.*", fused=True)
     amp = scaler()
     clean = overflowing(layer)[0]
     reference = grass.GrassAdamW(clean, config=tiny.config(probe_steps=2), pattern="blocks.*")
@@ -111,7 +111,7 @@ def test_an_overflow_in_the_first_of_several_micro_batches_is_seen() -> None:
 
 def test_an_overflow_in_a_window_skips_the_update_and_the_observation() -> None:
     model, inner = overflowing(0)
-    opt = grass.GrassAdamW(model, config=tiny.config(active_layers=5, ema=1.0), pattern="blocks.*")
+    opt = grass.GrassAdamW(model, config=tiny.config(active_layers=5, ema=1.0), pattern="blocks.*", fused=True)
     amp = scaler()
     scaled_steps(model, opt, amp, 0, 4)
     before, steps = tiny.weights(model), float(opt.state[model.head.weight]["step"])
@@ -133,7 +133,7 @@ def test_an_overflow_in_a_window_skips_the_update_and_the_observation() -> None:
 
 def test_gradients_are_not_rewritten_by_the_step() -> None:
     model = tiny.stack()
-    opt = grass.GrassAdamW(model, config=tiny.config(probe_steps=0))
+    opt = grass.GrassAdamW(model, config=tiny.config(probe_steps=0), fused=True)
     amp = scaler()
     amp.scale(tiny.loss_of(model, tiny.batch(0))).backward()
     before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -180,20 +180,3 @@ def test_parameters_made_in_inference_mode() -> None:
     for _ in range(2):
         theirs.step()
     torch.testing.assert_close(p, q.detach())
-
-
-def test_a_write_after_a_copy_to_a_parameter_not_yet_updated() -> None:
-    """The copy's first step leaves it out; what is written afterwards is written from outside."""
-    params = [nn.Parameter(normal(4, seed=seed).bfloat16()) for seed in range(2)]
-    optimizer = grass.AdamW(params, lr=0.1, master_weights=True)
-    for p in params:
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    assert optimizer.state[params[1]]["remainder"].any()
-    twin = copy.deepcopy(optimizer)
-    first, second = twin.param_groups[0]["params"]
-    first.grad, second.grad = torch.ones_like(first), None
-    twin.step()
-    with torch.no_grad():
-        second.copy_(torch.ones(4))
-    assert not twin.state_dict()["state"][1]["remainder"].any()

@@ -67,10 +67,10 @@ def whole(dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Any]:
 
 
 def assert_at_home(opt: grass.GrassAdamW) -> None:
-    """Every state of a kernel's parameter is in the slab of its slot, where the pipeline looks for it."""
-    store = opt._offloading.store
+    """Every state of a kernel's parameter is in the slab of its bucket, where the pipeline looks for it."""
+    store = opt._offload.store
     for p, state in opt.state.items():
-        slab = store.slab(store.slot_of(p))
+        slab = store.slab(store.bucket_of(p))
         for kind, section in slab.sections.items():
             if kind in state and p.numel():
                 begin = section.data_ptr() + slab.starts[p] * section.itemsize
