@@ -39,6 +39,8 @@ BAD = [
     ({"importance_scale": "max"}, "one of mean, log, zscore, none"),
     ({"sampler": "random"}, "one of adaptive, static, uniform, weight_norm, cyclic, shuffled"),
     ({"moments": "drop"}, "one of keep, reset"),
+    ({"offload": "disk"}, "one of none, resident, streamed"),
+    ({"offload": None}, "one of none, resident, streamed"),
     ({"always_active": ""}, '"none"'),
     ({"always_active": []}, "non-empty list"),
     ({"always_active": ["lm_head*", ""]}, "name patterns"),

@@ -14,6 +14,7 @@ from grass.config import GrassConfig
 from grass.errors import ConfigError, GrassError
 
 if TYPE_CHECKING:
+    from grass.plan.losses import Loss
     from grass.plan.prediction import Case, Row
 
 STOPPED = 130  # what shells report for a command that Ctrl-C ended
@@ -199,7 +200,7 @@ def _case(args: argparse.Namespace) -> Case:
     )
 
 
-def _default_loss(model: str) -> str:
+def _default_loss(model: str) -> Loss:
     from grass.plan.losses import can_be_chunked
 
     if can_be_chunked(model):

@@ -1,11 +1,11 @@
-"""Fine-tuning as one job: data, training on top of Trainer, evaluation and a run folder.
+"""Fine-tuning runs: data, training with Hugging Face Trainer, evaluation and a run folder.
 
-The command line is a thin layer over `grass.finetune.job.start_run` and `resume_run`; the parts stand alone:
+`grass finetune` calls `grass.finetune.job.start_run` and `resume_run`. The other modules can be used alone:
 
-* `grass.finetune.options`: `FinetuneOptions`, every setting of a run
+* `grass.finetune.options`: `FinetuneOptions`, the options of a run
 * `grass.finetune.data`, `encoding`: from files to token ids
 * `grass.finetune.arithmetic`, `demo`: the built-in task and its small model
-* `grass.finetune.training`, `recording`, `stopping`: Trainer with our optimizer, rows and Ctrl-C
-* `grass.finetune.evaluation`: held-out loss, exact match
-* `grass.finetune.run_folder`, `picture`, `summary`: what a run leaves behind
+* `grass.finetune.training`, `recording`, `stopping`: Trainer with `grass.GrassAdamW`, metrics, Ctrl-C
+* `grass.finetune.evaluation`: held-out loss and exact match
+* `grass.finetune.run_folder`, `picture`, `summary`: the results of a run
 """

@@ -1,8 +1,8 @@
-"""The built-in task: plain sums, and word problems that need the same sums.
+"""Built-in task: plain sums, and word problems that need the same sums.
 
-Everything is generated from a seed, so the demo needs no download and no file. A problem's *content* is
-its template and its two numbers; names and things are decoration. Training and held-out problems never
-share a content, so a held-out problem cannot be answered from memory of the same question.
+All data is generated from a seed, so the demo needs no download. The *content* of a problem is its template and its
+two numbers; names and things vary at random. Training and held-out problems have disjoint contents, so that a held-out
+problem cannot be answered by memorizing the training set.
 """
 
 import random
@@ -14,7 +14,7 @@ SMALLEST = 2  # of the operands of word problems: "1 coins" would be wrong
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo", "Iris", "Jon")
 THINGS = ("apples", "books", "coins", "shells", "stamps", "stones", "pens", "cards", "eggs", "cups")
 
-# (operation, text): a is the first number told and b the second.
+# (operation, text): a is the first number in the text, b the second.
 TEMPLATES: tuple[tuple[str, str], ...] = (
     ("+", "{x} has {a} {things}. {y} gives {x} {b} more. How many {things} does {x} have now?"),
     ("+", "{x} found {a} {things} and {y} found {b}. How many {things} did they find together?"),
@@ -32,7 +32,7 @@ TEMPLATES: tuple[tuple[str, str], ...] = (
 
 
 class Problem(NamedTuple):
-    """One word problem; `content` is what must not be shared between training and held-out sets."""
+    """Word problem. Training and held-out problems must not share a `content`."""
 
     template: int
     a: int
@@ -46,7 +46,7 @@ class Problem(NamedTuple):
 
     @property
     def record(self) -> dict[str, str]:
-        """The problem in LLM-Adapters' format: instruction, output, answer."""
+        """The problem in the format of LLM-Adapters: instruction, output, answer."""
         operation = TEMPLATES[self.template][0]
         answer = self.a + self.b if operation == "+" else self.a - self.b
         working = f"{self.a} {operation} {self.b} = {answer}"
@@ -54,7 +54,7 @@ class Problem(NamedTuple):
 
 
 def plain_sums() -> list[dict[str, str]]:
-    """Every sum and difference in range, as plain text: ``{"text": "12 + 7 = 19"}``."""
+    """Return every sum and difference in range as plain text: ``{"text": "12 + 7 = 19"}``."""
     numbers = range(LARGEST + 1)
     sums = [f"{a} + {b} = {a + b}" for a in numbers for b in numbers if a + b <= LARGEST]
     differences = [f"{a} - {b} = {a - b}" for a in numbers for b in numbers if a >= b]
@@ -62,18 +62,18 @@ def plain_sums() -> list[dict[str, str]]:
 
 
 def word_problems(num_train: int, num_heldout: int, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """Draw training and held-out word problems, all with different contents.
+    """Generate training and held-out word problems, all with different contents.
 
     Args:
-        num_train: problems to train on.
-        num_heldout: problems to evaluate on.
-        seed: of the generator; the same seed gives the same problems.
+        num_train: number of training problems.
+        num_heldout: number of held-out problems.
+        seed: seed of the generator.
 
     Returns:
-        Training problems, held-out problems.
+        Training problems and held-out problems.
 
     Raises:
-        ValueError: more problems than there are contents.
+        ValueError: there are fewer contents than problems.
     """
     contents = [
         (template, a, b)
@@ -97,7 +97,7 @@ def _tell(rng: random.Random, template: int, a: int, b: int) -> Problem:
 
 
 def vocabulary() -> list[str]:
-    """Every word, number and sign the task can show, sorted: numbers first, then words."""
+    """Return every word, number and sign of the task: first the numbers, then the words, sorted."""
     words = set(NAMES) | set(THINGS) | {"+", "-", "="}
     for _, text in TEMPLATES:
         for blank in ("{x}", "{y}", "{a}", "{b}", "{things}"):

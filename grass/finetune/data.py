@@ -1,4 +1,4 @@
-"""Reading training data: JSON or JSONL files of three kinds of records.
+"""Reading of training data: JSON or JSONL files with three kinds of records.
 
 ========================================================  ==========================================
 ``{"instruction", "input"?, "output", "answer"?}``        `Instruction`, the format of LLM-Adapters
@@ -6,7 +6,7 @@
 ``{"text"}``                                              `PlainText`
 ========================================================  ==========================================
 
-The kind is told record by record. Every error names the file, and the line or the record.
+A file may mix the kinds. Every error names the file, and the line or the record.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ FORMATS = '"instruction" and "output", or "messages", or "text"'
 
 @dataclass(frozen=True)
 class Instruction:
-    """A task and its solution; `answer`, if there is one, is what evaluation looks for."""
+    """Task and solution; evaluation compares the generated text with `answer`, if there is one."""
 
     instruction: str
     output: str
@@ -35,7 +35,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation as (role, content) turns, with at least one turn of the assistant."""
+    """Conversation as (role, content) pairs, with at least one message of the assistant."""
 
     messages: tuple[tuple[str, str], ...]
     answer: str | None = None
@@ -43,7 +43,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class PlainText:
-    """A text, learnt as a whole."""
+    """Text of which every token is a target."""
 
     text: str
     answer: None = None
@@ -53,13 +53,13 @@ Record = Instruction | Chat | PlainText
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """Read all records of a JSON (an array) or JSONL (an object a line) file.
+    """Read all records of a JSON file (an array) or a JSONL file (an object per line).
 
     Args:
-        path: the file; which of the two it is, is told by its first character.
+        path: the file; a JSON file begins with ``[``.
 
     Raises:
-        DataError: a missing, unreadable, empty or malformed file, with the place.
+        DataError: the file is missing, unreadable, empty or malformed; the message names the line.
     """
     path = Path(path)
     try:
@@ -82,7 +82,7 @@ def read_records(path: str | Path) -> list[Record]:
 
 def _array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     try:
-        count = len(json.loads(text))  # the whole must be valid before its parts are looked at
+        count = len(json.loads(text))  # the whole file must be valid before its records are parsed
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
     except RecursionError:
@@ -99,7 +99,7 @@ def _array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    # Not splitlines: JSON strings may hold U+2028 and its like, which are no line ends in a JSONL file.
+    # Not splitlines(): JSON strings may contain U+2028 and similar characters, which do not end a line of JSONL.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -120,14 +120,14 @@ def _parse(place: str, item: Any) -> Record:
         return Instruction(
             _text(place, item, "instruction"),
             _text(place, item, "output"),
-            # Some files write null where there is no input.
+            # Some files have null for a missing input.
             _text(place, item, "input", may_be_empty=True) if item.get("input") is not None else "",
             _answer(place, item),
         )
     if "text" in item:
         return PlainText(_text(place, item, "text"))
-    found = ", ".join(json.dumps(key) for key in list(item)[:6]) or "no keys"
-    raise DataError(f"{place}: expected {FORMATS}; found {found}")
+    keys = ", ".join(json.dumps(key) for key in list(item)[:6]) or "no keys"
+    raise DataError(f"{place}: expected {FORMATS}; found {keys}")
 
 
 def _text(place: str, item: dict[str, Any], key: str, *, may_be_empty: bool = False) -> str:
@@ -153,13 +153,13 @@ def _messages(place: str, value: Any) -> tuple[tuple[str, str], ...]:
         raise DataError(f'{place}: "messages" must be a non-empty list')
     turns = []
     for index, message in enumerate(value, start=1):
-        where = f"{place}: message {index}"
+        location = f"{place}: message {index}"
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise DataError(f'{where}: expected an object with "role" and "content"')
+            raise DataError(f'{location}: expected an object with "role" and "content"')
         role = message["role"]
         if role not in ROLES:
-            raise DataError(f"{where}: role must be one of {', '.join(ROLES)}, not {json.dumps(role)}")
-        turns.append((role, _text(where, message, "content", may_be_empty=role != "assistant")))
+            raise DataError(f"{location}: role must be one of {', '.join(ROLES)}, not {json.dumps(role)}")
+        turns.append((role, _text(location, message, "content", may_be_empty=role != "assistant")))
     if not any(role == "assistant" for role, _ in turns):
         raise DataError(f"{place}: no message of the assistant: there is nothing to learn")
     return tuple(turns)
@@ -171,18 +171,18 @@ def _kind(value: Any) -> str:
 
 
 def split_heldout(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """Hold a fraction of the records out; equal records stay on one side.
+    """Split off a fraction of the records; equal records stay on the same side.
 
     Args:
         records: all records.
-        fraction: share to hold out, in (0, 1), rounded to at least one distinct record.
-        seed: of the choice.
+        fraction: fraction to hold out, in (0, 1); at least one distinct record is held out.
+        seed: seed of the random choice.
 
     Returns:
-        Training records, held-out records, both in their old order.
+        Training records and held-out records, in their original order.
 
     Raises:
-        DataError: fewer than two distinct records.
+        DataError: there are fewer than two distinct records.
     """
     distinct = list(dict.fromkeys(records))
     if len(distinct) < 2:
@@ -193,7 +193,7 @@ def split_heldout(records: Sequence[Record], fraction: float, seed: int) -> tupl
 
 
 def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file, by which a resumed run knows that its data is still the same."""
+    """Return the SHA-256 of a file; a resumed run compares it to detect changed data."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while block := file.read(1 << 20):

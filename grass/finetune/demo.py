@@ -1,4 +1,4 @@
-"""The built-in demo: a small Llama learns plain sums in full, then word problems by GRASS. No download."""
+"""Built-in demo: full training of a small Llama on plain sums, then fine-tuning on word problems. No download."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from grass.finetune.training import train
 NUM_TRAIN, NUM_HELDOUT = 4000, 200
 CONTEXT = 64
 
-# What the demo does where the user has not said otherwise.
+# Defaults of the demo.
 DEMO_OPTIONS = FinetuneOptions(
     template="plain",
     steps=1600,
@@ -36,12 +36,12 @@ DEMO_OPTIONS = FinetuneOptions(
     max_new_tokens=8,
 )
 
-# The base model's own training. It ends before the sums are perfect: fine-tuning repeats them.
+# Training of the base model. It ends before the sums are perfect; fine-tuning continues to train them.
 BASE_OPTIONS = FinetuneOptions(method="full", steps=400, batch_size=96, lr=3e-3, warmup=0.1, log_steps=20)
 
 
 def demo_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each word, number and sign of the task."""
+    """Return a tokenizer with a token for each word, number and sign of the task."""
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     words = {word: i for i, word in enumerate(special + vocabulary())}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -58,7 +58,7 @@ def demo_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def demo_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama of six layers and half a million parameters with random weights."""
+    """Return a randomly initialized Llama with six layers and half a million parameters."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -79,11 +79,11 @@ def demo_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run a block on one core.
+    """Run torch operations on one thread inside the context.
 
-    Matrices as small as the demo's gain little from a second thread, and on a busy machine threads that wait
-    for each other at every operation take many times as long. One thread also sums in one order, so the
-    demo's numbers do not depend on the number of cores.
+    A second thread gains little for matrices as small as those of the demo, and on a busy machine threads that wait
+    for each other in every operation are many times slower. One thread also sums in a fixed order, so the results of
+    the demo do not depend on the number of cores.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -96,16 +96,16 @@ def one_thread() -> Iterator[None]:
 def make_demo(
     folder: RunFolder, options: FinetuneOptions, config: GrassConfig, screen: Screen
 ) -> FinetuneOptions:
-    """Write the problems, and train the base model, as far as the folder does not hold them yet.
+    """Write the data of the demo and train its base model, unless the folder already contains the trained model.
 
     Args:
-        folder: of the demo's run.
-        options: of the demo's run.
-        config: gives the seed, and nothing else.
+        folder: run folder of the demo.
+        options: options of the demo.
+        config: only its seed is used.
         screen: shows progress.
 
     Returns:
-        The options with model and data filled in: from here on the demo is a run like any other.
+        The options with `model`, `data` and `eval` set, with which the demo continues as any other run.
 
     Raises:
         Stopped: the user asked to stop.

@@ -1,6 +1,6 @@
-"""From records to token ids and labels: templates, masking of prompts, cutting, batches."""
+"""Encoding of records as token ids and labels: prompt templates, masking, truncation, batches."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from grass.errors import ConfigError, DataError
 from grass.finetune.data import Chat, Instruction, PlainText, Record
+from grass.finetune.options import Template
 
-IGNORED = -100  # label of tokens that the loss leaves out
+IGNORED = -100  # label of tokens that the loss ignores
 
 _ALPACA = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately completes "
@@ -19,25 +20,25 @@ _ALPACA = (
 )
 
 
-def alpaca_prompt(instruction: str, given: str) -> str:
-    """The prompt of Alpaca and LLM-Adapters."""
+def alpaca_prompt(instruction: str, context: str) -> str:
+    """Return the prompt of Alpaca and LLM-Adapters."""
     return _ALPACA.format(
-        paired=", paired with an input that provides further context" if given else "",
+        paired=", paired with an input that provides further context" if context else "",
         instruction=instruction,
-        given=f"### Input:\n{given}\n\n" if given else "",
+        given=f"### Input:\n{context}\n\n" if context else "",
     )
 
 
-def plain_prompt(instruction: str, given: str) -> str:
-    """The instruction, the input if there is one, and a line end."""
-    return f"{instruction}\n{given}\n" if given else f"{instruction}\n"
+def plain_prompt(instruction: str, context: str) -> str:
+    """Return the instruction and the input, if there is one, each followed by a newline."""
+    return f"{instruction}\n{context}\n" if context else f"{instruction}\n"
 
 
-TEMPLATES = {"alpaca": alpaca_prompt, "plain": plain_prompt}
+TEMPLATES: dict[Template, Callable[[str, str], str]] = {"alpaca": alpaca_prompt, "plain": plain_prompt}
 
 
 class Example(NamedTuple):
-    """Token ids of one text, and the ids to predict (`IGNORED` where nothing is learnt)."""
+    """Token ids of a text, and its labels (`IGNORED` for tokens that are no target)."""
 
     input_ids: list[int]
     labels: list[int]
@@ -45,12 +46,12 @@ class Example(NamedTuple):
 
 @dataclass
 class Encoded:
-    """Examples made from records, and what happened to them.
+    """Examples made from records.
 
     Attributes:
-        examples: what is left to learn from.
-        num_cut: texts that were longer than the context.
-        num_dropped: those of them of which nothing was left to learn.
+        examples: the examples that have at least one target.
+        num_cut: number of texts that were truncated to the context length.
+        num_dropped: number of truncated texts without a target left, which are not in `examples`.
     """
 
     examples: list[Example] = field(default_factory=list)
@@ -59,33 +60,36 @@ class Encoded:
 
 
 class Encoder:
-    """Turns records into examples for one tokenizer, template and context length.
+    """Encode records for a tokenizer, template and context length.
 
     Args:
-        tokenizer: of the model.
-        template: name in `TEMPLATES`, for records with an instruction.
-        context: longest example, in tokens.
+        tokenizer: tokenizer of the model.
+        template: prompt template of records with an instruction.
+        context: maximum length of an example in tokens.
+
+    Raises:
+        ConfigError: the tokenizer has no end-of-sequence token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, context: int) -> None:
-        if template not in TEMPLATES:
-            raise ConfigError(f"template must be one of {', '.join(TEMPLATES)}, not {template!r}")
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template, context: int) -> None:
         if tokenizer.eos_token_id is None:
-            raise ConfigError("the tokenizer has no end-of-sequence token: answers could not end")
+            raise ConfigError(
+                "the tokenizer has no end-of-sequence token, so generated answers would not end"
+            )
         self.tokenizer = tokenizer
         self.template = TEMPLATES[template]
         self.context = context
         self._eos: int = tokenizer.eos_token_id
 
     def encode(self, records: Iterable[Record], source: str) -> Encoded:
-        """Encode records; texts longer than the context lose their end.
+        """Encode records, truncating those longer than the context.
 
         Args:
-            records: any mix of kinds.
-            source: what to call them in an error.
+            records: records of any kind.
+            source: name of the records in error messages.
 
         Raises:
-            DataError: nothing is left to learn from.
+            DataError: no example has a target.
         """
         result = Encoded()
         for record in records:
@@ -93,19 +97,19 @@ class Encoder:
             if len(input_ids) > self.context:
                 result.num_cut += 1
                 input_ids, labels = input_ids[: self.context], labels[: self.context]
-            # The first label is never predicted: nothing stands before it.
+            # The first token is never predicted, as no token precedes it.
             if all(label == IGNORED for label in labels[1:]):
                 result.num_dropped += 1
                 continue
             result.examples.append(Example(input_ids, labels))
         if not result.examples:
             raise DataError(
-                f"{source}: no text leaves anything to learn within the context of {self.context} tokens"
+                f"{source}: no text has a token to learn within the context of {self.context} tokens"
             )
         return result
 
     def encode_one(self, record: Record) -> Example:
-        """Encode a record at full length."""
+        """Encode a record without truncation."""
         if isinstance(record, PlainText):
             ids = [*self._start(record.text), self._eos]
             return Example(ids, list(ids))
@@ -118,7 +122,7 @@ class Encoder:
         return Example(prompt + response, [IGNORED] * len(prompt) + response)
 
     def prompt(self, record: Instruction | Chat) -> list[int]:
-        """Token ids after which the model has to answer."""
+        """Return the token ids of the prompt to which the model generates an answer."""
         if isinstance(record, Instruction):
             return self._start(self.template(record.instruction, record.input))
         last = max(i for i, (role, _) in enumerate(record.messages) if role == "assistant")
@@ -127,20 +131,20 @@ class Encoder:
         return self._plain_chat(record.messages[:last], answer_next=True).input_ids
 
     def _templated_chat(self, record: Chat) -> Example:
-        """Labels on the assistant's turns, found as the difference between growing conversations."""
+        """Encode a chat; targets are the tokens that each message of the assistant adds to the conversation."""
         ids = self._apply_chat_template(record.messages, answer_next=False)
         labels = [IGNORED] * len(ids)
         for i, (role, _) in enumerate(record.messages):
             if role == "assistant":
                 before = self._apply_chat_template(record.messages[:i], answer_next=True)
                 after = self._apply_chat_template(record.messages[: i + 1], answer_next=False)
-                # Templates may drop parts of earlier turns: trust only what the whole text shares with both.
+                # Templates may drop parts of earlier messages: use only the prefix shared with the whole text.
                 start, end = _common_prefix(ids, before), _common_prefix(ids, after)
                 labels[start:end] = ids[start:end]
         return Example(ids, labels)
 
     def _plain_chat(self, messages: Sequence[tuple[str, str]], *, answer_next: bool) -> Example:
-        """For tokenizers without a chat template: a line for each turn, replies end with the end token."""
+        """Encode a chat without chat template: a line per message; those of the assistant end with the EOS token."""
         ids: list[int] = []
         labels: list[int] = []
         turns = [*messages, ("assistant", None)] if answer_next else messages
@@ -163,7 +167,7 @@ class Encoder:
         return self._continue(str(text))
 
     def _start(self, text: str) -> list[int]:
-        """Ids with the special tokens that begin a text, without those that end it."""
+        """Return token ids with the special tokens at the beginning of a text, without those at its end."""
         ids = list(self.tokenizer(text)["input_ids"])
         return ids[:-1] if ids and ids[-1] == self._eos else ids
 
@@ -179,13 +183,13 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class Collator:
-    """Makes a batch: pads on the right to the longest example, and counts real tokens.
+    """Collate examples into a batch, padded on the right to the longest example.
 
     Args:
-        pad_token_id: what to pad with.
+        pad_token_id: id of the padding token.
 
     Attributes:
-        num_tokens: tokens of all batches made so far, without padding.
+        num_tokens: number of tokens in all batches so far, without padding.
     """
 
     def __init__(self, pad_token_id: int) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation on held-out records: the loss, and exact match of generated answers."""
+"""Evaluation on held-out records: loss, and exact match of generated answers."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +13,11 @@ from grass.finetune.encoding import IGNORED, Collator, Encoder, Example
 from grass.finetune.loss import chunked_loss
 
 _NUMBER = re.compile(r"(?<!\d)-?\d[\d,]*(?:\.\d+)?")
-_MAX_CHOICES = 20  # more distinct answers than this are no multiple choice
+_MAX_CHOICES = 20  # with more distinct answers, the task is not treated as multiple choice
 
 
 class Answer(NamedTuple):
-    """What the model said to a held-out record."""
+    """Generated answer to a held-out record."""
 
     expected: str
     generated: str
@@ -42,25 +42,25 @@ def heldout_loss(
     pad_token_id: int,
     chunked: bool = False,
 ) -> float:
-    """Mean cross-entropy of all learnt tokens, each token with the same weight.
+    """Compute the mean cross-entropy over all target tokens, each with the same weight.
 
     Args:
         model: a causal language model.
-        examples: held-out examples; labels `IGNORED` do not count.
-        batch_size: examples in a forward pass; does not change the result beyond rounding.
-        pad_token_id: what to pad with.
-        chunked: by `chunked_loss`.
+        examples: held-out examples; tokens with the label `IGNORED` are no targets.
+        batch_size: number of examples in a forward pass; changes the result only by rounding.
+        pad_token_id: id of the padding token.
+        chunked: use `chunked_loss`.
     """
     collate = Collator(pad_token_id)
-    ordered = sorted(examples, key=lambda example: len(example.input_ids))  # little padding
+    ordered = sorted(examples, key=lambda example: len(example.input_ids))  # for little padding
     total, count = 0.0, 0
     with _evaluating(model):
         for start in range(0, len(ordered), batch_size):
             batch = {k: v.to(model.device) for k, v in collate(ordered[start : start + batch_size]).items()}
-            learnt = int((batch["labels"][:, 1:] != IGNORED).sum())
+            num_targets = int((batch["labels"][:, 1:] != IGNORED).sum())
             loss = chunked_loss(model, batch) if chunked else model(**batch, use_cache=False).loss
-            total += float(loss) * learnt
-            count += learnt
+            total += float(loss) * num_targets
+            count += num_targets
     return total / count
 
 
@@ -73,16 +73,16 @@ def answer_records(
     pad_token_id: int,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[Answer]:
-    """Generate an answer to each record, greedily, and compare it with the expected one.
+    """Generate an answer to each record by greedy decoding, and compare it with the expected one.
 
     Args:
         model: a causal language model.
-        encoder: makes the prompts.
-        records: all with an answer.
-        batch_size: prompts generated from at a time, padded on the left.
-        max_new_tokens: longest generated text.
-        pad_token_id: what to pad with.
-        advance: called with the number of records done.
+        encoder: encodes the prompts.
+        records: records with an answer.
+        batch_size: number of prompts in a batch, padded on the left.
+        max_new_tokens: maximum length of a generated answer in tokens.
+        pad_token_id: id of the padding token.
+        advance: called after each batch with its number of records.
     """
     tokenizer = encoder.tokenizer
     room = max(1, encoder.context - max_new_tokens)
@@ -106,7 +106,7 @@ def answer_records(
             pairs = list(zip(chosen, padding, strict=True))
             ids = torch.tensor([[pad_token_id] * n + prompts[i] for i, n in pairs], device=model.device)
             mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=model.device)
-            generate: Any = model.generate  # typed as the attribute of any module
+            generate: Any = model.generate  # mypy sees nn.Module.__getattr__
             generated = generate(input_ids=ids, attention_mask=mask, generation_config=settings)
             texts = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):
@@ -116,15 +116,16 @@ def answer_records(
 
 
 def is_match(generated: str, expected: str, choices: Sequence[str] = ()) -> bool:
-    """Whether a generated text gives the expected answer.
+    """Return True if a generated text contains the expected answer.
 
-    A number: the last number of the text, compared by value. One of a few choices (true/false, A to E):
-    the first choice that the text names. Anything else: the whole text, but for case and spaces.
+    If the expected answer is a number, it is compared by value with the last number of the text. If there are few
+    choices (true/false, A to E), it is compared with the first choice in the text. Otherwise the whole text must be
+    equal, up to case and whitespace.
 
     Args:
-        generated: what the model said.
-        expected: the right answer.
-        choices: all answers that occur in the evaluation.
+        generated: the generated text.
+        expected: the expected answer.
+        choices: all expected answers of the evaluation.
     """
     if _NUMBER.fullmatch(expected.strip()):
         numbers = _NUMBER.findall(generated)

@@ -1,4 +1,4 @@
-"""The job: check everything, make the run folder, train, evaluate, draw, sum up."""
+"""A fine-tuning run from beginning to end: check, create the run folder, train, evaluate, plot, summarize."""
 
 import platform
 import random
@@ -40,39 +40,39 @@ from grass.layers import LayerMap
 
 @dataclass
 class Prepared:
-    """A run that has passed all checks: its model, and its data as tokens."""
+    """Model and tokenized data of a run whose inputs have been checked."""
 
     model: PreTrainedModel
     encoder: Encoder
     examples: list[Example]
     heldout: list[Example]
-    questions: list[Instruction | Chat]  # held-out records to answer
-    layers: LayerMap | None
-    chunked: bool  # how losses are computed
+    questions: list[Instruction | Chat]  # held-out records that the model answers by generation
+    layers: LayerMap | None  # None for full fine-tuning
+    chunked: bool  # losses are computed by `chunked_loss`
 
     @property
     def pad_token_id(self) -> int:
-        """What to pad with."""
+        """Id of the padding token."""
         return pad_token_id(self.encoder.tokenizer)
 
 
 def start_run(
     options: FinetuneOptions, config: GrassConfig, screen: Screen, command: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Do a new run from beginning to end.
+    """Execute a new run.
 
-    Nothing is written before model, data, layers and settings have been checked.
+    Nothing is written before model, data, layers and options have been checked.
 
     Args:
-        options, config: what to do.
+        options, config: options of the run, configuration of the method.
         screen: shows progress.
-        command: the command line, for the record.
+        command: the command line, which is saved with the run.
 
     Returns:
-        The numbers of the final table.
+        The values of the final table.
 
     Raises:
-        GrassError: bad input, in one line.
+        GrassError: invalid input.
         Stopped: the user stopped the run; `resume_run` continues it.
     """
     path = Path(options.output) if options.output else default_path()
@@ -99,19 +99,19 @@ def start_run(
             "transformers": transformers.__version__,
         },
     }
-    return _carry_out(RunFolder.create(path, record), options, config, prepared, screen)
+    return _execute(RunFolder.create(path, record), options, config, prepared, screen)
 
 
 def resume_run(path: Path, screen: Screen) -> dict[str, Any]:
-    """Continue a run that was stopped, with its saved settings, to the result of one never stopped.
+    """Continue a stopped run with its saved options; the result is that of a run that was never stopped.
 
     Args:
         path: the run folder.
         screen: shows progress.
 
     Raises:
-        RunFolderError: no run, a finished run, or one whose data has changed.
-        Stopped: stopped again.
+        RunFolderError: the folder contains no run, a finished run, or a run whose data has changed.
+        Stopped: the user stopped the run again.
     """
     folder = RunFolder.open(path)
     if folder.state == "finished":
@@ -121,22 +121,22 @@ def resume_run(path: Path, screen: Screen) -> dict[str, Any]:
         config = GrassConfig(**folder.record["config"])
     except (KeyError, TypeError) as error:
         raise RunFolderError(
-            f"{path}: saved by another version, so it cannot be continued ({error})"
+            f"{path}: saved by another version of grass, so it cannot be continued ({error})"
         ) from None
     for file, digest in folder.record["data_sha256"].items():
         if not Path(file).is_file() or file_digest(file) != digest:
-            raise RunFolderError(f"{path}: {file} is not what the run began with, so it cannot be continued")
+            raise RunFolderError(f"{path}: {file} has changed since the run began, so it cannot be continued")
     prepared = None if options.is_demo else prepare(options, config, screen)
-    return _carry_out(folder, options, config, prepared, screen)
+    return _execute(folder, options, config, prepared, screen)
 
 
 def prepare(options: FinetuneOptions, config: GrassConfig, screen: Screen) -> Prepared:
-    """Read and check all inputs, then say what is worth knowing; writes nothing.
+    """Read and check all inputs. Nothing is written.
 
     Args:
-        options: with model and data.
-        config: of the method.
-        screen: told how many texts are cut, and the like.
+        options: options with `model` and `data`.
+        config: configuration of the method.
+        screen: shows notes about the data, such as the number of truncated texts.
     """
     records = read_records(options.data)
     heldout_records: list[Record] = []
@@ -145,39 +145,39 @@ def prepare(options: FinetuneOptions, config: GrassConfig, screen: Screen) -> Pr
     elif options.eval_fraction:
         records, heldout_records = split_heldout(records, options.eval_fraction, config.seed)
     if not Path(options.model).exists():
-        screen.say(f"looking for {options.model} on the hub")
+        screen.say(f"loading {options.model} from the hub")
     model, tokenizer = load_model(options.model, options.dtype)
     layers = check_method(model, options, config)
     _to_device(model)
     chunked = use_chunked_loss(model, options.loss, screen.say)
     encoder = Encoder(tokenizer, options.template, context_of(model, options.context))
     train_set = encoder.encode(records, options.data)
-    _tell_cuts(train_set, "training", encoder.context, screen)
+    _report_truncation(train_set, "training", encoder.context, screen)
     heldout = Encoded()
     if heldout_records:
         heldout = encoder.encode(heldout_records, options.eval or options.data)
-        _tell_cuts(heldout, "held-out", encoder.context, screen)
+        _report_truncation(heldout, "held-out", encoder.context, screen)
     shared = len(set(heldout_records) & set(records))
     if shared:
         screen.say(f"warning: {shared:,} held-out records are also among the training records")
     if not heldout_records:
-        screen.say("no held-out records: pass --eval FILE or --eval-fraction to see loss and accuracy")
+        screen.say("no held-out records: pass --eval FILE or --eval-fraction for held-out loss and accuracy")
     questions = [r for r in heldout_records if isinstance(r, (Instruction, Chat)) and r.answer is not None]
     if len(questions) > options.eval_answers:
         questions = random.Random(config.seed).sample(questions, options.eval_answers)
     return Prepared(model, encoder, train_set.examples, heldout.examples, questions, layers, chunked)
 
 
-def _tell_cuts(encoded: Encoded, kind: str, context: int, screen: Screen) -> None:
+def _report_truncation(encoded: Encoded, kind: str, context: int, screen: Screen) -> None:
     if encoded.num_cut:
         total = len(encoded.examples) + encoded.num_dropped
-        line = f"{encoded.num_cut:,} of {total:,} {kind} texts are longer than {context} tokens and are cut"
+        line = f"{encoded.num_cut:,} of {total:,} {kind} texts are longer than {context} tokens and are truncated"
         if encoded.num_dropped:
-            line += f"; {encoded.num_dropped:,} are left out, as nothing to learn remains of them"
+            line += f"; {encoded.num_dropped:,} are left out, since no token to learn remains"
         screen.say(line)
 
 
-def _carry_out(
+def _execute(
     folder: RunFolder,
     options: FinetuneOptions,
     config: GrassConfig,
@@ -211,7 +211,9 @@ def _train_and_evaluate(
         run.model, _ = load_model(str(folder.model))
     else:
         if run.layers is not None:
-            screen.say(f"fine-tuning by GRASS, {config.active_layers} of {len(run.layers)} layers at a time")
+            screen.say(
+                f"fine-tuning with GRASS, {config.active_layers} of {len(run.layers)} layers at a time"
+            )
         train(
             run.model,
             run.encoder.tokenizer,
@@ -244,7 +246,7 @@ def _train_and_evaluate(
 def evaluate(
     run: Prepared, options: FinetuneOptions, screen: Screen, title: str
 ) -> tuple[dict[str, Any], list[Answer]]:
-    """Held-out loss and accuracy, as far as there are held-out records; and the answers."""
+    """Return held-out loss and accuracy, if there are held-out records, and the generated answers."""
     result: dict[str, Any] = {}
     answers: list[Answer] = []
     _to_device(run.model)
@@ -271,7 +273,7 @@ def evaluate(
 
 def _to_device(model: PreTrainedModel) -> None:
     if torch.cuda.is_available():
-        model.to("cuda")  # type: ignore[arg-type]  # transformers' own signature
+        model.to("cuda")  # type: ignore[arg-type]  # transformers annotates `to` with another signature
 
 
 def _saved_evaluation(folder: RunFolder, when: str) -> dict[str, Any] | None:
@@ -286,4 +288,4 @@ def _draw(
     try:
         draw_picture(rows, steps, title, folder.picture)
     except ImportError:
-        screen.say("no picture: matplotlib is not installed (pip install 'grass-optim[plots]')")
+        screen.say("no plot of the layers: matplotlib is not installed (pip install 'grass-optim[plots]')")

@@ -1,10 +1,10 @@
-"""Next-token loss in chunks of tokens: the whole-vocabulary logits of a batch are never there at once.
+"""Next-token loss in chunks of tokens, which never materializes the logits of a whole batch.
 
-The logits of 4 x 1024 tokens over a vocabulary of 128,000 are 1 GiB in bfloat16; a full loss holds them in float32
-as well, and their gradient. Computed `CHUNK_TOKENS` tokens at a time they cost what one chunk costs, whatever
-the batch. The arithmetic is a library's: Liger's kernel on a GPU where it is installed, else torch's
-``linear_cross_entropy`` (2.13 and newer). Both rely on logits being the head's plain product with the decoder's
-hidden states; `why_not_chunked` finds out whether a model's are.
+The logits of 4 x 1024 tokens with a vocabulary of 128,000 take 1 GiB in bfloat16; a full loss also holds them in
+float32, and their gradient. With `CHUNK_TOKENS` tokens at a time, they take the memory of one chunk. The loss is
+computed by Liger's kernel on a GPU if it is installed, else by ``torch.nn.functional.linear_cross_entropy`` (torch 2.13
+or newer). Both require that the logits are the product of the hidden states and the weight of the head;
+`why_not_chunked` checks this for a model.
 """
 
 import importlib
@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 
 from grass.errors import ConfigError
 from grass.finetune.encoding import IGNORED
+from grass.finetune.options import Loss
 
-# Torch's own choice is 16 to 64 tokens for models of width 576 to 1024, which on a CPU takes up to four times as
-# long as the full loss: each chunk reads the head's weight and reads and writes its gradient.
+# Torch's default is 16 to 64 tokens for models of width 576 to 1024, which on a CPU takes up to four times as long as
+# the full loss, since each chunk reads the weight of the head, and reads and writes its gradient.
 CHUNK_TOKENS = 512
-# Below it, a batch's logits are no burden, and the full loss is the simpler one.
+# With a smaller vocabulary the logits take little memory, and the full loss is simpler.
 LEAST_VOCABULARY = 8192
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -31,61 +32,64 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16)
 def chunked_loss(
     model: PreTrainedModel, batch: Mapping[str, Tensor], num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Mean next-token cross-entropy, as ``model(**batch).loss`` gives it, without a batch's logits.
+    """Compute the mean next-token cross-entropy, as in ``model(**batch).loss``, without the logits of the batch.
 
-    It knows no softcapping, no scaling and no auxiliary loss: ask `why_not_chunked` first.
+    Softcapping, logit scaling and auxiliary losses are not supported: check a model with `why_not_chunked` first.
 
     Args:
-        model: a transformers causal language model; under ``torch.no_grad`` only the loss is computed.
-        batch: int64 [batch, length] ``input_ids`` and ``labels`` (`IGNORED` where nothing is learnt, not shifted),
-            and whatever else the decoder takes, such as ``attention_mask``.
-        num_items_in_batch: divide the sum by this many tokens instead of by the learnt ones of this batch;
-            Trainer passes those of all micro-batches of a step.
+        model: a causal language model of transformers; under ``torch.no_grad`` only the loss is computed.
+        batch: int64 [batch, length] ``input_ids`` and ``labels`` (not shifted, `IGNORED` for tokens that are no
+            target), and further arguments of the decoder, such as ``attention_mask``.
+        num_items_in_batch: divide the sum by this number of tokens instead of the number of targets in this batch;
+            Trainer passes the number of targets in all micro-batches of a step.
 
     Returns:
-        A float32 scalar (float64 of a float64 model); NaN with zero gradients where no token is learnt, as
-        transformers has it.
+        A float32 scalar (float64 for a float64 model); NaN with zero gradients if there is no target, as in
+        transformers.
     """
     hidden = _hidden_states(model, batch)
     return _loss(hidden, model.get_output_embeddings(), batch["labels"], num_items_in_batch)
 
 
-def use_chunked_loss(model: PreTrainedModel, wanted: str, say: Callable[[str], None]) -> bool:
-    """Decide between the chunked and the full loss.
+def use_chunked_loss(model: PreTrainedModel, loss: Loss, say: Callable[[str], None]) -> bool:
+    """Return True if a model is trained with the chunked loss.
 
     Args:
-        model: to be trained, on the device it will be trained on.
-        wanted: ``"full"``; ``"chunked"``; or ``"auto"``: chunked where it works, but not for a vocabulary below
-            `LEAST_VOCABULARY`, and not in bfloat16 or float16 on a CPU, where torch computes it in float32 and
-            takes several times as long.
-        say: told in a line why ``"auto"`` keeps the full loss of a model that would profit.
+        model: the model, on the device on which it is trained.
+        loss: ``"full"``, ``"chunked"``, or ``"auto"`` for chunked if the model allows it; but not for a vocabulary
+            below `LEAST_VOCABULARY`, and not in bfloat16 or float16 on a CPU, where torch computes it in float32 and
+            is several times slower.
+        say: called with the reason if ``"auto"`` uses the full loss for a model with a large vocabulary.
 
     Raises:
-        ConfigError: ``"chunked"`` is wanted and cannot be had.
+        ConfigError: `loss` is ``"chunked"``, which is impossible for the model.
     """
-    if wanted == "full":
+    if loss == "full":
         return False
     head = model.get_output_embeddings()
-    if wanted == "auto" and isinstance(head, nn.Linear):
+    if loss == "auto" and isinstance(head, nn.Linear):
         slow = head.weight.device.type == "cpu" and head.weight.dtype in _LOW_PRECISION
         if slow or head.weight.shape[0] < LEAST_VOCABULARY:
             return False
     reason = why_not_chunked(model)
     if reason is None:
         return True
-    if wanted == "chunked":
+    if loss == "chunked":
         raise ConfigError(f"loss cannot be 'chunked': {reason}; pass --loss full")
-    say(f"the loss takes the logits of the whole vocabulary at once: {reason}")
+    say(f"using the full loss, which materializes all logits of a batch: {reason}")
     return False
 
 
 def why_not_chunked(model: PreTrainedModel) -> str | None:
-    """Compare the chunked loss with the model's own on 16 tokens; None, or in a few words why it may not be used.
+    """Compare the chunked loss with the loss of the model on 16 tokens; return the reason if it cannot be used.
 
-    A loss alone would tell little: softcapping hardly changes the small logits of an untrained model. So each
-    step between hidden states and loss is looked at: the head is a linear layer, its input is what the decoder
-    gives, the model's logits are its output to the bit, the model's loss is their cross-entropy, and the
-    chunked loss, with gradients, is the same within rounding. Weights, random states and mode stay as they are.
+    Comparing losses is not enough, since softcapping hardly changes the small logits of an untrained model. So every
+    step between hidden states and loss is checked: the head is a linear layer, its input is the output of the
+    decoder, the logits are bitwise its output, the loss is their cross-entropy, and the chunked loss is equal within
+    rounding. Weights, random states and training mode do not change.
+
+    Returns:
+        None if the chunked loss can be used, else the reason in a few words.
     """
     head: Any = model.get_output_embeddings()
     if head is None or type(head).forward is not nn.Linear.forward:
@@ -135,7 +139,7 @@ def _difference(model: PreTrainedModel, head: nn.Linear) -> str | None:
 
 
 def _few_tokens(model: PreTrainedModel, head: nn.Linear) -> dict[str, Tensor]:
-    """[2, 8] tokens with ignored labels and padding, always the same."""
+    """Return a fixed batch of [2, 8] tokens with ignored labels and padding."""
     embeddings: Any = model.get_input_embeddings()
     vocabulary = min(head.weight.shape[0], embeddings.weight.shape[0])
     input_ids = (torch.arange(1, 17) * 7919 % vocabulary).view(2, 8)
@@ -148,7 +152,7 @@ def _few_tokens(model: PreTrainedModel, head: nn.Linear) -> dict[str, Tensor]:
 
 
 def _close(value: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Whether the difference is at most `tolerance` of the expected length; never where either is NaN."""
+    """Return True if the relative error in the 2-norm is at most `tolerance`; False for NaN."""
     if value.shape != expected.shape:
         return False
     value, expected = value.detach().double(), expected.detach().double()
@@ -156,7 +160,7 @@ def _close(value: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 
 def _hidden_states(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """The decoder's last hidden states, [batch, length, width]."""
+    """Return the last hidden states of the decoder, [batch, length, width]."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     decoder: Any = model.get_decoder()
     hidden: Tensor = decoder(**inputs, use_cache=False, return_dict=True).last_hidden_state
@@ -164,30 +168,30 @@ def _hidden_states(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tenso
 
 
 def _next_tokens(labels: Tensor) -> Tensor:
-    """Each position's target, [batch * length]: the next label, and `IGNORED` at the end of a row."""
+    """Return the target of each position, [batch * length]: the next label, `IGNORED` at the end of a row."""
     return F.pad(labels, (0, 1), value=IGNORED)[..., 1:].flatten()
 
 
 def _loss(hidden: Tensor, head: Any, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
     targets = _next_tokens(labels).to(hidden.device)
     total = _summed_cross_entropy(hidden.flatten(0, -2), head.weight, head.bias, targets)
-    learnt = (targets != IGNORED).sum() if num_items is None else torch.as_tensor(num_items)
-    learnt = learnt.to(total.device)
-    # A division by zero would send infinity times zero through backward.
-    return torch.where(learnt == 0, torch.nan, total / learnt.clamp(min=1))
+    num_targets = (targets != IGNORED).sum() if num_items is None else torch.as_tensor(num_items)
+    num_targets = num_targets.to(total.device)
+    # After a division by zero, backward would compute infinity times zero.
+    return torch.where(num_targets == 0, torch.nan, total / num_targets.clamp(min=1))
 
 
 def _summed_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Sum over tokens of the cross-entropy of ``hidden @ weight.T + bias``.
+    """Compute the sum over tokens of the cross-entropy of ``hidden @ weight.T + bias``.
 
     Args:
         hidden: [tokens, width].
         weight: [vocabulary, width].
         bias: [vocabulary], or None.
-        targets: int64 [tokens], `IGNORED` where a token does not count.
+        targets: int64 [tokens], `IGNORED` for tokens that do not count.
     """
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):  # the libraries' functions are not on autocast's list
+    if torch.is_autocast_enabled(device):  # autocast does not cast the arguments of either function
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -195,8 +199,8 @@ def _summed_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, t
     if liger is not None:
         total: Tensor = liger(hidden, weight, targets, bias=bias, ignore_index=IGNORED, reduction="sum")
         return total
-    # Torch adds up a scalar loss in the type of `hidden`: in bfloat16, over 32 chunks, it was 2.6 % off. A loss for
-    # each token can be added up in float32; its backward makes the logits once more.
+    # Torch sums a scalar loss in the dtype of `hidden`: in bfloat16, over 32 chunks, the error was 2.6 %. A loss per
+    # token can be summed in float32; its backward computes the logits again.
     losses = F.linear_cross_entropy(
         hidden,
         weight,
@@ -211,7 +215,7 @@ def _summed_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, t
 
 @cache
 def _liger(device: str) -> Callable[..., Any] | None:
-    """Liger's function for a type of device, if it can be used there."""
+    """Return Liger's function, or None if it is not installed or does not support the device type."""
     if device != "cuda":
         return None
     try:

@@ -1,4 +1,4 @@
-"""Loading what a run starts from: a causal language model and its tokenizer."""
+"""Loading and checking of the model of a run: a causal language model and its tokenizer."""
 
 from pathlib import Path
 
@@ -13,21 +13,21 @@ from transformers import (
 
 from grass.config import GrassConfig
 from grass.errors import ConfigError
-from grass.finetune.options import FinetuneOptions
+from grass.finetune.options import Dtype, FinetuneOptions
 from grass.layers import LayerMap
 
 DEFAULT_CONTEXT = 1024
 
 
-def load_model(name: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(name: str, dtype: Dtype = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer.
 
     Args:
         name: a folder, or a name on the hub.
-        dtype: of the weights: ``"auto"`` as stored, ``"float32"`` or ``"bfloat16"``.
+        dtype: dtype of the weights; ``"auto"`` for the one in which they were saved.
 
     Raises:
-        ConfigError: there is none of that name, or it is no causal language model with a tokenizer.
+        ConfigError: there is no such model, or it is not a causal language model with a tokenizer.
     """
     path = Path(name)
     if path.exists() and not (path / "config.json").is_file():
@@ -50,15 +50,15 @@ def load_model(name: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrai
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What to pad with: padding is masked, so any token will do where there is none for it."""
+    """Return the id of the padding token, or of the EOS token if there is none; padding is masked anyway."""
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
 
 def context_of(model: PreTrainedModel, wanted: int | None) -> int:
-    """Longest text in tokens: what is wanted, or what the model allows up to `DEFAULT_CONTEXT`.
+    """Return the maximum length of a text in tokens; by default that of the model, at most `DEFAULT_CONTEXT`.
 
     Raises:
-        ConfigError: more is wanted than the model has positions for.
+        ConfigError: `wanted` is larger than the number of positions of the model.
     """
     text_config = model.config.get_text_config()
     most = getattr(text_config, "max_position_embeddings", None)
@@ -70,17 +70,17 @@ def context_of(model: PreTrainedModel, wanted: int | None) -> int:
 
 
 def layer_pattern(options: FinetuneOptions) -> str | list[str] | None:
-    """The user's layer pattern, or several separated by commas; None to find the layers."""
+    """Return the pattern in ``options.layers``, or several that are separated by commas; None if it is empty."""
     patterns = [p.strip() for p in options.layers.split(",") if p.strip()]
     return (patterns[0] if len(patterns) == 1 else patterns) if patterns else None
 
 
 def check_method(model: PreTrainedModel, options: FinetuneOptions, config: GrassConfig) -> LayerMap | None:
-    """Find the layers and check that the method can work on them; None for full fine-tuning.
+    """Find the layers of the model and check options and configuration; return None for full fine-tuning.
 
     Raises:
-        LayerDiscoveryError: the layers cannot be told.
-        ConfigError: more active layers than layers, and the like.
+        LayerDiscoveryError: the layers cannot be determined.
+        ConfigError: the configuration does not fit the layers, or excludes an option.
     """
     if options.method == "full":
         return None
@@ -88,7 +88,7 @@ def check_method(model: PreTrainedModel, options: FinetuneOptions, config: Grass
     config.check_layers(len(layers))
     if config.fused_backward and options.max_grad_norm:
         raise ConfigError(
-            "--fused-backward updates layers before the norm of all gradients is known, so nothing can be clipped: "
-            "pass --max-grad-norm 0 with it"
+            "--fused-backward updates layers before the norm of all gradients is known, so gradients cannot be "
+            "clipped: pass --max-grad-norm 0 with it"
         )
     return layers

@@ -1,72 +1,76 @@
-"""FinetuneOptions: what `grass finetune` is asked to do, next to the method's own `GrassConfig`."""
+"""Options of a fine-tuning run, in addition to `grass.GrassConfig`."""
 
 from dataclasses import dataclass
+from typing import Literal
 
+from grass.config import check_choices
 from grass.errors import ConfigError
 
-METHODS = ("grass", "full")
-DTYPES = ("auto", "float32", "bfloat16")
-LOSSES = ("auto", "full", "chunked")
-SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
+Method = Literal["grass", "full"]
+Template = Literal["alpaca", "plain"]
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+Loss = Literal["auto", "full", "chunked"]
 
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """Settings of a fine-tuning run. Without model and data: the built-in demo.
+    """Options of a fine-tuning run. Without `model` and `data` the built-in demo runs.
 
     Args:
         model: folder of a causal language model, or its name on the hub.
         data: JSON or JSONL file to train on: instruction/input/output/answer, chat messages or plain text.
-        eval: file of held-out records, of the same formats.
-        eval_fraction: without a file of held-out records, the share of the training records to hold out.
+        eval: JSON or JSONL file of held-out records, in the same formats.
+        eval_fraction: fraction of the training records to hold out, if there is no file of held-out records.
         method: "grass", or "full" for AdamW on all parameters.
-        layers: pattern of module paths that are the layers, such as "model.layers.*"; found when not given.
-        template: prompt around an instruction, "alpaca" or "plain" (the instruction and a line end).
-        context: longest text in tokens; longer ones are cut. Default: what the model allows, at most 1024.
-        steps: optimizer steps; instead of epochs.
-        epochs: passes over the data, when no steps are given.
-        batch_size: texts in a forward pass.
-        gradient_accumulation: forward passes in an optimizer step.
-        lr: highest learning rate.
-        scheduler: of the learning rate: linear, cosine, constant or constant_with_warmup.
-        warmup: share of the steps in which the learning rate rises from zero, in [0, 1).
-        weight_decay: of AdamW, not on biases and norms.
-        max_grad_norm: length to which gradients are clipped; 0 leaves them.
-        dtype: of the weights while training: auto (as stored), float32 or bfloat16.
-        loss: "chunked" keeps the logits of a whole batch out of memory; "full" is the model's own; "auto" is chunked
-            where the vocabulary is large and the model allows it.
-        activation_checkpointing: recompute activations in the backward pass, to save memory.
-        log_steps: steps between two rows of metrics.jsonl.
-        save_steps: steps between two checkpoints; the newest is kept. 0 saves none but at Ctrl-C.
-        eval_steps: steps between two held-out losses while training; 0 for before and after only.
-        eval_batch_size: held-out texts in a forward pass.
-        eval_answers: at most so many held-out records are answered by generation, for the accuracy.
-        max_new_tokens: longest generated answer, in tokens.
-        output: folder of the run; default: a new one under runs/.
+        layers: pattern of the module paths of the layers, such as "model.layers.*"; found automatically by default.
+        template: prompt for an instruction: "alpaca", or "plain" (the instruction and a newline).
+        context: maximum length of a text in tokens; longer texts are truncated. Default: the limit of the model, at
+            most 1024.
+        steps: number of optimizer steps; replaces epochs.
+        epochs: number of passes over the data, if steps is not given.
+        batch_size: number of texts in a forward pass.
+        gradient_accumulation: number of forward passes in an optimizer step.
+        lr: maximum learning rate.
+        scheduler: learning-rate schedule: linear, cosine, constant or constant_with_warmup.
+        warmup: fraction of the steps in which the learning rate rises from zero, in [0, 1).
+        weight_decay: weight decay of AdamW; not applied to biases and norms.
+        max_grad_norm: maximum gradient norm; 0 disables clipping.
+        dtype: dtype of the weights during training: auto (as saved), float32 or bfloat16.
+        loss: "full" is the loss of the model; "chunked" never materializes the logits of a whole batch; "auto" uses
+            chunked if the vocabulary is large and the model allows it.
+        activation_checkpointing: recompute activations in the backward pass to save memory.
+        log_steps: number of steps between two rows of metrics.jsonl.
+        save_steps: number of steps between two checkpoints, of which the newest is kept. 0 saves on Ctrl-C only.
+        eval_steps: number of steps between two held-out losses during training; 0 evaluates before and after only.
+        eval_batch_size: number of held-out texts in a forward pass.
+        eval_answers: maximum number of held-out records that are answered by generation, for the accuracy.
+        max_new_tokens: maximum length of a generated answer, in tokens.
+        output: folder of the run; a new one in runs/ by default.
 
     Raises:
-        ConfigError: a value out of range, with the remedy.
+        ConfigError: a value is out of range, or values exclude each other.
     """
 
     model: str = ""
     data: str = ""
     eval: str = ""
     eval_fraction: float = 0.0
-    method: str = "grass"
+    method: Method = "grass"
     layers: str = ""
-    template: str = "alpaca"
+    template: Template = "alpaca"
     context: int | None = None
     steps: int | None = None
     epochs: float = 1.0
     batch_size: int = 8
     gradient_accumulation: int = 1
     lr: float = 1e-5
-    scheduler: str = "linear"
+    scheduler: Scheduler = "linear"
     warmup: float = 0.03
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    dtype: str = "auto"
-    loss: str = "auto"
+    dtype: Dtype = "auto"
+    loss: Loss = "auto"
     activation_checkpointing: bool = False
     log_steps: int = 10
     save_steps: int = 500
@@ -77,10 +81,7 @@ class FinetuneOptions:
     output: str = ""
 
     def __post_init__(self) -> None:
-        _choice("method", self.method, METHODS)
-        _choice("dtype", self.dtype, DTYPES)
-        _choice("loss", self.loss, LOSSES)
-        _choice("scheduler", self.scheduler, SCHEDULERS)
+        check_choices(self)
         for name in ("batch_size", "gradient_accumulation", "log_steps", "eval_batch_size", "max_new_tokens"):
             _at_least(name, getattr(self, name), 1)
         for name in ("save_steps", "eval_steps", "eval_answers", "weight_decay", "max_grad_norm"):
@@ -106,13 +107,8 @@ class FinetuneOptions:
 
     @property
     def is_demo(self) -> bool:
-        """Whether the run makes its own model and data."""
+        """True if the run generates its own model and data."""
         return not self.model
-
-
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 def _at_least(name: str, value: float, least: int) -> None:

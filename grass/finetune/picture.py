@@ -1,4 +1,4 @@
-"""The picture of a run: importance and selection of the layers over time."""
+"""Plot of a run: importance and selection of the layers over time."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,20 +11,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _INK = "#333333"
-_ACTIVE = "#0072b2"  # the blue of Okabe and Ito, told from grey by everyone
+_ACTIVE = "#0072b2"  # from Okabe and Ito's palette for colour-blind readers
 _PALE = "#e6e6e6"
 _HEAD: dict[str, Any] = {"loc": "left", "fontsize": 10, "color": _INK}
 
 
 class LayersOverTime(NamedTuple):
-    """Values of each layer in spans of steps: column i holds from step ``edges[i]`` to ``edges[i + 1]``."""
+    """Values of each layer over time: column i is valid from step ``edges[i]`` to ``edges[i + 1]``."""
 
     edges: np.ndarray  # [spans + 1]
     values: np.ndarray  # [num_layers, spans]
 
 
 def selection_over_time(rows: Sequence[dict[str, Any]], steps: int) -> LayersOverTime:
-    """Which layers were trained (1.0) or frozen (0.0), from the rows of layers.jsonl."""
+    """Return 1.0 for layers that were trained and 0.0 for frozen ones, from the rows of layers.jsonl."""
     rows = [row for row in rows if row["step"] < steps]
     values = np.zeros((len(rows[0]["importance"]), len(rows)))
     for column, row in enumerate(rows):
@@ -33,7 +33,7 @@ def selection_over_time(rows: Sequence[dict[str, Any]], steps: int) -> LayersOve
 
 
 def importance_over_time(rows: Sequence[dict[str, Any]], steps: int) -> LayersOverTime | None:
-    """Importance from refresh to refresh, as a multiple of the layers' mean; None without a refresh."""
+    """Return the importance divided by its mean over layers, for each refresh; None if there was no refresh."""
     rows = [row for row in rows if row["step"] < steps and "refresh" in row["events"]]
     if not rows:
         return None
@@ -45,13 +45,13 @@ def importance_over_time(rows: Sequence[dict[str, Any]], steps: int) -> LayersOv
 
 
 def draw_picture(rows: Sequence[dict[str, Any]], steps: int, title: str, path: Path) -> None:
-    """Draw importance above selection as a PNG: layers from bottom to top, steps from left to right.
+    """Plot importance above selection as a PNG: layers from bottom to top, steps from left to right.
 
     Args:
-        rows: of layers.jsonl.
-        steps: of the run.
-        title: above the picture.
-        path: of the PNG.
+        rows: rows of layers.jsonl.
+        steps: number of steps of the run.
+        title: title of the plot.
+        path: path of the PNG.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -78,7 +78,7 @@ def draw_picture(rows: Sequence[dict[str, Any]], steps: int, title: str, path: P
             axes.axvspan(0, probe_end, color=_PALE, lw=0, zorder=0)
             axes.axvline(probe_end, color=_INK, lw=0.8, ls=(0, (4, 3)))
     lower.set_xlabel("step", color=_INK)
-    # Without the writer's name and version the same run gives the same file.
+    # Without matplotlib's name and version in the metadata, the same run gives the same file.
     figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
 
 
@@ -87,17 +87,17 @@ def _draw_importance(figure: "Figure", axes: "Axes", data: LayersOverTime | None
 
     axes.set_title("Importance: mean gradient norm, relative to the mean of all layers", **_HEAD)
     if data is None:
-        text = "this sampler measures no importance"
+        text = "this sampler does not measure importance"
         axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=_INK)
         return
     positive = data.values[data.values > 0]
-    # The same distance up and down from 1, the mean, so that the middle of the scale means "like the others".
+    # A scale symmetric around 1, the mean over layers.
     spread = max(1.25, float(positive.max()), 1 / float(positive.min())) if positive.size else 1.25
     mesh = axes.pcolormesh(
         data.edges,
         np.arange(num_layers + 1) - 0.5,
         np.maximum(data.values, 1 / spread),
-        cmap="cividis",  # reads the same with every kind of colour vision
+        cmap="cividis",  # readable with any kind of colour vision
         norm=LogNorm(1 / spread, spread),
     )
     bar = figure.colorbar(mesh, ax=axes, pad=0.01, aspect=12)
@@ -139,5 +139,5 @@ def _draw_selection(axes: "Axes", data: LayersOverTime, num_layers: int, probe_e
 
 
 def _labelled(num_layers: int) -> list[int]:
-    """Layers with a label: at most sixteen."""
+    """Return the layers to label, at most sixteen."""
     return list(range(0, num_layers, -(-num_layers // 16)))

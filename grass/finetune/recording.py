@@ -1,4 +1,4 @@
-"""The callback that turns a Trainer run into files and a progress bar."""
+"""Trainer callback that writes the metrics and layers of a run, and shows its progress."""
 
 import time
 from pathlib import Path
@@ -15,25 +15,25 @@ from grass.optim import GrassAdamW
 
 
 def inner_optimizer(optimizer: Any) -> Optimizer:
-    """The optimizer itself: accelerate's wrapper hides its attributes."""
+    """Return the optimizer inside accelerate's wrapper, which does not forward attributes."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 class LayerLog:
-    """Writes a row to layers.jsonl whenever a refresh, a draw or a switch of the active set has happened.
+    """Write a row to layers.jsonl after every refresh, draw or switch of the active layers.
 
-    Every row has the same fields; ``active`` and ``trained_params`` hold for the steps after ``step``.
+    All rows have the same fields; ``active`` and ``trained_params`` are valid for the steps after ``step``.
 
     Args:
-        path: the file.
-        optimizer: whose counters are watched; they are integers on the host, so looking costs nothing.
-        step: steps taken before; at 0 a row for the start is written, unless it is there.
+        path: path of the file.
+        optimizer: its counters are compared after every step; they are integers on the host.
+        step: number of steps taken before; at 0 a first row is written, unless the file has one.
     """
 
     def __init__(self, path: Path, optimizer: GrassAdamW, step: int) -> None:
         self._path = path
         self._optimizer = optimizer
-        self._seen = self._counters()
+        self._last = self._counters()
         self._read_importance()
         if step == 0 and not read_rows(path):
             self._write(step, ["start"] + (["draw", "switch"] if optimizer.num_draws else []))
@@ -45,15 +45,15 @@ class LayerLog:
         self._importance = self._optimizer.importance.tolist()
         self._probabilities = self._optimizer.probabilities.tolist()
 
-    def look(self, step: int) -> bool:
-        """Write a row if anything has happened at the end of `step`; whether it has."""
+    def update(self, step: int) -> bool:
+        """Write a row if the counters have changed at the end of `step`; return True if they have."""
         now = self._counters()
-        if now == self._seen:
+        if now == self._last:
             return False
         events = [
-            name for name, a, b in zip(("refresh", "draw", "switch"), self._seen, now, strict=True) if a != b
+            name for name, a, b in zip(("refresh", "draw", "switch"), self._last, now, strict=True) if a != b
         ]
-        self._seen = now
+        self._last = now
         if "refresh" in events or "draw" in events:
             self._read_importance()
         self._write(step, events)
@@ -77,14 +77,14 @@ class LayerLog:
 
 
 class Recorder(TrainerCallback):
-    """Metrics, layers and progress of a run; ends it when the user asks.
+    """Write metrics and layers, show progress, and stop training on request.
 
     Args:
-        folder: where rows are written.
-        collator: counts the tokens that have been trained on.
+        folder: folder in which the rows are written.
+        collator: its token count gives the training speed.
         screen: shows progress.
-        title: of the progress bar.
-        stop: the user's request.
+        title: title of the progress bar.
+        stop: checked after every step.
     """
 
     def __init__(
@@ -95,20 +95,20 @@ class Recorder(TrainerCallback):
         self.screen = screen
         self.title = title
         self.stop = stop
-        self.seconds = 0.0  # of training, without saving and evaluating
+        self.seconds = 0.0  # training time, without saving and evaluation
         self.optimizer: Optimizer | None = None
         self._layers: LayerLog | None = None
         self._loss = ""
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens trained on in a second, since this process began training."""
+        """Training speed of this process in tokens per second."""
         return self.collator.num_tokens / self.seconds if self.seconds else 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
-        """Start the bar and the log of layers."""
+        """Start the progress bar and the layer log."""
         self.optimizer = inner_optimizer(context["optimizer"])
         if isinstance(self.optimizer, GrassAdamW):
             self._layers = LayerLog(self.folder.layers, self.optimizer, state.global_step)
@@ -119,13 +119,13 @@ class Recorder(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
-        """Count, look for changes of the layers, and heed a request to stop."""
+        """Update progress and layer log, and stop training if this was requested."""
         self._count_time()
         self.screen.advance()
-        if self._layers is not None and self._layers.look(state.global_step):
+        if self._layers is not None and self._layers.update(state.global_step):
             self._show()
         if state.global_step >= state.max_steps:
-            control.should_save = False  # the finished model is saved on its own
+            control.should_save = False  # the finished model is saved separately
         elif self.stop.requested:
             control.should_save = control.should_training_stop = True
 
@@ -139,7 +139,7 @@ class Recorder(TrainerCallback):
     ) -> None:
         """Write a row of metrics."""
         if not logs or "loss" not in logs:
-            return  # Trainer's summary at the end
+            return  # the summary that Trainer logs at the end
         self._count_time()
         tokens, seconds = self.collator.num_tokens, self.seconds
         row: dict[str, Any] = {
@@ -158,11 +158,11 @@ class Recorder(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
-        """Leave the time of saving out of the training time."""
+        """Exclude saving from the training time."""
         self.skip_time()
 
     def skip_time(self) -> None:
-        """Leave the time since the last count out."""
+        """Exclude the time since the end of the last step from the training time."""
         self._mark = time.perf_counter()
 
     def _count_time(self) -> None:
@@ -173,7 +173,7 @@ class Recorder(TrainerCallback):
     def _grad_norm(self, state: TrainerState, logs: dict[str, float]) -> float | None:
         optimizer = self.optimizer
         if isinstance(optimizer, GrassAdamW) and state.global_step <= optimizer.config.probe_steps:
-            # The probe frees gradients before Trainer can look at them; the optimizer has their norm.
+            # The probe frees gradients before Trainer computes their norm; the optimizer has measured it.
             norm = optimizer.grad_norm
             return None if norm is None else float(norm)
         return logs.get("grad_norm")

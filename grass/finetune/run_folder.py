@@ -1,15 +1,15 @@
-"""The run folder: one place on disk for all that a run reads again or leaves behind.
+"""Run folder: the files of a fine-tuning run.
 
 ::
 
-    run.json        the marker: options, method, versions, seed, command, state of the run
-    metrics.jsonl   loss, learning rate, gradient norm and tokens a second; held-out results
-    layers.jsonl    importance and probabilities at each refresh, the set at each draw
+    run.json        options, configuration, versions, seed, command line and state of the run
+    metrics.jsonl   loss, learning rate, gradient norm and tokens per second; held-out results
+    layers.jsonl    importance and probabilities at each refresh, layers at each draw
     layers.png      both over time
-    checkpoints/    Trainer's checkpoints, from which `--resume` goes on
-    model/          the result, for `AutoModelForCausalLM.from_pretrained`
-    results.json    the numbers of the final table
-    base/, data/    of the demo: the run that trains the small model, and the generated problems
+    checkpoints/    checkpoints of Trainer, from which `--resume` continues
+    model/          the trained model, for `AutoModelForCausalLM.from_pretrained`
+    results.json    the values of the final table
+    base/, data/    demo only: the run that trains the base model, and the generated problems
 """
 
 import json
@@ -27,11 +27,11 @@ MARKER = "run.json"
 
 
 class RunFolder:
-    """A folder that is a run of ours; make one with `create`, open one with `open`.
+    """Folder of a run, made by `create` or opened by `open`.
 
     Args:
         path: the folder.
-        record: the content of its marker.
+        record: content of ``run.json``.
     """
 
     def __init__(self, path: Path, record: dict[str, Any]) -> None:
@@ -46,10 +46,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, record: Mapping[str, Any]) -> "RunFolder":
-        """Make the folder and its marker.
+        """Create the folder and its ``run.json``.
 
         Raises:
-            RunFolderError: the folder exists, or cannot be made.
+            RunFolderError: the folder exists, or cannot be created.
         """
         check_is_free(path)
         try:
@@ -62,10 +62,10 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
-        """Open an existing run.
+        """Open the folder of an existing run.
 
         Raises:
-            RunFolderError: no such folder, or not a run of ours.
+            RunFolderError: there is no such folder, or it was not created by `grass finetune`.
         """
         try:
             record = json.loads((path / MARKER).read_text(encoding="utf-8"))
@@ -80,26 +80,26 @@ class RunFolder:
 
     @property
     def state(self) -> str:
-        """``"started"``, ``"stopped"``, ``"trained"`` (evaluation and table are left) or ``"finished"``."""
+        """``"started"``, ``"stopped"``, ``"trained"`` (but not yet evaluated) or ``"finished"``."""
         return str(self.record["state"])
 
     def update(self, **entries: Any) -> None:
-        """Set entries of the marker; it is replaced as a whole, so that it is never half written."""
+        """Set entries of ``run.json``, which is replaced atomically."""
         self.record.update(entries)
         write_json(self.path / MARKER, self.record)
 
     def last_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint: the one whose last-written file is there."""
-        found = {
+        """Return the newest complete checkpoint: one with the file that Trainer writes last."""
+        by_step = {
             int(match[1]): path
             for path in (self.checkpoints.iterdir() if self.checkpoints.is_dir() else ())
             if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
             and (path / "trainer_state.json").is_file()
         }
-        return found[max(found)] if found else None
+        return by_step[max(by_step)] if by_step else None
 
-    def forget_after(self, step: int) -> None:
-        """Drop rows of steps after `step`: a run that goes on from there writes them again."""
+    def drop_rows_after(self, step: int) -> None:
+        """Drop rows of steps after `step`, which a run that continues from there writes again."""
         for path in (self.metrics, self.layers):
             if path.exists():
                 kept = "".join(_line(row) for row in read_rows(path) if row["step"] <= step)
@@ -107,10 +107,10 @@ class RunFolder:
 
 
 def check_is_free(path: Path) -> None:
-    """Refuse a folder that exists, with the remedy that fits it.
+    """Check that a path for a new run does not exist.
 
     Raises:
-        RunFolderError: the path exists.
+        RunFolderError: the path exists; the message tells if the run in it can be continued.
     """
     if not path.exists() and not path.is_symlink():
         return
@@ -128,7 +128,7 @@ def check_is_free(path: Path) -> None:
 
 
 def default_path() -> Path:
-    """A new folder under runs/, named by the time."""
+    """Return the path of a new folder in runs/, named by the current time."""
     stem = Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
     path, number = stem, 2
     while path.exists():
@@ -137,13 +137,13 @@ def default_path() -> Path:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a row to a JSONL file."""
+    """Append a row to a JSONL file."""
     with path.open("a", encoding="utf-8") as file:
         file.write(_line(row))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of a JSONL file; none if it does not exist. A half-written last row is left out."""
+    """Return all rows of a JSONL file, without an incomplete last one; an empty list if there is no file."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -151,7 +151,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file in one piece: a reader sees the old one or the new one."""
+    """Write a JSON file atomically: readers see the old content or the new."""
     _replace(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -162,6 +162,6 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    # NaN and infinity are no JSON: a diverged loss is written as null.
+    # JSON has no NaN and infinity: a diverged loss is written as null.
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(clean, ensure_ascii=False) + "\n"

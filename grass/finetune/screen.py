@@ -1,4 +1,4 @@
-"""What the user sees while a run goes on: lines and one progress bar, all on stderr."""
+"""Progress output of a run: lines and a progress bar on stderr."""
 
 import logging
 import os
@@ -9,26 +9,26 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-# Whose warnings say nothing to someone who only runs a command.
+# Libraries whose warnings do not concern the user of a command.
 _NOISY = ("torch", "transformers", "accelerate", "huggingface_hub", "tokenizers", "matplotlib", "safetensors")
 
 
 class Screen:
-    """Lines and a progress bar on stderr; stdout is left to results."""
+    """Lines and a progress bar on stderr; stdout is for results."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
         self._reported = 0
 
     def say(self, line: str) -> None:
-        """Show a line, above the bar if there is one."""
+        """Print a line, above the progress bar if there is one."""
         tqdm.write(line, file=sys.stderr)
 
     def start(self, title: str, total: int, done: int = 0, unit: str = "step") -> None:
-        """Begin a bar; where stderr is no terminal, a line at every tenth of the way stands in for it."""
+        """Start a progress bar; if stderr is not a terminal, print a line at every tenth of the total instead."""
         self.stop()
         layout = "{desc} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        # disable=None: on only on a terminal
+        # disable=None: disabled if stderr is not a terminal
         self._bar = tqdm(
             desc=title, total=total, initial=done, unit=unit, file=sys.stderr, disable=None, bar_format=layout
         )
@@ -36,13 +36,13 @@ class Screen:
         self._reported = done * 10 // max(1, total)
 
     def note(self, text: str) -> None:
-        """Show a text at the bar's end."""
+        """Show a text at the end of the progress bar."""
         self._note = text
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
 
     def advance(self, count: int = 1) -> None:
-        """Move the bar."""
+        """Advance the progress bar."""
         if self._bar is None:
             return
         self._done += count
@@ -52,7 +52,7 @@ class Screen:
             print(f"{self._title} {self._done}/{self._total} {self._note}".rstrip(), file=sys.stderr)
 
     def stop(self) -> None:
-        """End the bar."""
+        """Close the progress bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -60,8 +60,8 @@ class Screen:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silence the libraries underneath while the block runs: their banners, bars and warnings."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning at every fork
+    """Silence progress bars, log messages and warnings of other libraries inside the context."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise tokenizers warns at every fork
     from transformers.utils import logging as transformers_logging
 
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Stopping on request: Ctrl-C and SIGTERM end training after the step in hand, with a checkpoint."""
+"""Stopping on request: after Ctrl-C or SIGTERM, training ends with the current step and a checkpoint."""
 
 import signal
 import threading
@@ -7,22 +7,26 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Stopped(Exception):  # noqa: N818  a request that was fulfilled, not an error
-    """Training was stopped on request; the run folder can be continued."""
+class Stopped(Exception):  # noqa: N818  not an error
+    """Training was stopped on request; the run can be continued."""
 
 
 class StopRequest:
-    """Whether the user has asked to stop; the training loop looks at it after every step."""
+    """Request to stop, which the training loop checks after every step.
+
+    Attributes:
+        requested: True if the user has asked to stop.
+    """
 
     def __init__(self) -> None:
         self.requested = False
 
     @contextmanager
     def on_signals(self, announce: Callable[[str], None]) -> Iterator[None]:
-        """Take SIGINT and SIGTERM as a request while the block runs; a second one interrupts at once.
+        """Treat SIGINT and SIGTERM as requests inside the context; a second signal interrupts immediately.
 
         Args:
-            announce: shows a line to the user.
+            announce: called with a line for the user.
         """
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread receives signals
@@ -32,7 +36,7 @@ class StopRequest:
             if self.requested:
                 raise KeyboardInterrupt
             self.requested = True
-            announce("stopping after this step (again: at once, without a checkpoint)")
+            announce("stopping after this step (press Ctrl-C again to stop now, without a checkpoint)")
 
         before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -1,4 +1,4 @@
-"""The numbers of a finished run, and the table that shows them."""
+"""Results of a finished run, and the table that shows them."""
 
 from collections.abc import Sequence
 from textwrap import wrap
@@ -12,12 +12,12 @@ _WIDTH = 100  # of the table, in characters
 
 
 def trained_share(rows: Sequence[dict[str, Any]], steps: int, num_params: int) -> float:
-    """Share of the parameters that a step trains, averaged over the steps after the probe.
+    """Return the fraction of the parameters that is trained in a step, averaged over the steps after the probe.
 
     Args:
-        rows: of layers.jsonl.
-        steps: of the run.
-        num_params: of the model.
+        rows: rows of layers.jsonl.
+        steps: number of steps of the run.
+        num_params: number of elements of the model.
     """
     ends = [row["step"] for row in rows[1:]] + [steps]
     spans = [
@@ -40,16 +40,16 @@ def make_results(
     after: dict[str, Any],
     path: str,
 ) -> dict[str, Any]:
-    """All numbers of the table, with plain names: what ``--json`` prints.
+    """Return the values of the table by name, as ``--json`` prints them.
 
     Args:
-        options, config: settings of the run.
-        layers: of the model; None for full fine-tuning.
-        num_params: of the model.
+        options, config: options of the run, configuration of the method.
+        layers: layer map of the model; None for full fine-tuning.
+        num_params: number of elements of the model.
         training: a `TrainingSummary` as a dictionary.
-        rows: of layers.jsonl.
-        before, after: evaluations; empty without held-out records.
-        path: of the run folder.
+        rows: rows of layers.jsonl.
+        before, after: results of the evaluations; empty without held-out records.
+        path: path of the run folder.
     """
     sampled = layers is not None
     return {
@@ -77,7 +77,7 @@ def make_results(
 
 
 def format_table(results: dict[str, Any]) -> str:
-    """The short table for people."""
+    """Format the results as a table of at most twelve lines."""
     r = results
     lines = [(_method(r), "before", "after", "")]
     if r["heldout_loss_after"] is not None:
@@ -91,9 +91,9 @@ def format_table(results: dict[str, Any]) -> str:
         lines = [(_method(r), "", "", "")]
     state = f"{_bytes(r['optimizer_state_bytes_active'])} active at a time"
     facts = [
-        ("trained a step", f"{r['trained_share']:.1%}", f"of {r['num_params']:,} parameters"),
+        ("trained per step", f"{r['trained_share']:.1%}", f"of {r['num_params']:,} parameters"),
         ("optimizer state", _bytes(r["optimizer_state_bytes"]), state if r["draw_counts"] else ""),
-        ("speed", f"{r['tokens_per_second']:,.0f}", "tokens a second"),
+        ("speed", f"{r['tokens_per_second']:,.0f}", "tokens per second"),
     ]
     lines += [(name, "", value, note) for name, value, note in facts]
     head = max(len(line[0]) for line in lines) + 2
@@ -102,7 +102,7 @@ def format_table(results: dict[str, Any]) -> str:
         counts = "  ".join(f"{i}:{n}" for i, n in enumerate(r["draw_counts"]))
         table += wrap(f"{'draws by layer':<{head}}  {counts}", _WIDTH, subsequent_indent=" " * (head + 2))
     if r["nonfinite_norms"]:
-        table.append(f"gradient norms that were not finite, and were left out: {r['nonfinite_norms']}")
+        table.append(f"gradient norms that were NaN or inf and were left out: {r['nonfinite_norms']}")
     return "\n".join(table)
 
 

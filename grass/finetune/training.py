@@ -1,4 +1,4 @@
-"""Training itself: Trainer with our optimizer, our rows and our way to stop."""
+"""Training with Hugging Face Trainer and `grass.GrassAdamW`."""
 
 import shutil
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from grass.optim import AdamW, GrassAdamW
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """What is known only while the optimizer is alive; kept in the run's marker."""
+    """Results of training, which are saved in ``run.json``."""
 
     steps: int
     tokens_per_second: float
@@ -41,7 +41,7 @@ class TrainingSummary:
 
 
 def count_steps(options: FinetuneOptions, num_examples: int) -> int:
-    """Optimizer steps of a run: as asked, or enough for the epochs."""
+    """Return the number of optimizer steps of a run, given by `steps` or `epochs`."""
     if options.steps is not None:
         return options.steps
     batches = ceil(num_examples / options.batch_size)
@@ -49,23 +49,23 @@ def count_steps(options: FinetuneOptions, num_examples: int) -> int:
 
 
 def optimizer_for(options: FinetuneOptions, config: GrassConfig) -> tuple[Any, dict[str, Any]]:
-    """Class or factory and arguments, as Trainer's ``optimizer_cls_and_kwargs``."""
+    """Return ``optimizer_cls_and_kwargs`` for Trainer."""
     if options.method == "full":
-        return AdamW, {"lr": options.lr}  # Trainer's groups carry the weight decay
+        return AdamW, {"lr": options.lr}  # weight decay is set in Trainer's parameter groups
     return trainer_optimizer(
         lr=options.lr, config=config, weight_decay=options.weight_decay, pattern=layer_pattern(options)
     )
 
 
 def optimizer_state_bytes(optimizer: Optimizer, *, active_only: bool = False) -> int:
-    """Bytes of all tensors the optimizer keeps for its parameters, or for those not frozen now."""
+    """Return the size of the optimizer state in bytes, of all parameters or of those that require grad."""
     states = (state for p, state in optimizer.state.items() if p.requires_grad or not active_only)
     tensors = (value for state in states for value in state.values() if isinstance(value, torch.Tensor))
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 class _HeldoutLoss(TrainerCallback):
-    """Writes the held-out loss every `eval_steps` steps."""
+    """Write the held-out loss every `eval_steps` steps."""
 
     def __init__(
         self, recorder: Recorder, examples: Sequence[Example], options: FinetuneOptions, chunked: bool
@@ -87,7 +87,7 @@ class _HeldoutLoss(TrainerCallback):
 
 
 class ChunkedLossTrainer(Trainer):
-    """Trainer that never holds a batch's logits."""
+    """Trainer with the chunked loss."""
 
     def compute_loss(
         self,
@@ -96,10 +96,10 @@ class ChunkedLossTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """Return `chunked_loss`, normalised over the micro-batches of a step as Trainer does."""
-        if return_outputs or not isinstance(model, PreTrainedModel):  # a wrapper wants its own forward
+        """Return `chunked_loss`, normalized over the micro-batches of a step as in Trainer."""
+        if return_outputs or not isinstance(model, PreTrainedModel):  # a wrapper relies on its own forward
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with self.accelerator.autocast():  # accelerate puts it around the forward that is not called here
+        with self.accelerator.autocast():  # accelerate applies it to model.forward, which is not called here
             return chunked_loss(model, inputs, num_items_in_batch)
 
 
@@ -115,21 +115,21 @@ def train(
     title: str = "training",
     chunked: bool = False,
 ) -> TrainingSummary:
-    """Train a model, from the folder's newest checkpoint if it has one, and save it as ``model/``.
+    """Train a model, starting from the newest checkpoint in the folder if there is one, and save it as ``model/``.
 
     Args:
-        model: changed in place.
+        model: the model, trained in place.
         tokenizer: saved with the model.
-        examples: to train on.
-        heldout: for the loss every ``eval_steps`` steps; may be empty.
-        options, config: settings; `config` is not used by full fine-tuning, but for its seed.
-        folder: of the run.
+        examples: training examples.
+        heldout: examples for the loss every ``eval_steps`` steps; may be empty.
+        options, config: options of the run, configuration of the method; full fine-tuning uses its seed only.
+        folder: folder of the run.
         screen: shows progress.
-        title: of the progress bar.
-        chunked: compute losses by `chunked_loss`.
+        title: title of the progress bar.
+        chunked: use `chunked_loss`.
 
     Raises:
-        Stopped: the user asked to stop; a checkpoint of the last step has been saved.
+        Stopped: the user stopped training; a checkpoint of the last step has been saved.
     """
     steps = count_steps(options, len(examples))
     collator = Collator(pad_token_id(tokenizer))
@@ -151,7 +151,7 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     checkpoint = folder.last_checkpoint()
-    folder.forget_after(int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+    folder.drop_rows_after(int(checkpoint.name.split("-")[1]) if checkpoint else 0)
     try:
         with stop.on_signals(screen.say):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -174,7 +174,7 @@ def train(
         sampled.release()
     _save(model, tokenizer, folder)
     folder.update(state="trained", training=asdict(summary))
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)  # the model stands for them now
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)  # no longer needed: the model has been saved
     return summary
 
 
@@ -193,7 +193,7 @@ def _arguments(
         max_grad_norm=options.max_grad_norm,
         seed=config.seed,
         logging_steps=options.log_steps,
-        logging_nan_inf_filter=False,  # a diverged loss shows as what it is, and looking for it would wait
+        logging_nan_inf_filter=False,  # log a diverged loss as it is; the filter would synchronize with the device
         save_strategy="steps" if options.save_steps else "no",
         save_steps=options.save_steps or 1,
         save_total_limit=1,
@@ -207,7 +207,7 @@ def _arguments(
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: RunFolder) -> None:
-    """Save the result in one move, so that a folder named ``model`` is always complete."""
+    """Save the model to a temporary folder and rename it, so that ``model/`` is always complete."""
     temporary = folder.path / "model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)

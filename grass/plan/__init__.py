@@ -1,4 +1,4 @@
-"""Plan: what a training step will take, from fake tensors; no GPU and no weights are needed."""
+"""Prediction of the memory and traffic of a training step with fake tensors; needs no GPU and no weights."""
 
 from pathlib import Path
 
@@ -6,5 +6,5 @@ PRESETS = Path(__file__).parent / "presets"
 
 
 def preset_names() -> list[str]:
-    """Models whose configurations come with the library."""
+    """Return the names of the models whose configurations are included."""
     return sorted(path.stem for path in PRESETS.glob("*.json"))

@@ -1,22 +1,22 @@
-"""Advice: in one line, what to take of the rows of a plan."""
+"""Advice: choose a method from the rows of a plan."""
 
 from collections.abc import Sequence
 
 from grass.plan.prediction import PROBING, Row
 
-ONLY_COMPARED = ("lora", "lisa")  # others' methods: `grass finetune` has none of them
+ONLY_COMPARED = ("lora", "lisa")  # shown for comparison; `grass finetune` does not have them
 
 
 def advise(rows: Sequence[Row], gpu_gib: float, host_gib: float | None = None) -> str:
-    """The cheapest configuration that fits, and what would fit next.
+    """Return a line with the cheapest method that fits, and the next larger one.
 
-    Cheapest is the lowest floor of a step (to a hundredth of itself), then the least traffic, then the earlier row. A
-    method fits if its step does, its probing too, and its states do in host memory.
+    The cheapest method has the lowest bound of the step time (within 1 %), then the least traffic, then the earlier
+    row. A method fits if device memory holds its step and its probe, and host memory its states.
 
     Args:
-        rows: of a plan, some of them of full fine-tuning or GRASS.
+        rows: rows of a plan, with full fine-tuning or GRASS among them.
         gpu_gib: device memory, GiB.
-        host_gib: host memory for states, GiB; None is enough.
+        host_gib: host memory for states, GiB; None for no limit.
     """
     needed = {
         row: _needed(row, rows)
@@ -29,10 +29,10 @@ def advise(rows: Sequence[Row], gpu_gib: float, host_gib: float | None = None) -
     if not fitting:
         if not larger:
             least = min(row.states_host_gib for row in needed)
-            return f"Nothing fits {host_gib:g} GiB of host memory: states take {least:.1f} there."
+            return f"Nothing fits {host_gib:g} GiB of host memory: states need at least {least:.1f} GiB."
         return (
-            f"Nothing fits {gpu_gib:g} GiB: the least is {larger[0].method} with {needed[larger[0]]:.1f}; shorter "
-            "sequences, a smaller batch or fewer active layers take less."
+            f"Nothing fits {gpu_gib:g} GiB: {larger[0].method} needs the least, {needed[larger[0]]:.1f} GiB; shorter "
+            "sequences, a smaller batch or fewer active layers need less."
         )
     fastest = min(row.step_floor_ms for row in fitting)
     best = min(
@@ -41,12 +41,12 @@ def advise(rows: Sequence[Row], gpu_gib: float, host_gib: float | None = None) -
     )
     host = f", {best.states_host_gib:.1f} in host memory" if best.states_host_gib else ""
     memory = f"{needed[best]:.1f} of {gpu_gib:g} GiB{host}"
-    chosen = f"Take {best.method}: {memory}, {best.step_floor_ms:.0f} ms a step or more."
+    chosen = f"Use {best.method}: {memory}, at least {best.step_floor_ms:.0f} ms per step."
     if not larger:
-        return f"{chosen} Everything that GRASS offers fits."
-    return f"{chosen} Next would fit {larger[0].method}, with {needed[larger[0]]:.1f} GiB."
+        return f"{chosen} All methods of GRASS fit."
+    return f"{chosen} The next larger is {larger[0].method}, with {needed[larger[0]]:.1f} GiB."
 
 
 def _needed(row: Row, rows: Sequence[Row]) -> float:
-    """GiB of device memory for all phases of a method."""
+    """Return the GiB of device memory that a method needs, probe included."""
     return max(other.peak_gib for other in rows if other.method in (row.method, row.method + PROBING))

@@ -1,4 +1,4 @@
-"""The chart of a plan: peak memory against the length of sequences, by method."""
+"""Chart of a plan: peak memory against sequence length, by method."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,25 +8,25 @@ from grass.plan.prediction import PROBING, Row
 
 _INK, _PALE = "#333333", "#e6e6e6"
 _HEAD: dict[str, Any] = {"loc": "left", "fontsize": 10, "color": _INK}
-# of Okabe and Ito, told apart by everyone; grey for what is not ours
+# from Okabe and Ito's palette for colour-blind readers; grey for methods other than GRASS
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 _OTHERS = {"full": ("#777777", "-"), "lora-r128": ("#777777", "--"), "lisa": ("#777777", ":")}
 
 
 def lengths(seq: int, most: int | None) -> list[int]:
-    """Lengths to draw beside `seq`: a quarter, a half, and half as much again, if the model has the positions."""
-    wanted = {max(1, seq // 4), max(1, seq // 2), seq, seq + seq // 2}
-    return sorted(length for length in wanted if most is None or length <= most)
+    """Return the sequence lengths of the chart: 1/4, 1/2, 1 and 3/2 of `seq`, at most `most`."""
+    candidates = {max(1, seq // 4), max(1, seq // 2), seq, seq + seq // 2}
+    return sorted(length for length in candidates if most is None or length <= most)
 
 
 def draw_chart(rows: Mapping[int, Sequence[Row]], gpu_gib: float, title: str, path: Path) -> None:
-    """Draw a line a method as a PNG, and the device's memory as a limit.
+    """Plot a line per method, and the device memory as a limit, as a PNG.
 
     Args:
-        rows: of a plan, by tokens of a sequence; probing is left out.
+        rows: rows of a plan by sequence length; those of the probe are left out.
         gpu_gib: device memory, GiB.
-        title: above the chart.
-        path: of the PNG.
+        title: title of the chart.
+        path: path of the PNG.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -50,7 +50,7 @@ def draw_chart(rows: Mapping[int, Sequence[Row]], gpu_gib: float, title: str, pa
         f"{gpu_gib:g} GiB", (seqs[0], gpu_gib), xytext=(0, 3), textcoords="offset points", fontsize=8
     )
     axes.set_title("peak device memory, GiB", **_HEAD)
-    axes.set_xlabel("tokens of a sequence", color=_INK)
+    axes.set_xlabel("sequence length, tokens", color=_INK)
     axes.set_ylim(bottom=0)
     axes.set_xticks(seqs)
     axes.grid(axis="y", color=_PALE, lw=0.6)

@@ -1,7 +1,7 @@
-"""The loss of a planned step: what `grass finetune` trains with, as a GPU computes it."""
+"""Loss of a predicted step: that of `grass finetune`, with the allocations of a GPU."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,21 +10,21 @@ from torch.overrides import TorchFunctionMode
 
 from grass.plan.models import MisfitError, PlanError, configuration
 
-LOSSES = ("chunked", "full")
+Loss = Literal["chunked", "full"]
 
 
-def loss_of(model: Any, ids: Tensor, kind: str) -> Tensor:
-    """The mean cross-entropy of the next tokens.
+def loss_of(model: Any, ids: Tensor, kind: Loss) -> Tensor:
+    """Compute the mean next-token cross-entropy.
 
     Args:
-        model: a causal language model of transformers, or one that peft has wrapped.
+        model: a causal language model of transformers, possibly wrapped by peft.
         ids: int64 [batch, seq]; also the labels.
-        kind: ``"full"``: the model's own, with logits [batch, seq, vocabulary] in the model's dtype and in float32.
-            ``"chunked"``: `grass.finetune.loss.chunked_loss`, in which those never exist.
+        kind: ``"full"`` for the loss of the model, with logits [batch, seq, vocabulary] in the dtype of the model and
+            in float32; ``"chunked"`` for `grass.finetune.loss.chunked_loss`, which never materializes them.
 
     Raises:
-        PlanError: the loss cannot be had with this version of torch.
-        MisfitError: nor for this model.
+        PlanError: the version of torch does not have the chunked loss.
+        MisfitError: the chunked loss does not support the model.
     """
     if kind == "full":
         loss: Tensor = model(input_ids=ids, labels=ids).loss
@@ -38,14 +38,15 @@ def loss_of(model: Any, ids: Tensor, kind: str) -> Tensor:
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     if _caps_logits(causal.config) or not isinstance(causal.get_output_embeddings(), nn.Linear):
         raise MisfitError(
-            "the model's logits are not a linear layer's, and cannot be chunked: pass --loss full"
+            "the logits of the model are not the output of a linear layer, so the loss cannot be chunked: pass "
+            "--loss full"
         )
     with _AsOnGpu():
         return chunked_loss(causal, {"input_ids": ids, "labels": ids})
 
 
 def can_be_chunked(name: str) -> bool:
-    """Whether a model's configuration says nothing against the chunked loss.
+    """Return False if the configuration of a model excludes the chunked loss.
 
     Raises:
         PlanError: there is no such model.
@@ -58,7 +59,7 @@ def _caps_logits(config: Any) -> bool:
 
 
 class _AsOnGpu(TorchFunctionMode):
-    """Lets ``F.linear_cross_entropy`` allocate what it does on a GPU: on a CPU it makes float32 copies of the head."""
+    """Make ``F.linear_cross_entropy`` allocate as on a GPU; on a CPU it makes float32 copies of the head."""
 
     def __torch_function__(
         self,
@@ -77,9 +78,9 @@ class _AsOnGpu(TorchFunctionMode):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """torch's chunked path by its allocations and matrix products, policy ``"compact"``, which GPUs get.
+    """Allocations and matrix products of torch's chunked loss with policy ``"compact"``, which is used on GPUs.
 
-    A loss for each token computes gradients in backward, from logits made once more; a scalar one in forward.
+    A loss per token computes gradients in backward, with the logits computed again; a scalar loss in forward.
     """
 
     @staticmethod
@@ -101,40 +102,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.grads is None:
             hidden, weight, targets = ctx.saved_tensors
             ctx.grads = _gradients(hidden, weight, targets, ctx.rows, ctx.needs_input_grad)
-        taken, ctx.grads = ctx.grads, None
-        return (*taken, None, None, None)
+        grads_of_inputs, ctx.grads = ctx.grads, None
+        return (*grads_of_inputs, None, None, None)
 
 
 def _logits(hidden: Tensor, weight: Tensor, rows: int) -> Tensor:
-    """The buffer of a chunk, [rows, vocabulary], in float32 where the model is in less."""
+    """Return the buffer for the logits of a chunk, [rows, vocabulary], at least in float32."""
     dtype = torch.float32 if hidden.dtype.itemsize < 4 else hidden.dtype
     return hidden.new_empty(rows, len(weight), dtype=dtype)
 
 
 def _product_into(logits: Tensor, chunk: Tensor, weight: Tensor) -> None:
-    """The product without memory of its own: a GPU writes it in the buffer's type."""
-    place = logits.view(chunk.dtype)[: len(chunk), : len(weight)]
-    torch.mm(chunk, weight.T, out=place)
+    """Multiply without allocating a result: a GPU converts the product to the dtype of the buffer."""
+    out = logits.view(chunk.dtype)[: len(chunk), : len(weight)]
+    torch.mm(chunk, weight.T, out=out)
 
 
 def _gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of hidden states and weight, if needed."""
+    """Return the gradients of hidden states and weight, None for those not needed."""
     logits = _logits(hidden, weight, rows)
     low = hidden.dtype != logits.dtype
     grad_hidden = torch.empty_like(hidden) if needed[0] else None
     grad_weight = torch.zeros_like(weight) if needed[1] else None
-    # held to the end: the chunk's hidden states in float32
+    # the hidden states of a chunk in float32, which are kept until the end
     wide = hidden.new_empty(rows, hidden.shape[1], dtype=logits.dtype) if low and needed[1] else None
     for start in range(0, len(hidden), rows):
         chunk, target = hidden[start : start + rows], targets[start : start + rows]
         _product_into(logits, chunk, weight)
-        multiplied = logits[: len(chunk)].to(hidden.dtype)  # the buffer itself, if of that type
+        multiplied = logits[: len(chunk)].to(hidden.dtype)  # the buffer itself if it has this dtype
         if grad_hidden is not None:
-            place = grad_hidden[start : start + rows]
-            torch.mul(torch.index_select(weight, 0, target), 1.0, out=place)
-            torch.addmm(place, multiplied, weight, alpha=-1, out=place)
+            out = grad_hidden[start : start + rows]
+            torch.mul(torch.index_select(weight, 0, target), 1.0, out=out)
+            torch.addmm(out, multiplied, weight, alpha=-1, out=out)
         if grad_weight is not None:
             torch.addmm(grad_weight, multiplied.T, chunk, alpha=-1, out=grad_weight)
         del multiplied

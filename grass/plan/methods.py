@@ -1,8 +1,8 @@
-"""Methods: each prepares an optimizer on a model of fake tensors, and takes a step as training would.
+"""Training methods: each prepares its optimizer for a model of fake tensors and takes a step as in training.
 
-Optimizers are the real ones. What is decided by numbers that fake tensors do not have is given: which layers are
-active. They are the last ones, or as near to the end as is asked, so that their gradients exist while the activations
-of all other layers still do; the layers before them come next.
+The optimizers are the real ones, except that the active layers are given, since fake tensors have no values to draw
+them from. They are the last layers, whose gradients exist while the activations of all other layers are still alive,
+or the last but `Setting.frozen_at_the_end`; the layers before them are the next ones.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ LORA_RANK = 128
 
 
 class Traffic(NamedTuple):
-    """States that cross the bus for a step, on average, and those that stay on the host; bytes."""
+    """Bytes of optimizer states that are copied per step, on average, and that are kept in host memory."""
 
     h2d: float = 0.0
     d2h: float = 0.0
@@ -35,12 +35,12 @@ class Traffic(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A model and its optimizer, with states as they are after some steps.
+    """Model and optimizer, with the states that exist after some steps.
 
     Attributes:
-        model: of fake tensors; peft may have wrapped it.
-        step: the optimizer's, with all that training does at the end of a step.
-        traffic: of states, once `step` has run.
+        model: model of fake tensors, possibly wrapped by peft.
+        step: takes the optimizer step and resets gradients.
+        traffic: returns the traffic of states after `step`.
     """
 
     model: nn.Module
@@ -49,32 +49,32 @@ class Prepared(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What the GRASS rows have in common."""
+    """Settings that all GRASS rows share."""
 
     active_layers: int
     buffer_mb: float
     buffer_count: int
     state_dtype: torch.dtype
     sample_interval: int
-    frozen_at_the_end: int = 0  # layers after those that train
+    frozen_at_the_end: int = 0  # number of frozen layers after the active ones
 
 
 Method = Callable[[nn.Module, FakeTensorMode, MemoryTracker, Setting], Prepared]
-"""From a model of fake tensors; what a method allocates beside the model is labelled."""
+"""Prepares an optimizer for a model of fake tensors; the memory it allocates is labelled in the tracker."""
 
 
 def full(model: nn.Module, mode: FakeTensorMode, tracker: MemoryTracker, setting: Setting) -> Prepared:
-    """Full fine-tuning as torch has it: fused AdamW, whose moments have the parameters' dtype."""
+    """Prepare full fine-tuning with torch's fused AdamW, whose moments have the dtype of the parameters."""
     return _torch_adamw(model, mode, tracker)
 
 
 def lora(model: nn.Module, mode: FakeTensorMode, tracker: MemoryTracker, setting: Setting) -> Prepared:
-    """LoRA by peft on a model that `wrap_in_lora` has wrapped; torch's fused AdamW."""
+    """Prepare LoRA, for a model wrapped by `wrap_in_lora`, with torch's fused AdamW."""
     return _torch_adamw(model, mode, tracker)
 
 
 def has_peft() -> bool:
-    """Whether LoRA can be planned."""
+    """Return True if peft is installed, which LoRA needs."""
     try:
         importlib.import_module("peft")
     except ImportError:
@@ -83,10 +83,10 @@ def has_peft() -> bool:
 
 
 def wrap_in_lora(model: nn.Module) -> nn.Module:
-    """A copy of a model on the meta device with adapters of rank `LORA_RANK` on all linear layers but the head.
+    """Return a copy of a model on the meta device, with adapters of rank `LORA_RANK` on all linear layers but the head.
 
-    The rest are peft's defaults: adapters are float32 on low-precision models. peft moves modules when it wraps, which
-    fake tensors refuse; so it comes before they do.
+    Other settings are peft's defaults; adapters of low-precision models are float32. peft moves modules when it wraps
+    them, which fake tensors do not support, so a model is wrapped before it is made of fake tensors.
 
     Raises:
         PlanError: peft cannot wrap the model.
@@ -98,7 +98,7 @@ def wrap_in_lora(model: nn.Module) -> nn.Module:
     )
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # what peft calls transformers by
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses deprecated names of transformers
             return peft.get_peft_model(copy.deepcopy(model), config).train()
     except (ValueError, TypeError, AttributeError) as error:
         raise PlanError(f"peft cannot wrap the model: {error}") from None
@@ -107,7 +107,7 @@ def wrap_in_lora(model: nn.Module) -> nn.Module:
 def _torch_adamw(model: nn.Module, mode: FakeTensorMode, tracker: MemoryTracker) -> Prepared:
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, fused=True)
-    with mode, tracker, tracker.labelling(DEVICE_STATES):  # a first step makes the states
+    with mode, tracker, tracker.labelling(DEVICE_STATES):  # the first step allocates the states
         for p in params:
             p.grad = torch.empty_like(p)
         optimizer.step()
@@ -121,7 +121,7 @@ def _torch_adamw(model: nn.Module, mode: FakeTensorMode, tracker: MemoryTracker)
 
 
 def lisa(model: nn.Module, mode: FakeTensorMode, tracker: MemoryTracker, setting: Setting) -> Prepared:
-    """LISA: layers drawn uniformly, moments of the parameters' dtype, dropped when a layer is frozen again."""
+    """Prepare LISA: uniform sampling; moments have the dtype of the parameters and are dropped with each draw."""
     config = GrassConfig(
         active_layers=setting.active_layers, sampler="uniform", moments="reset", draw_ahead=0
     )
@@ -130,9 +130,13 @@ def lisa(model: nn.Module, mode: FakeTensorMode, tracker: MemoryTracker, setting
 
 
 def grass(offload: Offload = "none", *, fused: bool = False, probing: bool = False) -> Method:
-    """GRASS, while it adapts or while it probes, with states where `offload` says.
+    """Return a method that prepares GRASS, in the probe or after it.
 
-    Adapting, every layer has been drawn before: without offload the moments of all are on the device.
+    After the probe, every layer has been drawn before: without offload the moments of all layers are on the device.
+
+    Args:
+        offload, fused: as ``offload`` and ``fused_backward`` in `GrassConfig`.
+        probing: True for a step of the probe.
     """
 
     def prepare(model: nn.Module, mode: FakeTensorMode, tracker: MemoryTracker, setting: Setting) -> Prepared:
@@ -145,22 +149,22 @@ def grass(offload: Offload = "none", *, fused: bool = False, probing: bool = Fal
             buffer_count=setting.buffer_count,
             fused_backward=fused,
         )
-        way = _probing if probing else _adapting
-        return way(model, mode, tracker, setting, config)
+        prepare_step = _probing if probing else _adapting
+        return prepare_step(model, mode, tracker, setting, config)
 
     return prepare
 
 
 class _GrassAdamW(GrassAdamW):
-    """GrassAdamW whose sets are given, as fake norms cannot be drawn from."""
+    """GrassAdamW with given active layers, since they cannot be drawn from fake norms."""
 
     def force(self, active: tuple[int, ...], coming: tuple[int, ...] | None, drawn: tuple[int, ...]) -> None:
-        """Be in the middle of a period, with the moments of the layers that were drawn.
+        """Enter the middle of a period.
 
         Args:
-            active: the layers that train.
-            coming: those of the next period, if they are known.
-            drawn: those of any period so far, or of the next.
+            active: the active layers.
+            coming: the layers of the next period, None if they have not been drawn yet.
+            drawn: all layers drawn so far, which have moments.
         """
         scheduler = self._scheduler
         scheduler.schedule.step_count = scheduler.schedule.probe_steps
@@ -189,7 +193,7 @@ def _adapting(
     active = tuple(layers[last - config.active_layers : last])
     rest = [layer for layer in layers if layer not in active]
     coming = tuple(rest[-config.active_layers :] or active)
-    if config.moments == "reset":  # only what trains has moments
+    if config.moments == "reset":  # only active layers have moments
         sets: tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...]] = active, None, active
     elif config.offload == "none":
         sets = active, coming, tuple(layers)
@@ -238,7 +242,7 @@ def _moved(optimizer: GrassAdamW) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _host_memory(mode: FakeTensorMode, tracker: MemoryTracker) -> Iterator[None]:
-    """Let the store be of fake memory that counts as the host's, and as much as is wanted."""
+    """Make the store allocate fake host memory, without limit."""
 
     def allocate(num_bytes: int, pinned: bool) -> Tensor:
         with mode, tracker, tracker.labelling(HOST_STATES):

@@ -1,4 +1,4 @@
-"""Models without weights: from a preset, a folder or a name on the hub, as modules of fake tensors."""
+"""Models without weights, from a preset, a folder or a name on the hub, and their copies with fake tensors."""
 
 import contextlib
 import copy
@@ -15,36 +15,36 @@ from grass.plan import PRESETS, preset_names
 
 
 class PlanError(GrassError):
-    """A plan that cannot be made from what the user named."""
+    """A step of the model cannot be predicted."""
 
 
 class MisfitError(PlanError, ConfigError):
-    """A setting that can never be right for the model."""
+    """A setting does not fit the model."""
 
 
 def build(name: str, dtype: torch.dtype) -> nn.Module:
-    """A causal language model on the meta device; nothing is downloaded but a configuration.
+    """Build a causal language model on the meta device; only its configuration is downloaded.
 
     Args:
-        name: of a preset; or a folder with a ``config.json``, or a name on the hub.
-        dtype: of the weights.
+        name: a preset, a folder with a ``config.json``, or a name on the hub.
+        dtype: dtype of the weights.
 
     Raises:
-        PlanError: transformers is missing, the name leads nowhere, or its configuration builds no such model.
+        PlanError: transformers is not installed, there is no such model, or it cannot be built.
     """
     config = configuration(name)
     import transformers
 
     if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
         raise PlanError(
-            f"{name} is no causal language model: transformers knows none of type {config.model_type!r}"
+            f"{name} is not a causal language model: transformers has none of type {config.model_type!r}"
         )
     config.use_cache = False  # as in training
     try:
         with contextlib.suppress(ValueError):  # a model without scaled dot-product attention, such as Gemma2
             return _make(config, dtype, _attention())
-        return _make(config, dtype, "eager")  # as transformers trains it
-    except Exception as error:  # a model's constructor may raise anything
+        return _make(config, dtype, "eager")  # the default of transformers for such models
+    except Exception as error:  # the constructor of a model may raise anything
         raise PlanError(f"{name} cannot be built: {type(error).__name__}: {first_line(error)}") from error
 
 
@@ -59,10 +59,10 @@ def _make(config: Any, dtype: torch.dtype, attention: str) -> nn.Module:
 
 
 def configuration(name: str) -> Any:
-    """The configuration of a model, as transformers has it.
+    """Return the transformers configuration of a model.
 
     Raises:
-        PlanError: see `build`.
+        PlanError: transformers is not installed, or there is no such model.
     """
     try:
         import transformers
@@ -72,25 +72,23 @@ def configuration(name: str) -> Any:
     if name in preset_names():
         values = json.loads((PRESETS / f"{name}.json").read_text())
         return transformers.AutoConfig.for_model(values.pop("model_type"), **values)
-    possible = (
-        f"pass one of {', '.join(preset_names())}, the folder of a saved model, or a hub name OWNER/NAME"
-    )
+    remedy = f"pass one of {', '.join(preset_names())}, the folder of a saved model, or a hub name OWNER/NAME"
     path = Path(name)
     if path.exists() and not (path / "config.json").is_file():
-        raise PlanError(f"{name} has no config.json: {possible}")
+        raise PlanError(f"{name} has no config.json: {remedy}")
     if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") != 1):
-        raise PlanError(f"there is no preset or folder {name!r}: {possible}")
+        raise PlanError(f"there is no preset or folder {name!r}: {remedy}")
     try:
         return transformers.AutoConfig.from_pretrained(name)
-    except Exception as error:  # a configuration's class may refuse its values by anything
-        raise PlanError(f"no configuration for {name!r} ({first_line(error)}): {possible}") from error
+    except Exception as error:  # the class of a configuration may raise anything
+        raise PlanError(f"no configuration for {name!r} ({first_line(error)}): {remedy}") from error
 
 
 def _attention() -> str:
-    """Scaled dot-product attention without a mask, as for sequences of equal length.
+    """Register scaled dot-product attention without a mask, as for sequences of equal length, and return its name.
 
-    With fake tensors transformers cannot see that positions are simply counted, and would make a mask for sequences
-    that may be packed. It makes none for attention that it has no masks for.
+    With fake tensors transformers cannot check whether sequences are packed, and would create a mask for this case. It
+    creates none for attention functions that it does not know.
     """
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -101,10 +99,10 @@ def _attention() -> str:
 
 
 def copy_as_fake(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy of a model on the meta device whose tensors are fake ones on the CPU; what is tied stays tied.
+    """Return a copy of a model on the meta device with fake CPU tensors; tied parameters stay tied.
 
-    Fake tensors on the meta device would take attention's slowest path, and count too much; fake ones on a GPU do not
-    work without one.
+    Fake tensors on the meta device would take the unfused path of attention, which allocates more; fake CUDA tensors
+    need a GPU.
     """
     model = copy.deepcopy(model)
     fakes: dict[Tensor, Tensor] = {}
@@ -125,6 +123,6 @@ def copy_as_fake(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error's message, with the next one if it ends in a colon; its type if there is none."""
+    """Return the first line of an error message, with the second one if it ends in a colon; the type if it is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

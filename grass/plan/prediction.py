@@ -1,4 +1,4 @@
-"""Prediction: a training step of every method, on fake tensors, as a row of figures."""
+"""Prediction: a training step with fake tensors for each method, as a row of figures."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from grass.activation_checkpointing import checkpoint_activations
-from grass.config import GrassConfig
+from grass.config import GrassConfig, check_choices
 from grass.errors import GrassError
 from grass.layers import LayerMap
 from grass.offload.units import elements_in
 from grass.plan import methods
-from grass.plan.losses import loss_of
+from grass.plan.losses import Loss, loss_of
 from grass.plan.methods import Method, Setting
 from grass.plan.models import (
     MisfitError,
@@ -49,23 +49,26 @@ PROBING, FUSED = "-probing", "-fused"
 
 @dataclass(frozen=True)
 class Case:
-    """What is planned.
+    """Training step to predict.
 
     Args:
         model: preset, folder or hub name.
-        batch: sequences of a step.
-        seq: tokens of a sequence.
-        dtype: of the weights.
-        checkpointing: keep only the layers' inputs for backward, and compute the rest again.
-        loss: ``"chunked"`` or ``"full"``.
-        active_layers: of the GRASS and LISA rows.
-        state_dtype: of the moments in the GRASS rows; the others have the weights' own.
-        sample_interval: steps of a period, over which resident states are brought once.
-        buffer_mb, buffer_count: device buffers of streamed states, MiB each.
+        batch: number of sequences.
+        seq: number of tokens of a sequence.
+        dtype: dtype of the weights.
+        checkpointing: use activation checkpointing.
+        loss: ``"chunked"`` or ``"full"``; see `grass.plan.losses.loss_of`.
+        active_layers: number of active layers in the GRASS and LISA rows.
+        state_dtype: dtype of the moments in the GRASS rows; other rows have the dtype of the weights.
+        sample_interval: number of steps in a period; resident states are copied once per period.
+        buffer_mb, buffer_count: size in MiB, and number, of the device buffers of streamed states.
         gpu_gib: device memory, GiB.
-        host_gib: host memory for states, GiB; None is enough.
-        pcie_gbs: of the bus, each way, 1e9 bytes a second.
-        tflops: of the device in the weights' dtype, 1e12 floating-point operations a second.
+        host_gib: host memory for states, GiB; None for no limit.
+        pcie_gbs: bandwidth between host and device in each direction, 1e9 bytes per second.
+        tflops: throughput of the device in the dtype of the weights, 1e12 floating-point operations per second.
+
+    Raises:
+        ConfigError: `loss` is not one of the choices.
     """
 
     model: str
@@ -73,7 +76,7 @@ class Case:
     seq: int = 1024
     dtype: torch.dtype = torch.bfloat16
     checkpointing: bool = True
-    loss: str = "chunked"
+    loss: Loss = "chunked"
     active_layers: int = GrassConfig.active_layers
     state_dtype: torch.dtype = torch.float32
     sample_interval: int = GrassConfig.sample_interval
@@ -84,23 +87,26 @@ class Case:
     pcie_gbs: float = 25.0
     tflops: float = 150.0
 
+    def __post_init__(self) -> None:
+        check_choices(self)
+
 
 @dataclass(frozen=True)
 class Row:
-    """A method's step. Memory at the moment of the peak, GiB; what crosses the bus, GiB a step on average.
+    """Predicted step of a method: device memory at its peak, and copies per step on average.
 
     Attributes:
-        method: name.
-        peak_gib: the most device memory that tensors take: the sum of the four that follow it.
-        weights_gib: parameters, with adapters, and buffers.
-        gradients_gib: those complete, or on their way.
-        states_device_gib: moments, step counters, and the buffers of streamed and resident states.
-        states_host_gib: what the store takes when every layer has been drawn.
-        activations_gib: all else: what backward needs, temporaries, inputs.
-        h2d_gib_per_step: states brought to the device.
-        d2h_gib_per_step: states taken back.
-        step_floor_ms: no step is faster: the longest of arithmetic and the two ways of the bus.
-        fits: the peak is no more than the device has.
+        method: name of the method.
+        peak_gib: peak device memory of tensors; the sum of weights, gradients, device states and activations.
+        weights_gib: parameters, adapters and buffers.
+        gradients_gib: complete gradients.
+        states_device_gib: moments, step counters, and the device buffers of streamed and resident states.
+        states_host_gib: states in host memory when every layer has been drawn.
+        activations_gib: all other memory: activations, temporaries, inputs.
+        h2d_gib_per_step: states copied to the device.
+        d2h_gib_per_step: states copied to the host.
+        step_floor_ms: lower bound of the step time: the longest of arithmetic, copies to the device and back.
+        fits: True if the peak is at most the device memory.
     """
 
     method: str
@@ -116,32 +122,32 @@ class Row:
     fits: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values by name, in the order of the columns."""
+        """Return the values by name, in the order of the columns."""
         return asdict(self)
 
 
 def predict(case: Case, names: Sequence[str] = tuple(METHODS)) -> Iterator[Row]:
-    """Rows of methods, one by one as they are known.
+    """Yield the row of each method as soon as it is known.
 
     Args:
-        case: what is planned.
-        names: of methods.
+        case: the training step.
+        names: names of the methods.
 
     Raises:
         PlanError: the model cannot be built, or a method cannot train it.
-        ConfigError: settings that do not fit the model; known before the first row.
+        ConfigError: settings do not fit the model; raised before the first row.
     """
     model = build(case.model, case.dtype)
     _check(case, names, model)
     probing: dict[bool, Row] = {}
     for name in names:
-        if name.endswith(PROBING):  # there are no states yet, wherever they will live
+        if name.endswith(PROBING):  # there are no states yet, so the row does not depend on the offload mode
             fused = FUSED in name
             probing[fused] = probing.get(fused) or _predict(case, name, model)
             yield replace(probing[fused], method=name)
-        elif (
-            FUSED in name
-        ):  # in layers that train more is computed again: frozen ones may be what takes the most
+        elif FUSED in name:
+            # Active layers recompute more activations than frozen ones, so the peak may be higher if the last layer
+            # is frozen.
             rows = [_predict(case, name, model)]
             if len(LayerMap.from_model(model)) > case.active_layers:
                 rows.append(_predict(case, name, model, frozen_at_the_end=1))
@@ -151,7 +157,7 @@ def predict(case: Case, names: Sequence[str] = tuple(METHODS)) -> Iterator[Row]:
 
 
 def _check(case: Case, names: Sequence[str], model: nn.Module) -> None:
-    """Refuse what some of the methods would, at once."""
+    """Check settings against the model before the first method runs."""
     most = positions(case)
     if most is not None and case.seq > most:
         raise MisfitError(f"{case.model} has {most} positions: --seq can be at most that, not {case.seq}")
@@ -162,7 +168,7 @@ def _check(case: Case, names: Sequence[str], model: nn.Module) -> None:
 
 
 def positions(case: Case) -> int | None:
-    """How many tokens a sequence of the model can have; None if its configuration does not say."""
+    """Return the maximum sequence length of the model, None if its configuration does not give it."""
     most = getattr(configuration(case.model).get_text_config(), "max_position_embeddings", None)
     return None if most is None else int(most)
 
@@ -189,7 +195,7 @@ def _predict(case: Case, name: str, meta: nn.Module, frozen_at_the_end: int = 0)
         frozen_at_the_end,
     )
     with warnings.catch_warnings():
-        # addresses of fake tensors are 0, which is what the optimizer should find there
+        # the optimizer reads the addresses of fake tensors, which are 0
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         prepared = METHODS[name](model, mode, tracker, setting)
         tracker.restart()
@@ -227,7 +233,7 @@ def _predict(case: Case, name: str, meta: nn.Module, frozen_at_the_end: int = 0)
 
 
 def _tracker() -> MemoryTracker:
-    """A tracker that knows what the kernels hold beside their results."""
+    """Return a tracker that counts the workspaces of the kernels of `grass_kernels`."""
 
     def of_norms(grads: list[Tensor], layer_index: list[int], num_layers: int, **options: Any) -> int:
         return _num_bytes(operators.workspace(grads, num_layers, 0))

@@ -1,6 +1,6 @@
-"""Tracker: follows the memory of a step on fake tensors, and counts its arithmetic.
+"""Tracker of the memory and arithmetic of a step with fake tensors.
 
-A dispatch mode sees every operation of forward, backward and optimizer, as the device would be asked for it.
+A dispatch mode intercepts every operation of forward, backward and optimizer.
 """
 
 import weakref
@@ -16,21 +16,21 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 WEIGHTS, GRADIENTS, DEVICE_STATES, HOST_STATES = "weights", "gradients", "states_device", "states_host"
-ACTIVATIONS = "activations"  # all that is nothing else: what backward needs, temporaries, inputs
+ACTIVATIONS = "activations"  # all other memory: activations, temporaries, inputs
 
 ROUNDING = 512
-"""Bytes to which the allocator of CUDA tensors rounds every size up."""
+"""Granularity of the CUDA allocator in bytes."""
 
 Workspace = Callable[..., int]
-"""From an operator's arguments to the bytes it holds on the device while it runs."""
+"""Returns the bytes that an operator allocates on the device while it runs, given its arguments."""
 
 
 class Block:
     """Memory of one storage.
 
     Attributes:
-        label: what it is for; gradients are known as such only when they are complete.
-        num_bytes: as allocated.
+        label: kind of memory; gradients get theirs when they are complete.
+        num_bytes: allocated size.
     """
 
     __slots__ = ("label", "num_bytes")
@@ -40,28 +40,27 @@ class Block:
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Follows live storages by what they are for.
+    """Track live storages by label.
 
-    Enter it after the `FakeTensorMode`. What is allocated counts as activations, unless made under `labelling` or
-    marked. Memory that operators use inside and free again is counted for those in `workspaces`; of others it is not
-    known, such as cuBLAS's (8 to 32 MiB).
+    Enter it after the `FakeTensorMode`. Allocated memory counts as activations unless `labelling` or `mark` gives it
+    another label. Workspaces inside operators are counted for those in `workspaces`; others, such as those of cuBLAS
+    (8 to 32 MiB), are not known.
 
     Args:
-        workspaces: of operators, by their name without overload, such as ``"grass_kernels::masked_adamw_"``.
+        workspaces: workspaces by operator name without overload, such as ``"grass_kernels::masked_adamw_"``.
 
     Attributes:
-        flops: floating-point operations of matrix products and attention so far; a multiplication and an addition
-            are two.
+        flops: floating-point operations of matrix products and attention so far; a multiply-add counts as two.
     """
 
     def __init__(self, workspaces: dict[str, Workspace] | None = None) -> None:
         super().__init__()
         self.flops = 0
         self._workspaces = workspaces or {}
-        self._blocks: dict[int, tuple[weakref.ref[Any], Block]] = {}  # by id of storages that live
+        self._blocks: dict[int, tuple[weakref.ref[Any], Block]] = {}  # by id of live storages
         self._label = ACTIVATIONS
-        self._before: Counter[Block] = Counter()  # that were alive at `restart`
-        self._events: list[tuple[Block, int]] = []  # since then: 1 came, -1 went
+        self._before: Counter[Block] = Counter()  # blocks alive at `restart`
+        self._events: list[tuple[Block, int]] = []  # since then: 1 for an allocation, -1 for a deallocation
 
     def __torch_dispatch__(
         self,
@@ -76,7 +75,9 @@ class MemoryTracker(TorchDispatchMode):
         for t in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(t, Tensor):
                 self.block_of(t)
-        if name in self._workspaces:  # held beside the results, and gone when the operator ends
+        if (
+            name in self._workspaces
+        ):  # allocated in addition to the results, and freed when the operator returns
             block = Block(ACTIVATIONS, _rounded(self._workspaces[name](*args, **kwargs)))
             self._events += [(block, 1), (block, -1)]
         count = flop_registry.get(func._overloadpacket) or _ATTENTION.get(name)
@@ -85,25 +86,25 @@ class MemoryTracker(TorchDispatchMode):
         return result
 
     def block_of(self, t: Tensor) -> Block:
-        """The block of a tensor; it is followed from now on, if it was not."""
+        """Return the block of a tensor, and track it if it is new."""
         storage = t.untyped_storage()
         key = id(storage)
-        found = self._blocks.get(key)
-        if found is not None and found[0]() is storage:
-            return found[1]
+        entry = self._blocks.get(key)
+        if entry is not None and entry[0]() is storage:
+            return entry[1]
         block = Block(self._label, _rounded(storage.nbytes()))
         self._events.append((block, 1))
 
-        def gone(_: object) -> None:
+        def on_free(_: object) -> None:
             self._events.append((block, -1))
             del self._blocks[key]
 
-        self._blocks[key] = weakref.ref(storage, gone), block
+        self._blocks[key] = weakref.ref(storage, on_free), block
         return block
 
     @contextmanager
     def labelling(self, label: str) -> Iterator[None]:
-        """Let what is allocated meanwhile be called so."""
+        """Set the label of memory allocated inside the context."""
         before, self._label = self._label, label
         try:
             yield
@@ -111,27 +112,27 @@ class MemoryTracker(TorchDispatchMode):
             self._label = before
 
     def mark(self, t: Tensor, label: str) -> None:
-        """Say what a tensor's memory is for."""
+        """Set the label of a tensor's memory."""
         self.block_of(t).label = label
 
     def restart(self) -> None:
-        """Begin to look for the peak anew, from what is alive now."""
+        """Restart the measurement of the peak from the blocks alive now."""
         self._before = self._replay(len(self._events))
         self._events = []
 
     def peak(self) -> dict[str, int]:
-        """Bytes by label at the moment since `restart` at which most device memory was taken."""
+        """Return the bytes by label at the peak of device memory since `restart`."""
         total = sum(block.num_bytes for block in self._before if block.label != HOST_STATES)
-        most, moment = total, 0
+        peak, num_events = total, 0
         for i, (block, sign) in enumerate(self._events):
             if block.label != HOST_STATES:
                 total += sign * block.num_bytes
-                if total > most:
-                    most, moment = total, i + 1
-        return _by_label(self._replay(moment))
+                if total > peak:
+                    peak, num_events = total, i + 1
+        return _by_label(self._replay(num_events))
 
     def now(self) -> dict[str, int]:
-        """Bytes by label that are alive now."""
+        """Return the bytes by label that are alive now."""
         return _by_label(self._replay(len(self._events)))
 
     def _replay(self, events: int) -> Counter[Block]:
@@ -165,11 +166,11 @@ def _attention_backward(
 
 
 def _of_all_heads(t: Tensor, query: Tensor) -> torch.Size:
-    """The shape it has when heads that share keys and values have their own."""
+    """Return the shape of keys or values repeated for each query head, as in grouped-query attention."""
     return torch.Size((t.shape[0], query.shape[1], *t.shape[2:]))
 
 
-# torch counts the operators of CUDA devices; a fake CPU has names of its own for them
+# torch registers the attention operators of CUDA; those of the CPU have other names
 _ATTENTION: dict[str, Callable[..., int]] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,

@@ -109,6 +109,7 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
         (["--lr", "-1"], "lr must be a positive number"),
         (["--lr", "nan"], "lr must be a positive number"),
         (["--method", "lora"], "method must be one of grass, full"),
+        (["--template", "x"], "template must be one of alpaca, plain"),
         (["--batch-size", "0"], "batch_size must be at least 1"),
         (["--active-layers", "7"], "only 6 layers"),
         (["--model", "./none", "--data", "none.json"], "none.json: no such file"),
@@ -144,9 +145,9 @@ def test_json_is_one_object_on_stdout_and_the_table_is_short(inputs, tmp_path, m
     for word in (
         "held-out loss",
         "held-out accuracy",
-        "trained a step",
+        "trained per step",
         "optimizer state",
-        "tokens a second",
+        "tokens per second",
     ):
         assert word in table
     assert main(["finetune", *inputs, *QUICK, "--steps", "2", "--output", "again"]) == 1

@@ -2,8 +2,10 @@
 
 Would catch: a loss on the prompt, on padding or on the user's turns; a response without its end token; a
 cut that is not counted, or an example of which nothing is left to learn; a prompt for generation that
-differs from the prompt in training; padding on the wrong side.
+differs from the prompt in training; padding on the wrong side; a template that options accept and nothing encodes.
 """
+
+from typing import get_args
 
 import pytest
 
@@ -11,6 +13,7 @@ from grass import ConfigError, DataError
 from grass.finetune.data import Chat, Instruction, PlainText
 from grass.finetune.demo import demo_tokenizer
 from grass.finetune.encoding import IGNORED, TEMPLATES, Collator, Encoder, Example, alpaca_prompt
+from grass.finetune.options import Template
 
 CHAT = Chat((("user", "Ada has 3"), ("assistant", "3 + 4"), ("user", "in all"), ("assistant", "= 7")))
 CHAT_TEMPLATE = (
@@ -93,7 +96,7 @@ def test_cut_and_dropped_texts_are_counted(tokenizer):
     encoded = Encoder(tokenizer, "plain", 8).encode(records, "d.jsonl")
     assert (len(encoded.examples), encoded.num_cut, encoded.num_dropped) == (2, 2, 1)
     assert [len(e.input_ids) for e in encoded.examples] == [7, 8]
-    with pytest.raises(DataError, match=r"d\.jsonl: no text leaves anything to learn"):
+    with pytest.raises(DataError, match=r"d\.jsonl: no text has a token to learn"):
         Encoder(tokenizer, "plain", 8).encode(records[2:], "d.jsonl")
 
 
@@ -105,9 +108,11 @@ def test_a_prompt_that_leaves_room_for_one_token_is_kept(tokenizer):
     assert kept.labels[4] == kept.input_ids[4]
 
 
-def test_what_cannot_work_is_refused(tokenizer):
-    with pytest.raises(ConfigError, match="template must be one of"):
-        Encoder(tokenizer, "none", 64)
+def test_every_choice_of_template_can_be_encoded():
+    assert tuple(TEMPLATES) == get_args(Template)
+
+
+def test_a_tokenizer_without_an_end_is_refused():
     endless = demo_tokenizer()
     endless.eos_token = None
     with pytest.raises(ConfigError, match="no end-of-sequence token"):

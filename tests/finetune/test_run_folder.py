@@ -68,7 +68,7 @@ def test_rows_after_the_checkpoint_are_forgotten(tmp_path):
     with folder.metrics.open("a") as file:
         file.write('{"step": 30, "lo')  # the process died here
     assert [row["step"] for row in read_rows(folder.metrics)] == [0, 10, 20]
-    folder.forget_after(10)
+    folder.drop_rows_after(10)
     append_row(folder.metrics, {"step": 11, "loss": 1.0})
     assert [row["step"] for row in read_rows(folder.metrics)] == [0, 10, 11]
     first = folder.metrics.read_text().splitlines()[0]

@@ -31,7 +31,7 @@ ROWS = [
 @pytest.mark.parametrize(
     ("gpu_gib", "chosen", "following"),
     [
-        (80, "grass:", "Everything"),
+        (80, "grass:", "All methods"),
         (55, "grass-resident", "grass, with 60.0"),
         (24, "grass-resident", "full, with 50.0"),
         (16, "grass-streamed:", "grass-resident, with 23.0"),
@@ -40,25 +40,29 @@ ROWS = [
 )
 def test_the_cheapest_that_fits_and_the_next(gpu_gib, chosen, following):
     line = advise(ROWS, gpu_gib)
-    assert line.startswith(f"Take {chosen}")
+    assert line.startswith(f"Use {chosen}")
     assert following in line
     assert "\n" not in line
 
 
 def test_probing_must_fit_too():
-    assert advise(ROWS, 14.2).startswith("Nothing fits 14.2 GiB: the least is grass-streamed-fused with 14.5")
+    assert advise(ROWS, 14.2).startswith(
+        "Nothing fits 14.2 GiB: grass-streamed-fused needs the least, 14.5 GiB"
+    )
 
 
 def test_full_is_taken_where_it_is_fastest():
     assert advise([row("full", 8, 50), row("grass", 7, 100)], 10).startswith(
-        "Take full: 8.0 of 10 GiB, 50 ms"
+        "Use full: 8.0 of 10 GiB, at least 50 ms"
     )
 
 
 def test_states_must_fit_the_host():
-    assert advise(ROWS, 24, host_gib=32) == "Nothing fits 24 GiB: the least is full with 50.0; shorter sequences, a " \
-        "smaller batch or fewer active layers take less."  # fmt: skip
-    assert advise(ROWS, 55, host_gib=32).startswith("Take full")
+    assert advise(ROWS, 24, host_gib=32) == (
+        "Nothing fits 24 GiB: full needs the least, 50.0 GiB; shorter sequences, a smaller batch or fewer active "
+        "layers need less."
+    )
+    assert advise(ROWS, 55, host_gib=32).startswith("Use full")
     assert "48.0 in host memory" in advise(ROWS, 24, host_gib=48)
     assert "Nothing fits 32 GiB of host" in advise(ROWS[4:7], 24, host_gib=32)
 

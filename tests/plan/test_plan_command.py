@@ -49,7 +49,7 @@ def test_table_and_advice(folder, capsys):
     assert list(table) == list(METHODS)
     assert len({len(line) for line in lines[3:-2] if line.endswith("yes")}) == 1
     assert table["grass-streamed"].endswith("yes, not the host")
-    assert lines[-1].startswith("Take grass: ")
+    assert lines[-1].startswith("Use grass: ")
 
 
 def test_a_second_time_gives_the_same(folder, capsys):
@@ -138,7 +138,7 @@ def test_a_model_without_sdpa_has_its_full_loss_unless_told_otherwise(capped, ca
     assert captured.out.splitlines()[0].startswith(
         f"{capped}: batch 1 x 16, bfloat16, checkpointed, full loss"
     )
-    assert captured.out.splitlines()[-1].startswith("Take ")
+    assert captured.out.splitlines()[-1].startswith("Use ")
     assert captured.err.count("\n") == 1
     assert "full loss" in captured.err
 

@@ -275,6 +275,8 @@ def test_what_does_not_fit_the_model_is_refused(case):
         one(case, "full", seq=513)
     with pytest.raises(ConfigError, match="only 5 layers"):
         one(case, "grass", active_layers=6)
+    with pytest.raises(ConfigError, match="loss must be one of chunked, full, not 'auto'"):
+        dataclasses.replace(case, loss="auto")
     assert one(case, "grass-resident", active_layers=5).peak_gib > 0  # all of them: there is no other set
 
 
