@@ -1,5 +1,5 @@
 """Every kernel compiled for GPUs this machine does not have, by the oldest and the newest Triton too, and
-what came out read.
+what came out read. Not every variant for every GPU by every version: see `tests.support.aot.places`.
 
 Would catch: a kernel that the interpreter runs and a compiler refuses; single-element accesses where full
 blocks should move 128 bits at a time; registers spilled to memory; a multiplication and an addition fused;
@@ -10,7 +10,7 @@ variant that grew with another version; a kernel specialised on a number that ch
 import fcntl
 import functools
 import os
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ if _triton.INTERPRETING:
 
 # Five programs of 256 threads share an AMD multiprocessor's registers up to here.
 MAX_REGISTERS_AMD = 96
+FLAGS = list(product((False, True), repeat=2))  # running maxima, norms
 VERSIONS = [v for v in dict.fromkeys([*aot.SUPPORTED, aot.INSTALLED]) if aot.has(v)]
 REQUIRED = any(os.environ.get(name) for name in ("CI", "GRASS_REQUIRE_TRITONS"))
 
@@ -67,10 +68,31 @@ def test_every_mixture_is_compiled():
     assert {r for dtypes, r in aot.MIXTURES if dtypes[0] == BF16} == set(aot.ROUNDINGS)
 
 
+def places_in(variants: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(variant, target) for variant, of_target in variants.items() for target in of_target]
+
+
 def test_everything_compiles(facts):
-    assert list(facts["variants"]) == list(aot.variants())
-    assert all(list(of_target) == list(aot.TARGETS) for of_target in facts["variants"].values())
+    assert places_in(facts["variants"]) == aot.places(facts["triton"])
     assert not aot.errors_of(facts)
+
+
+def test_what_is_compiled():
+    """By development's version every variant for one target; by all, for all, whatever differs in structure."""
+    every = {variant for variant, target in aot.places(aot.DEVELOPMENT) if target == aot.EVERY_VARIANT_FOR}
+    assert every == aot.variants().keys()
+    rows = [
+        (*dtypes, rounding, amsgrad, norms) for dtypes, rounding in aot.MIXTURES for amsgrad, norms in FLAGS
+    ]
+    taken = [row for row in rows if aot._adamw(row[:3], *row[3:]).name in aot.structural_variants()]
+    assert len(taken) <= len(rows) / 4
+    for a, b in combinations(range(6), 2):
+        assert {(row[a], row[b]) for row in taken} == {(row[a], row[b]) for row in rows}
+    assert {v.kernel for v in map(aot.variants().get, aot.structural_variants())} == {
+        v.kernel for v in aot.variants().values()
+    }
+    for version in aot.SUPPORTED:
+        assert set(product(aot.structural_variants(), aot.TARGETS)) <= set(aot.places(version))
 
 
 def test_registers_stay_registers(facts):
@@ -146,8 +168,7 @@ def test_the_table_has_every_supported_version_and_variant():
     table = aot.read_registers()
     assert sorted(table) == sorted(aot.SUPPORTED)
     for version, of_variant in table.items():
-        assert list(of_variant) == list(aot.variants()), f"{version}: {aot.WRITE_REGISTERS}"
-        assert all(list(of_target) == list(aot.TARGETS) for of_target in of_variant.values()), version
+        assert places_in(of_variant) == aot.places(version), f"{version}: {aot.WRITE_REGISTERS}"
 
 
 def test_development_uses_a_supported_version():
@@ -156,7 +177,7 @@ def test_development_uses_a_supported_version():
         for line in (aot.ROOT / "constraints.txt").read_text().splitlines()
         if line.startswith("triton==")
     ]
-    assert [line.removeprefix("triton==").split(";")[0].strip() for line in pinned] == [aot.SUPPORTED[1]]
+    assert [line.removeprefix("triton==").split(";")[0].strip() for line in pinned] == [aot.DEVELOPMENT]
 
 
 @pytest.mark.parametrize(

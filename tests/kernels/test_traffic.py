@@ -7,6 +7,7 @@ an access outside every tensor; an atomic.
 """
 
 from contextlib import AbstractContextManager
+from itertools import product
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from grass_kernels.table import BLOCK, CHUNK
 from tests.support.aot import MIXTURES
 from tests.support.buffers import Buffers, interpreter_only
 from tests.support.oracle import BF16, F32, name
+from tests.support.pairwise import pairwise
 from tests.support.traffic import Traffic, count_traffic
 
 pytestmark = interpreter_only
@@ -113,11 +115,17 @@ def check_an_update(tensors: Tensors, norms: bool) -> None:
     assert traffic.bytes_of(*tensors.columns) == tensors.bytes() + sum(again)
 
 
-@pytest.mark.parametrize("norms", [False, True], ids=["", "norms"])
-@pytest.mark.parametrize("amsgrad", [False, True], ids=["", "amsgrad"])
-@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "misaligned"])
-@pytest.mark.parametrize("mixture", MIXTURES, ids=mixture_name)
-def test_an_update_touches_every_byte_once(buffers: Buffers, mixture, shift, amsgrad, norms):
+CASES = pairwise(
+    (*dtypes, rounding, *options)
+    for (dtypes, rounding), *options in product(MIXTURES, (0, 1), (False, True), (False, True))
+)
+
+
+@pytest.mark.parametrize(("param", "grad", "moments", "rounding", "shift", "amsgrad", "norms"), CASES)
+def test_an_update_touches_every_byte_once(
+    buffers: Buffers, param, grad, moments, rounding, shift, amsgrad, norms
+):
+    mixture = ((param, grad, moments), rounding)
     check_an_update(Tensors(buffers, mixture, SIZES, amsgrad=amsgrad, shift=shift), norms)
 
 

@@ -1,14 +1,15 @@
-"""Every variant of every kernel, compiled for GPUs this machine does not have, by any version of Triton.
+"""Kernels compiled for GPUs this machine does not have, by any version of Triton.
 
-A version other than the installed one needs nothing but its wheel, unpacked into a folder of its own
-(`make unit` does it); it compiles in a process whose path begins with that folder. What is known of the
-machine code comes back as JSON::
+Every variant is compiled for one target by one version, those that differ in structure for all targets by all
+versions: see :func:`places`. A version other than the installed one needs nothing but its wheel, unpacked into
+a folder of its own (`make unit` does it); it compiles in a process whose path begins with that folder. What is
+known of the machine code comes back as JSON::
 
     {"triton": version, "seconds": n, "variants": {variant: {target: {fact: value} or {"error": text}}}}
 
 As a script::
 
-    python -m tests.support.aot --output facts.json    # what the Triton of this process makes of everything
+    python -m tests.support.aot --output facts.json    # what the Triton of this process compiles
     python -m tests.support.aot --write-registers      # bring registers.json up to date with every version found
 
 Kernels come and go in one place: :func:`variants`.
@@ -36,11 +37,12 @@ from typing import Any, NamedTuple
 import torch
 
 from grass_kernels import _triton, adamw_kernel, prologue, reference, sq_norm, table
-from tests.support import oracle
 from tests.support.oracle import BF16, COMBINATIONS, F16, F32, name
+from tests.support.pairwise import pairwise
 
 SUPPORTED = ("3.6.0", "3.7.1", "3.9.0")
 """The oldest, the one that development uses, the newest."""
+DEVELOPMENT = SUPPORTED[1]
 INSTALLED = importlib.metadata.version("triton") if _triton.INSTALLED else None
 ROOT = Path(__file__).resolve().parents[2]
 REGISTERS = ROOT / "tests" / "kernels" / "registers.json"
@@ -48,6 +50,7 @@ WRITE_REGISTERS = "python -m tests.support.aot --write-registers"
 
 NVIDIA = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 TARGETS = (*NVIDIA, "gfx942")
+EVERY_VARIANT_FOR = "sm_90"
 
 ROUNDINGS = ("nearest", "master", "stochastic")
 MIXTURES = [
@@ -175,6 +178,34 @@ def variants() -> dict[str, Variant]:
     return by_name
 
 
+@functools.cache
+def structural_variants() -> frozenset[str]:
+    """Names of the variants that all versions compile for all targets.
+
+    They hold every pair of what the code of the AdamW kernel depends on (dtypes, rounding, running maxima, norms), and
+    the kernels with most in their registers.
+    """
+    choices = [(*mixture, *flags) for mixture, flags in product(MIXTURES, product((False, True), repeat=2))]
+    flat = pairwise((*dtypes, rounding, *flags) for dtypes, rounding, *flags in choices)
+    chosen = [(row[:3], *row[3:]) for row in flat]
+    chosen += [((BF16, BF16, BF16), rounding, True, True) for rounding in ROUNDINGS]
+    others = [
+        name
+        for name, variant in variants().items()
+        if variant.kernel is not adamw_kernel._masked_adamw_kernel
+    ]
+    return frozenset([*(_adamw(*choice).name for choice in chosen), *others])
+
+
+def places(version: str) -> list[tuple[str, str]]:
+    """What a version compiles: names of variants and targets."""
+    return [
+        (variant, target)
+        for variant, target in product(variants(), TARGETS)
+        if variant in structural_variants() or (version == DEVELOPMENT and target == EVERY_VARIANT_FOR)
+    ]
+
+
 # Compiling: what runs in the process of one version.
 
 
@@ -268,17 +299,17 @@ def _facts(variant: str, target: str) -> tuple[str, str, dict[str, Any]]:
 
 
 def compile_all() -> dict[str, Any]:
-    """Compile everything with the Triton of this process."""
+    """Compile all that is asked of the Triton of this process."""
     import triton
 
     start = time.perf_counter()
-    facts: dict[str, dict[str, Any]] = {variant: {} for variant in variants()}
+    facts: dict[str, dict[str, Any]] = {}
     workers = min(2, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        tasks = [pool.submit(_facts, *place) for place in product(variants(), TARGETS)]
+        tasks = [pool.submit(_facts, *place) for place in places(triton.__version__)]
         for task in tasks:
             variant, target, found = task.result()
-            facts[variant][target] = found
+            facts.setdefault(variant, {})[target] = found
     return {"triton": triton.__version__, "seconds": round(time.perf_counter() - start), "variants": facts}
 
 
@@ -296,8 +327,9 @@ def has(version: str) -> bool:
 
 
 def compiled_by(version: str, kept: Path) -> dict[str, Any]:
-    """What a version makes of everything. Kept in the folder `kept` until kernels or this file change."""
-    sources = [*sorted((ROOT / "grass_kernels").glob("*.py")), Path(__file__), Path(oracle.__file__)]
+    """What a version makes of its kernels. Kept in the folder `kept` until kernels or this file change."""
+    own = [Path(__file__).with_name(f"{module}.py") for module in ("aot", "oracle", "pairwise")]
+    sources = [*sorted((ROOT / "grass_kernels").glob("*.py")), *own]
     digest = hashlib.sha256("".join(path.read_text() for path in sources).encode()).hexdigest()[:16]
     found = kept / f"triton-{version}-{digest}.json"
     if found.exists():
@@ -335,7 +367,7 @@ def errors_of(facts: dict[str, Any]) -> dict[str, str]:
 
 
 def registers_of(facts: dict[str, Any]) -> dict[str, dict[str, int | None]]:
-    """Registers of each variant by target."""
+    """Registers of each variant by target; None of what did not compile."""
     return {
         variant: {target: found.get("registers") for target, found in of_target.items()}
         for variant, of_target in facts["variants"].items()
@@ -356,7 +388,7 @@ def write_registers() -> None:
                 facts = compiled_by(version, Path(kept))
                 assert not errors_of(facts), errors_of(facts)
                 registers[version] = registers_of(facts)
-                print(f"triton {version}: {len(facts['variants'])} variants in {facts['seconds']} s")
+                print(f"triton {version}: {len(places(version))} binaries in {facts['seconds']} s")
             else:
                 print(f"triton {version}: not in {folder_of(version)}, its figures are left as they are")
     blocks = [
