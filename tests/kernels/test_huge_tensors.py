@@ -51,11 +51,11 @@ def test_the_end_of_a_huge_tensor_is_updated_as_any_other(first, rounding_of):
     lists = TensorLists([param], [grad], [exp_avg], [exp_avg_sq], [None], [remainder], [step], [0], [seed])
     plan = ShiftedPlan(lists, first // CHUNK)
     sq_norms = torch.full((1,), torch.nan)
-    plan.upload(
-        [grad.data_ptr() - first * grad.element_size()],
-        [Hyperparameters(*split_lr(0.1), (0.9, 0.999), 1e-8, 0.1)],
-    )
-    plan.update(sq_norms)
+    hyperparameters = Hyperparameters(*split_lr(0.1, param.device), (0.9, 0.999), 1e-8, 0.1)
+    plan.upload(lists, [hyperparameters], [grad.data_ptr() - first * grad.element_size()])
+    plan.begin(norms=True)
+    plan.run()
+    plan.finish(sq_norms)
 
     c = reference.coefficients(5, lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
     random = None

@@ -39,21 +39,27 @@ LAYERS = [0, 2, 1, 0, 2]
 
 def hyperparameters(group, lr=None, max_grad_norm=math.inf):
     rest = {"maximize": False, **{key: value for key, value in group.items() if key != "lr"}}
-    return Hyperparameters(*(lr or split_lr(group["lr"])), **rest, max_grad_norm=max_grad_norm)
+    return Hyperparameters(*(lr or split_lr(group["lr"], CPU)), **rest, max_grad_norm=max_grad_norm)
 
 
-def plan_of(problem, groups=GROUP_OF):
+def lists_of(problem):
     nothing = [None] * len(problem.params)
-    lists = TensorLists(
+    return TensorLists(
         params=problem.params, grads=problem.grads, exp_avgs=problem.exp_avgs, exp_avg_sqs=problem.exp_avg_sqs,
         max_exp_avg_sqs=problem.max_exp_avg_sqs or nothing, remainders=nothing, steps=problem.steps,
         layers=LAYERS, seeds=nothing,
     )  # fmt: skip
-    return AdamWPlan(lists, 3, CPU, groups, len(GROUPS))
 
 
-def addresses(problem):
-    return [g.data_ptr() for g in problem.grads]
+def plan_of(problem, groups=GROUP_OF):
+    return AdamWPlan(lists_of(problem), 3, CPU, groups, len(GROUPS))
+
+
+def update(plan, sq_norms=None, *, grad_scale=None, **scales):
+    """One step after `upload`."""
+    plan.begin(norms=sq_norms is not None, grad_scale=grad_scale, **scales)
+    plan.run()
+    plan.finish(sq_norms, grad_scale)
 
 
 def expected_update(problem, groups=GROUPS, **options):
@@ -77,8 +83,8 @@ def test_groups_share_a_pass_and_gradients_may_move(buffers: Buffers, dtypes):
         for problem in (ours, theirs):
             move_gradients(problem, step)
         groups = [{**group, "lr": group["lr"] * 0.5**step} for group in GROUPS]
-        plan.upload(addresses(ours), [hyperparameters(group) for group in groups])
-        plan.update(norms)
+        plan.upload(lists_of(ours), [hyperparameters(group) for group in groups])
+        update(plan, norms)
         expected_update(theirs, groups)
         assert_same(ours, theirs)
         assert same_bits(norms, layer_sq_norms(ours.grads, LAYERS, 3))
@@ -93,10 +99,10 @@ def test_a_learning_rate_is_read_where_it_is(buffers: Buffers, dtype):
         hyperparameters(group, lr=(0.0, rates[i : i + 1].data_ptr(), dtype == torch.float64))
         for i, group in enumerate(GROUPS)
     ]
-    plan.upload(addresses(ours), by_address)
+    plan.upload(lists_of(ours), by_address)
     for lr in (0.1, 0.0, 0.3):
         rates[0], rates[1] = lr, lr / 3
-        plan.update()  # nothing is uploaded again
+        update(plan)  # nothing is uploaded again
         expected_update(theirs, [{**group, "lr": rates[i].item()} for i, group in enumerate(GROUPS)])
         assert_same(ours, theirs)
 
@@ -106,10 +112,10 @@ def test_a_learning_rate_is_read_where_it_is(buffers: Buffers, dtype):
 def test_clipping_is_by_the_norm_of_all(buffers: Buffers, limit, grad_scale):
     ours, theirs = Problem(buffers, sizes=SIZES), Problem(buffers, sizes=SIZES)
     plan, norms = plan_of(ours), torch.full((3,), torch.nan)
-    plan.upload(addresses(ours), [hyperparameters(group, max_grad_norm=limit) for group in GROUPS])
+    plan.upload(lists_of(ours), [hyperparameters(group, max_grad_norm=limit) for group in GROUPS])
     plan.measure(norms, grad_scale)
     measured = norms.clone()
-    plan.update(clip_by=norms, grad_scale=grad_scale)
+    update(plan, clip_by=norms, grad_scale=grad_scale)
     assert same_bits(norms, measured)
     assert same_bits(norms, layer_sq_norms(ours.grads, LAYERS, 3, grad_scale=grad_scale))
     scale = 1.0 if grad_scale is None else grad_scale.item()
@@ -139,15 +145,15 @@ def test_a_step_is_a_handful_of_launches(buffers: Buffers, monkeypatch, clip):
     monkeypatch.setattr(_triton, "launch", counted)
     problem, norms = Problem(buffers, sizes=SIZES), torch.empty(3)
     plan = plan_of(problem)
-    plan.upload(addresses(problem), [hyperparameters(group, max_grad_norm=1.0) for group in GROUPS])
+    plan.upload(lists_of(problem), [hyperparameters(group, max_grad_norm=1.0) for group in GROUPS])
     if clip:
         plan.measure(norms)
-        plan.update(clip_by=norms)
+        update(plan, clip_by=norms)
     else:
-        plan.update(norms)
-    norm_pass, update = ["_layer_sq_norms_kernel"], ["_prologue_kernel", "_masked_adamw_kernel"]
+        update(plan, norms)
+    norm_pass, main_pass = ["_layer_sq_norms_kernel"], ["_prologue_kernel", "_masked_adamw_kernel"]
     finalisation = ["_sum_layers_kernel"]
-    assert kernels == (norm_pass + finalisation + update if clip else update + finalisation)
+    assert kernels == (norm_pass + finalisation + main_pass if clip else main_pass + finalisation)
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
@@ -158,17 +164,17 @@ def test_a_norm_that_is_not_finite_skips_the_step(buffers: Buffers, value):
     problem.grads[2][17] = value
     groups = [hyperparameters(group, max_grad_norm=1.0) for group in GROUPS]
     for _ in range(2):
-        plan.upload(addresses(problem), groups)
+        plan.upload(lists_of(problem), groups)
         plan.measure(norms)
-        plan.update(clip_by=norms)
+        update(plan, clip_by=norms)
         assert not any(problem.changed(before))
         assert not norms[1].isfinite()
     problem.grads[2].copy_(good)
     for each in (problem, never):
         fresh = plan if each is problem else plan_of(never)
-        fresh.upload(addresses(each), groups)
+        fresh.upload(lists_of(each), groups)
         fresh.measure(norms)
-        fresh.update(clip_by=norms)
+        update(fresh, clip_by=norms)
     assert_same(problem, never)
 
 
@@ -183,9 +189,9 @@ def test_more_layers_than_are_added_up_at_a_time(buffers: Buffers, monkeypatch):
             list(steps), list(range(count)), [None] * count,
         )  # fmt: skip
         plan, norms = AdamWPlan(lists, count, CPU), torch.full((count,), torch.nan)
-        plan.upload([g.data_ptr() for g in grads], [hyperparameters(GROUPS[0], max_grad_norm=0.5)])
+        plan.upload(lists, [hyperparameters(GROUPS[0], max_grad_norm=0.5)])
         plan.measure(norms)
-        plan.update(clip_by=norms)
+        update(plan, clip_by=norms)
         coefficient = reference.clip_coefficient(norms, 0.5)[0].item()
         assert coefficient == pytest.approx(0.5 / (grads.double().norm().item() + 1e-6), rel=1e-6)
         torch.testing.assert_close(moments[0], grads * (0.1 * coefficient), rtol=1e-6, atol=0)

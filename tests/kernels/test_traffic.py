@@ -183,9 +183,10 @@ def test_clipping_by_the_norm_reads_gradients_once_more(buffers: Buffers, shift,
     sq_norms = torch.empty(1)
     with tensors.count() as traffic:
         plan = AdamWPlan(lists, 1, torch.device("cpu"))
-        plan.upload([g.data_ptr() for g in lists.grads], [hyper])
+        plan.upload(lists, [hyper])
         plan.measure(sq_norms)
-        plan.update(clip_by=sq_norms)
+        plan.begin(clip_by=sq_norms)
+        plan.run()
     for column in tensors.updated:
         assert_every_byte(traffic.reads(column), 1)
         assert_every_byte(traffic.writes(column), 1)

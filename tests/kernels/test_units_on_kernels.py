@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 
 import grass
+import grass_kernels
 from grass.offload.store import Slab
 from grass.offload.units import Unit, cut
 from grass_kernels import (
     AdamWPlan,
     Hyperparameters,
     Part,
-    Shifts,
-    States,
     TensorLists,
     TorchPlan,
     _triton,
     layer_sq_norms,
+    layout,
     masked_adamw_,
 )
 from grass_kernels.inputs import split_lr
@@ -89,12 +89,18 @@ class Slabbed:
     def units(self, capacity: int | None) -> list[Unit]:
         return cut(0, self.slab, capacity)
 
-    def parts(self, units: Sequence[Unit]) -> list[Part]:
+    def as_parts(self, units: Sequence[Unit]) -> list[grass_kernels.Unit]:
+        """The units as plans take them."""
         places = {p: i for i, p in enumerate(self.params)}
         return [
-            Part(places[piece.param], piece.first_chunk, piece.num_chunks, number)
-            for number, unit in enumerate(units)
-            for piece in unit.pieces
+            grass_kernels.Unit(
+                [
+                    Part(places[p.param], p.first_chunk, p.num_chunks, p.start - unit.start)
+                    for p in unit.pieces
+                ],
+                unit.host,
+            )
+            for unit in units
         ]
 
     def visits(self, units: Sequence[Unit]) -> Iterator[tuple[int, Unit, dict[str, Tensor]]]:
@@ -130,7 +136,7 @@ def change_gradients(problem: Slabbed, step: int) -> None:
 
 def hyperparameters(limit: float) -> list[Hyperparameters]:
     return [
-        Hyperparameters(*split_lr(g["lr"]), *(g[k] for k in ("betas", "eps", "weight_decay", "maximize")), limit)
+        Hyperparameters(*split_lr(g["lr"], CPU), *(g[k] for k in ("betas", "eps", "weight_decay", "maximize")), limit)
         for g in GROUPS
     ]  # fmt: skip
 
@@ -142,23 +148,23 @@ def test_a_plan_in_units_is_the_plan_in_one(case: str, clip: bool) -> None:
     units = ours.units(least(ours))
     assert len(units) > 1
     whole = AdamWPlan(theirs.lists(), 2, CPU, GROUP_OF, 2)
-    plan = AdamWPlan(ours.lists(), 2, CPU, GROUP_OF, 2, parts=ours.parts(units))
+    plan = AdamWPlan(ours.lists(), 2, CPU, GROUP_OF, 2, units=ours.as_parts(units))
     norms, expected = torch.full((2,), torch.nan), torch.full((2,), torch.nan)
     for step in range(2):
         for problem, one in ((ours, plan), (theirs, whole)):
             change_gradients(problem, step)
             limit = 0.5 if clip else math.inf
-            one.upload([g.data_ptr() for g in problem.grads], hyperparameters(limit))
+            one.upload(problem.lists(), hyperparameters(limit))
         if clip:
             plan.measure(norms)
             whole.measure(expected)
-        plan.begin(clip_by=norms if clip else None)
-        for number, unit, views in ours.visits(units):
-            shifts = {kind: views[kind].data_ptr() - home.data_ptr() for kind, home in unit.host.items()}
-            plan.run(number, norms=not clip, shifts=Shifts(**shifts))
-        if not clip:
-            plan.finish(norms)
-        whole.update(None if clip else expected, clip_by=expected if clip else None)
+        plan.begin(norms=not clip, clip_by=norms if clip else None)
+        for number, _, views in ours.visits(units):
+            plan.run(number, views)
+        plan.finish(None if clip else norms)
+        whole.begin(norms=not clip, clip_by=expected if clip else None)
+        whole.run()
+        whole.finish(None if clip else expected)
         assert same_bits(norms, expected)
         assert_same(ours, theirs)
 
@@ -167,13 +173,12 @@ def test_a_plan_in_units_is_the_plan_in_one(case: str, clip: bool) -> None:
 def test_a_skipped_plan_moves_nothing() -> None:
     problem = Slabbed()
     units = problem.units(least(problem))
-    plan = AdamWPlan(problem.lists(), 2, CPU, GROUP_OF, 2, parts=problem.parts(units))
-    plan.upload([g.data_ptr() for g in problem.grads], hyperparameters(math.inf))
+    plan = AdamWPlan(problem.lists(), 2, CPU, GROUP_OF, 2, units=problem.as_parts(units))
+    plan.upload(problem.lists(), hyperparameters(math.inf))
     before = problem.snapshot()
     plan.begin(found_inf=torch.tensor(1.0))
-    for number, unit, views in problem.visits(units):
-        shifts = {kind: views[kind].data_ptr() - home.data_ptr() for kind, home in unit.host.items()}
-        plan.run(number, norms=False, shifts=Shifts(**shifts))
+    for number, _, views in problem.visits(units):
+        plan.run(number, views)
     assert all(same_bits(x, y) for x, y in zip(before, problem.snapshot(), strict=True))
 
 
@@ -181,16 +186,12 @@ def test_a_skipped_plan_moves_nothing() -> None:
 
 
 def run_torch_plan(problem: Slabbed, units: Sequence[Unit], **scales: Any) -> None:
-    plan = TorchPlan(problem.lists(), GROUP_OF, problem.parts(units))
-    plan.begin(GROUPS, **scales)
-    for number, unit, views in problem.visits(units):
-        states = []
-        for piece in unit.pieces:
-            start = piece.start - unit.start
-            own = {kind: view[start : start + piece.numel] for kind, view in views.items()}
-            kinds = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "remainder")
-            states.append(States(*(own.get(kind) for kind in kinds)))
-        plan.run(number, states)
+    plan = TorchPlan(problem.lists(), 2, CPU, GROUP_OF, problem.as_parts(units))
+    plan.upload(problem.lists(), hyperparameters(math.inf))
+    plan.begin(**scales)
+    for number, _, views in problem.visits(units):
+        plan.run(number, views)
+    plan.finish()
 
 
 def run_function(problem: Slabbed, **scales: Any) -> None:
@@ -244,17 +245,21 @@ def test_parameters_that_are_transposed_are_walked_as_they_lie() -> None:
     units = cut(0, slab, CHUNK * 8 + 512)
     assert len(units) == 2
     places = [slab.view(p, kind) for kind in kinds]
-    parts = [Part(0, u.pieces[0].first_chunk, u.pieces[0].num_chunks, n) for n, u in enumerate(units)]
+    parts = [
+        grass_kernels.Unit([Part(0, u.pieces[0].first_chunk, u.pieces[0].num_chunks)], u.host) for u in units
+    ]
     steps = [torch.tensor(0.0)]
     nothing: list[None] = [None]
     moments = [torch.zeros_like(q), torch.zeros_like(q)]
     counter = torch.tensor(0.0)
     for g in (grad.t(), grad.t().contiguous()):  # as the parameter lies, and otherwise
         lists = TensorLists([p], [g], [places[0]], [places[1]], nothing, nothing, steps, [0], nothing)
-        plan = TorchPlan(lists, [0], parts)
-        plan.begin(GROUPS[:1])
+        lists = lists.in_layout(layout.Layout(lists.params))
+        plan = TorchPlan(lists, 1, CPU, [0], parts)
+        plan.upload(lists, hyperparameters(math.inf)[:1])
+        plan.begin()
         for number, unit in enumerate(units):
-            plan.run(number, [States(unit.host["exp_avg"], unit.host["exp_avg_sq"], None, None)])
+            plan.run(number, unit.host)
         masked_adamw_([q], [g], [moments[0]], [moments[1]], [counter], **GROUPS[0])
     assert same_bits(p, q)
     assert same_bits(places[0], moments[0])
@@ -304,8 +309,7 @@ def trained(dtype: torch.dtype, options: dict[str, Any], **mode: Any) -> dict[st
     state = opt.state_dict()
     state["param_groups"][0]["grass"].pop("torn", None)
     if mode.get("offload") == "streamed":
-        assert len(opt._pipeline.units(opt.active_layers[0])) == 2
-        assert all(work.planned and not work.by_function for work in opt._works.values())
+        assert len(opt._offload.units(opt.active_layers[0])) == 2
     weights = {name: p.detach() for name, p in model.named_parameters()}
     return {"weights": weights, "state": state, "norms": norms, "draws": opt.draw_counts}
 

@@ -174,7 +174,9 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[RecordingEngine]:
         made.append(RecordingEngine())
         return made[-1]
 
-    monkeypatch.setattr(OffloadManager, "__init__", functools.partialmethod(OffloadManager.__init__, engine=record))
+    monkeypatch.setattr(
+        OffloadManager, "__init__", functools.partialmethod(OffloadManager.__init__, engine=record)
+    )
     return made
 
 

@@ -64,6 +64,7 @@ def test_states_replaced_by_hand_are_noticed(
     mode: str, by_hand: Callable[[grass.GrassAdamW, Tensor], None]
 ) -> None:
     """After `state_dict`, which waits for copies; by replacing them, as writes in place are not detected."""
+
     def run(mode: str) -> dict[str, Any]:
         model, opt = start(mode)
         for index in range(STEPS):

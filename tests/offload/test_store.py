@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import grass
 from grass.errors import OffloadError
-from grass.offload.store import ALIGNMENT, Slab, Bucket, Store, allocating, place
+from grass.offload.store import ALIGNMENT, Bucket, Slab, Store, allocating, place
 from tests.support import ragged, tiny
 
 F32, BF16, I16 = torch.float32, torch.bfloat16, torch.int16

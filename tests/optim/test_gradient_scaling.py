@@ -111,7 +111,9 @@ def test_an_overflow_in_the_first_of_several_micro_batches_is_seen() -> None:
 
 def test_an_overflow_in_a_window_skips_the_update_and_the_observation() -> None:
     model, inner = overflowing(0)
-    opt = grass.GrassAdamW(model, config=tiny.config(active_layers=5, ema=1.0), pattern="blocks.*", fused=True)
+    opt = grass.GrassAdamW(
+        model, config=tiny.config(active_layers=5, ema=1.0), pattern="blocks.*", fused=True
+    )
     amp = scaler()
     scaled_steps(model, opt, amp, 0, 4)
     before, steps = tiny.weights(model), float(opt.state[model.head.weight]["step"])
