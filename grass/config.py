@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from grass.errors import ConfigError
 
-# Checkpoints store a choice by its position: append new ones at the end.
+# State dicts store a choice by its position: append new ones at the end.
 ImportanceScale = Literal["mean", "log", "zscore", "none"]
 SamplerName = Literal["adaptive", "static", "uniform", "weight_norm", "cyclic", "shuffled"]
 Moments = Literal["keep", "reset"]
@@ -29,10 +29,10 @@ class GrassConfig:
             ``sample_interval``.
         temperature: tau, temperature of the softmax over layers.
         ema: alpha, weight of the newest measurement in a layer's importance, in (0, 1].
-        importance_scale: transformation of the importance before the softmax, which makes it independent of
-            the size of the gradients: ``"mean"`` divides by the mean over layers, ``"log"`` takes the
-            logarithm (p proportional to m^(1/tau)), ``"zscore"`` standardizes, ``"none"`` leaves it as it is,
-            which is the formula of the paper.
+        importance_scale: transformation of the importance before the softmax. ``"mean"`` divides by the mean
+            over layers, ``"log"`` takes the logarithm (p proportional to m^(1/tau)), ``"zscore"``
+            standardizes: with these, probabilities do not depend on the size of the gradients. ``"none"``
+            is the formula of the paper.
         sampler: ``"adaptive"`` follows the gradient norms during training and is the method of the paper;
             ``"static"`` uses the norms of the probe only; ``"uniform"`` and ``"cyclic"`` use no norms;
             ``"weight_norm"`` uses the root mean square of the weights; ``"shuffled"`` assigns the adaptive

@@ -53,7 +53,7 @@ class MeanGradientNorm:
 
     @property
     def nonfinite_norms(self) -> int:
-        """Number of norms that were NaN or inf and were left out. Synchronizes with the device."""
+        """Number of norms that were NaN or inf and were left out. Reading it is a device sync."""
         return int(self._nonfinite.item())
 
     def observe(self, sq_norms: Tensor, observed: Tensor, skipped: Tensor | None = None) -> None:

@@ -115,7 +115,7 @@ class LayerScheduler:
         """
         if self.probing:
             self.importance.accumulated |= accumulated
-        # Filled by index: a copy from the host would synchronize with the device.
+        # Filled by index: a copy from the host would be a device sync.
         mask = torch.zeros(len(observed), dtype=torch.bool, device=sq_norms.device)
         for layer, has_grad in enumerate(observed):
             if has_grad:

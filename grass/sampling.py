@@ -94,9 +94,8 @@ class Sampler:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state returned by `state_dict`."""
-        self.generator.set_state(
-            state["generator"].cpu()
-        )  # trainers move all tensors of a state dict to the device
+        # trainers move all tensors of a state dict to the device
+        self.generator.set_state(state["generator"].cpu())
         self.num_draws = int(state["num_draws"])
         self.probabilities = state["probabilities"].detach().cpu().double()
 

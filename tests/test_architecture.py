@@ -119,11 +119,6 @@ def test_the_trainer_factory_is_there_after_importing_grass():
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
-def test_every_source_file_is_of_readable_length():
-    lengths = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
-    assert {name: n for name, n in lengths.items() if n > 400} == {}
-
-
 def test_the_picture_names_every_room():
     picture = (ROOT / "docs" / "architecture.md").read_text()
     missing = [

@@ -193,7 +193,7 @@ def _arguments(
         max_grad_norm=options.max_grad_norm,
         seed=config.seed,
         logging_steps=options.log_steps,
-        logging_nan_inf_filter=False,  # log a diverged loss as it is; the filter would synchronize with the device
+        logging_nan_inf_filter=False,  # log a diverged loss as it is; the filter would be a device sync
         save_strategy="steps" if options.save_steps else "no",
         save_steps=options.save_steps or 1,
         save_total_limit=1,

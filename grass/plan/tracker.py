@@ -75,9 +75,8 @@ class MemoryTracker(TorchDispatchMode):
         for t in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(t, Tensor):
                 self.block_of(t)
-        if (
-            name in self._workspaces
-        ):  # allocated in addition to the results, and freed when the operator returns
+        if name in self._workspaces:
+            # allocated in addition to the results, and freed when the operator returns
             block = Block(ACTIVATIONS, _rounded(self._workspaces[name](*args, **kwargs)))
             self._events += [(block, 1), (block, -1)]
         count = flop_registry.get(func._overloadpacket) or _ATTENTION.get(name)
