@@ -198,7 +198,7 @@ class AdamW(torch.optim.AdamW):
         plan, reading = self._plans.get(bucket), None
         if plan is not None:
             try:
-                reading = read_step(params, self.state, self._options)
+                reading = read_step(params, self.state, self._other_kinds())
             except (
                 KeyError,
                 TypeError,
@@ -234,13 +234,20 @@ class AdamW(torch.optim.AdamW):
             self._states.allocate(state, group, entry.param)
             self._states.follow(state, group, entry.param)
         check_states(entries, self.param_groups, self.state, self._options)
-        reading = read_step(params, self.state, self._options)
+        reading = read_step(params, self.state, self._other_kinds())
         buckets = self._buckets_of(entries)
         plan = StepPlan(
             reading, entries, self.param_groups, self._options, num_layers, self._residency, buckets
         )
         _logger.debug("new plan for %d parameters", len(entries))
         return plan, reading
+
+    def _other_kinds(self) -> list[str]:
+        """States that some parameters have beside the two moments and the counter."""
+        kinds = ["remainder"] if self._options.master_weights else []
+        if any(group["amsgrad"] for group in self.param_groups):
+            kinds.append("max_exp_avg_sq")
+        return kinds
 
     def _params_of(self, bucket: int | None) -> list[Tensor]:
         """All parameters; in subclasses that have buckets, those of one."""

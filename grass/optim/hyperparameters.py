@@ -32,7 +32,12 @@ def hyperparameters_of(
         KernelArgumentError: with the hyperparameter's name.
     """
     lr, *rest, maximize = settings_of(group)
-    if not isinstance(lr, Tensor) or lr.device != device or device.type == "cpu" or lr.dtype not in _LR_DTYPES:
+    if (
+        not isinstance(lr, Tensor)
+        or lr.device != device
+        or device.type == "cpu"
+        or lr.dtype not in _LR_DTYPES
+    ):
         lr = to_number("lr", lr)  # else kernels read it on the device
     names = ("betas[0]", "betas[1]", "eps", "weight_decay")
     beta1, beta2, eps, weight_decay = map(to_number, names, rest)

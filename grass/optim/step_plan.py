@@ -27,13 +27,13 @@ _structure = itemgetter(
     "amsgrad", "differentiable", "capturable", "foreach", "fused", "decoupled_weight_decay"
 )
 _moments = itemgetter("exp_avg", "exp_avg_sq", "step")
-_grad, _dtype, _nbytes, _shape = map(attrgetter, ("grad", "dtype", "nbytes", "shape"))
+_grad, _dtype, _nbytes = map(attrgetter, ("grad", "dtype", "nbytes"))
 
 
 class Reading(NamedTuple):
     """Tensors of a step, and what a plan is compared by."""
 
-    params: list[Tensor]  # those that have gradients
+    params: Sequence[Tensor]  # those that have gradients
     grads: list[Tensor]
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
@@ -41,50 +41,55 @@ class Reading(NamedTuple):
     remainders: list[Tensor | None]
     steps: list[Tensor]
     addresses: list[int]  # of the gradients
-    key: list[Any]
+    key: tuple[Any, ...]
 
 
-def read_step(params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Any]], options: Options) -> Reading:
+def read_step(
+    params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Any]], kinds: Sequence[str]
+) -> Reading:
     """Read what a step updates.
 
     Args:
         params: of the optimizer, or of a bucket; with or without gradients.
         state: of the optimizer.
-        options: of the optimizer.
+        kinds: states that some parameters have beside ``exp_avg``, ``exp_avg_sq`` and ``step``.
 
     Raises:
         KeyError, TypeError: a state is missing or is no tensor.
         RuntimeError, AttributeError: a tensor has no address, such as a fake or sparse one.
     """
-    all_grads = list(map(_grad, params))
-    present = [g is not None for g in all_grads]
-    rows = list(compress(params, present))
-    grads = list(compress(all_grads, present))
+    present: list[bool] | None = None
+    rows, grads = params, list(map(_grad, params))
+    try:
+        addresses = list(map(Tensor.data_ptr, grads))
+    except TypeError:  # of None
+        present = [g is not None for g in grads]
+        rows, grads = list(compress(params, present)), list(compress(grads, present))
+        addresses = list(map(Tensor.data_ptr, grads))
     states: Any = list(map(state.get, rows))
     exp_avgs, exp_avg_sqs, steps = (
         map(list, zip(*map(_moments, states), strict=True)) if rows else ([], [], [])
     )
-    maxima = [s.get("max_exp_avg_sq") for s in states]
-    remainders: list[Tensor | None] = [None] * len(rows)
-    if options.master_weights:
-        remainders = [s.get("remainder") for s in states]
-    others = [t for t in (*maxima, *remainders) if t is not None]
-    moments = [*exp_avgs, *exp_avg_sqs, *others]
-    both = [*rows, *grads]
-    addresses = list(map(Tensor.data_ptr, grads))
-    key = [
+    others = {kind: [s.get(kind) for s in states] for kind in kinds}
+    moments = [*exp_avgs, *exp_avg_sqs, *(t for column in others.values() for t in column if t is not None)]
+    key = (
         present,
-        *map(Tensor.data_ptr, rows),
-        *map(Tensor.data_ptr, moments),
-        *map(Tensor.data_ptr, steps),
-        *map(_dtype, both),
-        *map(_shape, rows),
-        *map(_nbytes, grads),
-        *map(_nbytes, moments),
-        *map(Tensor.stride, both),
-        *map(Tensor.stride, moments),
-    ]
-    return Reading(rows, grads, exp_avgs, exp_avg_sqs, maxima, remainders, steps, addresses, key)
+        list(map(Tensor.data_ptr, [*rows, *moments, *steps])),
+        list(map(Tensor.stride, [*rows, *grads])),
+        list(map(_dtype, rows)),
+        list(map(_nbytes, [*rows, *grads, *moments])),
+    )
+    return Reading(
+        rows,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        others.get("max_exp_avg_sq") or [None] * len(rows),
+        others.get("remainder") or [None] * len(rows),
+        steps,
+        addresses,
+        key,
+    )
 
 
 class Scaler(NamedTuple):
@@ -223,8 +228,8 @@ class StepPlan:
                 self._residency.run(bucket, self._run_unit)
             taken = [backend.finish() for backend in self._backends]
             sq_norms = measured if measured is not None else _total(taken)  # type: ignore[arg-type]
-        written = [t for kernels in self._kernels for t in kernels.written(reading)]
-        torch.autograd.graph.increment_version(written)
+        for kernels in self._kernels:
+            kernels.increment_versions(reading)
         return sq_norms, [entry for entry in kept if entry is not None]
 
     def _run_unit(self, unit: Any, views: dict[str, Tensor] | None) -> None:
@@ -282,12 +287,15 @@ class _Kernels:
             return plan
 
         lists = self._lists(reading)
+        self._has_inference_tensors = any(
+            t.is_inference() for column in lists.tensors() for t in column if t is not None
+        )
         # Tensors that cannot be walked in storage order together go through copies, made anew in every step.
         self._is_regular = lists.is_regular()
         self._make = make
         self._plan: AdamWPlan | TorchPlan | None = make(lists) if self._is_regular else None
 
-    def _select(self, column: list) -> list:
+    def _select(self, column: Any) -> Any:
         return column if self._places is None else [column[place] for place in self._places]
 
     def _lists(self, reading: Reading) -> TensorLists:
@@ -307,10 +315,15 @@ class _Kernels:
             seeds=self._seeds,
         )
 
-    def written(self, reading: Reading) -> Iterator[Tensor]:
-        """Tensors of which autograd must be told that they were written."""
-        columns = (reading.params, reading.exp_avgs, reading.exp_avg_sqs, reading.steps)
-        yield from (t for column in columns for t in self._select(column) if not t.is_inference())
+    def increment_versions(self, reading: Reading) -> None:
+        """Tell autograd what was written through addresses."""
+        written = [*self._select(reading.params), *self._select(reading.exp_avgs)]
+        written += [*self._select(reading.exp_avg_sqs), *self._select(reading.steps)]
+        for column in (reading.max_exp_avg_sqs, reading.remainders):
+            written += [t for t in self._select(column) if t is not None]
+        if self._has_inference_tensors:
+            written = [t for t in written if not t.is_inference()]
+        torch.autograd.graph.increment_version(written)
 
     def prepare(self, groups: Sequence[dict[str, Any]]) -> None:
         """Take the hyperparameters of the groups, checked."""
@@ -327,9 +340,10 @@ class _Kernels:
         """Prepare the launches of a step; see `AdamWPlan.upload`."""
         lists, addresses = self._lists(reading), self._select(reading.addresses)
         if not self._is_regular:
-            self._copies = layout.Layout(lists.params)
-            lists, addresses = lists.in_layout(self._copies), None  # type: ignore[assignment]
-            self._plan = self._make(lists)
+            copies = layout.Layout(lists.params)
+            lists = lists.in_layout(copies)
+            self._copied = copies, lists  # alive until the step has been launched
+            self._plan, addresses = self._make(lists), None
         assert self._plan is not None
         return self._plan.upload(lists, self._hyperparameters, addresses)
 
@@ -362,8 +376,8 @@ class _Kernels:
         assert self._plan is not None
         self._plan.finish(self.sq_norms if self._norms else None, self._grad_scale)
         if not self._is_regular:
-            self._copies.write_back()
-            del self._copies
+            self._copied[0].write_back()
+            del self._copied
             self._plan = None
         return self.sq_norms if self._norms else None
 

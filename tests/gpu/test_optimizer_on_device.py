@@ -21,7 +21,7 @@ MIB = 1 << 20
 def test_a_scaled_run_is_an_unscaled_run(device: torch.device, dtype: torch.dtype, options: dict) -> None:
     """GradScaler's own way: it looks for overflows, and the step divides. Powers of two lose nothing."""
     params, twins = parameters(device, dtype), parameters(device, dtype)
-    opt, plain = (grass.AdamW(some, lr=1e-2, **options) for some in (params, twins))
+    opt, plain = (grass.AdamW(some, lr=1e-2, fused=True, **options) for some in (params, twins))
     scaler = torch.amp.GradScaler(device.type, init_scale=SCALE, growth_interval=1000)
     scaler.scale(torch.zeros((), device=device))  # makes the scale
     for index in range(6):
@@ -39,7 +39,7 @@ def test_a_scaled_run_is_an_unscaled_run(device: torch.device, dtype: torch.dtyp
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_an_overflow_skips_the_step_and_lowers_the_scale(device: torch.device, value: float) -> None:
     params = parameters(device, F16)
-    opt = grass.AdamW(params, lr=1e-2)
+    opt = grass.AdamW(params, lr=1e-2, fused=True)
     scaler = torch.amp.GradScaler(device.type, init_scale=SCALE, growth_interval=1000)
     scaler.scale(torch.zeros((), device=device))
     for index, spoiled in enumerate((False, True, False)):
