@@ -1,8 +1,8 @@
 """Remainders beside an upper half that was written by others: the fp32 value that the two halves stand for.
 
-Would catch: a remainder that wraps beside ±0 or ±infinity, in the reference, on the torch path or in a kernel; one that
-moves the value by more than half a bfloat16 unit; a NaN that becomes a number or an infinity that becomes finite; a clamp
-that also changes pairs which a step has stored; a layout, an alignment or an option that takes another way.
+Would catch: a remainder that wraps beside ±0 or ±infinity, in the reference, on the torch path or in a kernel; one
+that moves the value by more than half a bfloat16 unit; a NaN that becomes a number or an infinity that becomes finite;
+a clamp that also changes pairs which a step has stored; a layout, an alignment or an option that takes another way.
 
 The rule: beside ±0 a negative remainder counts as 0, beside ±infinity any remainder does. Runs in both passes.
 """
