@@ -17,6 +17,7 @@ HYPER = {"lr": 0.01, "weight_decay": 0.1}
 KINDS = {"AdamW": None, "none": "none", "resident": "resident", "streamed": "streamed"}
 """`grass.AdamW`, and the method by its offload mode."""
 MAXIMA = "max_exp_avg_sq"
+KEYS = ("step", "exp_avg", "exp_avg_sq", MAXIMA)
 REFUSALS = (ValueError, TypeError, RuntimeError, AssertionError)
 
 
@@ -67,6 +68,7 @@ class Twins:
         grouped: bool = True,
         **options: Any,
     ) -> None:
+        self.stored = kind in ("resident", "streamed")
         self.model = Model(dtype)
         self.params = self.model.ordered()
         wide = F32 if dtype in (BF16, F16) else dtype
@@ -108,19 +110,33 @@ class Twins:
             self.set_grads()
             self.step()
 
+    def settle(self) -> None:
+        """Wait for what a store writes back: it may be newer than the tensors in the state."""
+        if self.stored:
+            self.ours.state_dict()
+
     def compare(self) -> None:
+        """Parameters; and states, unless they live in a store, which may have newer ones on the device."""
+        if not self.stored:
+            self.compare_states()
         for i, (p, q) in enumerate(zip(self.params, self.twins, strict=True)):
             units = torch.finfo(p.dtype).eps
             close(p.detach().to(q.dtype), q.detach(), f"parameter {i}", rtol=20 * units, atol=2 * units)
-            state, expected = self.ours.state.get(p, {}), self.torchs.state.get(q, {})
-            for key in (*("step", "exp_avg", "exp_avg_sq"), MAXIMA):
-                assert (key in state) == (key in expected), f"{key} of parameter {i}"
-                if key in expected:
-                    found = torch.as_tensor(state[key]).to(torch.as_tensor(expected[key]).dtype)
-                    close(found, expected[key], f"{key} of parameter {i}", rtol=1e-5, atol=1e-6)
             if p.dtype != q.dtype:  # rounded apart: go on from the same
                 with torch.no_grad():
                     q.copy_(p)
+
+    def compare_states(self) -> None:
+        self.settle()
+        for i, (p, q) in enumerate(zip(self.params, self.twins, strict=True)):
+            state, expected = self.ours.state.get(p, {}), self.torchs.state.get(q, {})
+            for key in KEYS:
+                assert (key in state) == (key in expected), f"{key} of parameter {i}"
+                if key in expected:
+                    theirs = torch.as_tensor(expected[key])
+                    found = torch.as_tensor(state[key]).to(theirs.dtype)
+                    found = found.reshape(()) if key == "step" else found
+                    close(found, theirs, f"{key} of parameter {i}", rtol=1e-5, atol=1e-6)
 
     def steps_or_refuses(self, *names: str) -> bool:
         """Step both and compare; or find ours refused by one of these names, with nothing changed.
