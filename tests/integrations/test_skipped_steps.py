@@ -1,8 +1,8 @@
 """Steps that a scaler skips under accelerate, and who must know: the learning-rate schedule, Trainer, the method.
 
 Would catch: an optimizer whose skipped step accelerate does not see, so that `step_was_skipped` is False where it is
-True for torch's, and the schedule advances, Trainer's too; a wrapped step that differs from torch's in parameters, rates
-or the scaler's state; a prepared optimizer that has lost torch's answer.
+True for torch's, and the schedule advances, Trainer's too; a wrapped step that differs from torch's in parameters,
+rates or the scaler's state; a prepared optimizer that has lost torch's answer.
 
 Oracle: `torch.optim.AdamW` in the same wrapper.
 """
