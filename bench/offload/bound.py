@@ -1,4 +1,4 @@
-"""The bound: what no order of copies through the ring could beat, as gradients come when they do.
+"""The bound: the time that no order of copies through the ring could beat, given when gradients come.
 
 The floor asks only that every queue does its own work. But the states of what backward completes last cannot come
 earlier than the ring has room, and the next forward waits for their updates: that stands after backward, and no
@@ -7,10 +7,10 @@ schedule hides it. It is most where the lowest layers train.
 
 import torch
 
+from bench.offload.recording import RecordingEngine
 from bench.offload.steps import UPDATE_TRAFFIC, Task, make_pipeline, parts
-from grass.offload.recording import RecordingEngine
+from bench.offload.timeline import Link
 from grass.offload.store import allocating
-from grass.offload.timeline import Link
 
 
 def bound_seconds(task: Task, link: Link, hbm: float) -> float:

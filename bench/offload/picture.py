@@ -1,4 +1,4 @@
-"""The picture: what compute and both copies do in a step, one after another and overlapped (the paper's Figure 3)."""
+"""The picture: compute and both copies in a step, one after another and overlapped (the paper's Figure 3)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from bench.offload.rows import VARIANTS, Outcome, Row
 from bench.offload.steps import Step
+from bench.offload.timeline import Span
 from grass.offload.streams import COMPUTE, D2H, H2D, UPDATE
-from grass.offload.timeline import Span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,7 +84,7 @@ def _slot(span: Span) -> int:
 
 
 def _is_work(span: Span) -> bool:
-    """Whether it moves or updates states."""
+    """Return True if it moves or updates states."""
     return span.operation.kind in ("fetch", "update", "write-back")
 
 
@@ -95,7 +95,7 @@ def _colors(steps: Any) -> dict[int, str]:
 
 
 def _first_work(step: Step) -> float:
-    """When states are first needed: the beginning of the close-up, in seconds."""
+    """Return when states are first needed, in seconds: the beginning of the close-up."""
     updates = [span for span in step.spans if span.operation.kind == "update"]
     slot = _slot(updates[0])
     computed = [

@@ -1,4 +1,4 @@
-"""Steps: what a training step with fused backward asks of the pipeline, and how long that takes.
+"""Training steps with fused backward: the operations that they ask of the pipeline, and their time.
 
 The driver is the same for the simulation and for a GPU. It does what the optimizer does: tell the pipeline what
 comes, compute, and update each slot as soon as its gradients are complete.
@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bench.offload.recording import Log, RecordingEngine
 from bench.offload.shapes import Compute, Shape
+from bench.offload.timeline import Link, Seconds, Span, busy_seconds, floor_seconds, simulate
 from grass.offload.pipeline import StreamedPipeline, Update
-from grass.offload.recording import Log, RecordingEngine
 from grass.offload.store import Slot, Store, allocating
 from grass.offload.streams import COMPUTE, D2H, H2D, HOST, CopyEngine, Operation
-from grass.offload.timeline import Link, Seconds, Span, busy_seconds, floor_seconds, simulate
 
 MOMENTS = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
 UPDATE_TRAFFIC = (2 + 2 + 2 + 4 * 4) / 8
@@ -28,7 +28,7 @@ FIRST = ("forward", "layer 0")
 
 
 class Task(NamedTuple):
-    """What is trained, and how.
+    """A model, the layers that train, and the ring of buffers.
 
     Args:
         shape: of the model.
@@ -149,7 +149,7 @@ def make_pipeline(task: Task, engine: CopyEngine, device: torch.device) -> Strea
 
 
 def log_of(task: Task, *, vanilla: bool = False) -> Log:
-    """What a task asks of queues.
+    """Return the operations that a task asks of queues.
 
     Args:
         task: what to train.
@@ -169,7 +169,7 @@ def log_of(task: Task, *, vanilla: bool = False) -> Log:
 
 
 def seconds_of(task: Task, log: Log, hbm: float) -> Seconds:
-    """How long parts and updates take.
+    """Return the time of parts and updates.
 
     Args:
         task: whose parts they are.

@@ -19,8 +19,8 @@ from torch import Tensor
 from trainings import EXACT, MODES, OFFLOADED, STEPS, outcome, start, train
 
 import grass
-from grass.offload.order import conflicts
-from grass.offload.recording import RecordingEngine
+from bench.offload.order import conflicts
+from bench.offload.recording import RecordingEngine
 from grass.offload.streams import H2D, HOST
 from grass.optim.offloading import Offloading
 from grass_kernels import KernelArgumentError
