@@ -13,6 +13,10 @@ class LayerDiscoveryError(GrassError, ValueError):
     """The model's layers cannot be told without doubt; the message lists the candidates."""
 
 
+class ModelError(GrassError, ValueError):
+    """A model that cannot be loaded, or built from its configuration."""
+
+
 class ParameterError(GrassError, ValueError):
     """Parameters that do not fit the model, or no parameters at all."""
 

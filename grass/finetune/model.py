@@ -1,5 +1,6 @@
 """Loading what a run starts from: a causal language model and its tokenizer."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from transformers import (
 )
 
 from grass.config import GrassConfig
-from grass.errors import ConfigError
+from grass.errors import ConfigError, ModelError
 from grass.finetune.options import FinetuneOptions
 from grass.layers import LayerMap
 
@@ -27,7 +28,8 @@ def load_model(name: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrai
         dtype: of the weights: ``"auto"`` as stored, ``"float32"`` or ``"bfloat16"``.
 
     Raises:
-        ConfigError: there is none of that name, or it is no causal language model with a tokenizer.
+        ConfigError: there is no folder of that name, or no model in it.
+        ModelError: it is no causal language model with a tokenizer, or cannot be loaded.
     """
     path = Path(name)
     if path.exists() and not (path / "config.json").is_file():
@@ -45,7 +47,7 @@ def load_model(name: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrai
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ConfigError(f"model {name!r}: cannot load its {part}: {reason}") from None
+        raise ModelError(f"model {name!r}: cannot load its {part}: {reason}") from None
     return model, tokenizer
 
 
@@ -69,10 +71,9 @@ def context_of(model: PreTrainedModel, wanted: int | None) -> int:
     return wanted
 
 
-def layer_pattern(options: FinetuneOptions) -> str | list[str] | None:
-    """The user's layer pattern, or several separated by commas; None to find the layers."""
-    patterns = [p.strip() for p in options.layers.split(",") if p.strip()]
-    return (patterns[0] if len(patterns) == 1 else patterns) if patterns else None
+def layer_pattern(options: FinetuneOptions) -> str | Sequence[str] | None:
+    """Return the user's pattern, or several; None to find the layers."""
+    return options.pattern or None
 
 
 def check_method(model: PreTrainedModel, options: FinetuneOptions, config: GrassConfig) -> LayerMap | None:

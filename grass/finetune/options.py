@@ -20,7 +20,7 @@ class FinetuneOptions:
         eval: file of held-out records, of the same formats.
         eval_fraction: without a file of held-out records, the share of the training records to hold out.
         method: "grass", or "full" for AdamW on all parameters.
-        layers: pattern of module paths that are the layers, such as "model.layers.*"; found when not given.
+        pattern: module paths of the layers, such as "model.layers.*", one for each stack; found when not given.
         template: prompt around an instruction, "alpaca" or "plain" (the instruction and a line end).
         context: longest text in tokens; longer ones are cut. Default: what the model allows, at most 1024.
         steps: optimizer steps; instead of epochs.
@@ -53,7 +53,7 @@ class FinetuneOptions:
     eval: str = ""
     eval_fraction: float = 0.0
     method: str = "grass"
-    layers: str = ""
+    pattern: str | tuple[str, ...] = ""
     template: str = "alpaca"
     context: int | None = None
     steps: int | None = None
