@@ -27,7 +27,7 @@ def make_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a benchmark; the exit code, as of `grass.cli.run_command`."""
-    return run_command(make_parser, argv)
+    return run_command(make_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Failures these tests catch: a benchmark of pytest-benchmark that no longer runs, or measures a step that is wrong; one
-that is skipped though it should run.
+"""Failures these tests catch: a benchmark of pytest-benchmark that no longer runs, or measures a step that is wrong;
+one that is skipped though it should run.
 """
 
 import os

@@ -10,7 +10,7 @@ import importlib
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from grass.cli.values import UsageError
@@ -60,26 +60,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # a line for each retry otherwise
-    return run_command(make_parser, argv)
+    return run_command(make_parser(), argv)
 
 
-def run_command(make_parser: Callable[[], Parser], argv: Sequence[str] | None) -> int:
+def run_command(parser: Parser, argv: Sequence[str] | None) -> int:
     """Parse arguments and run what they ask for. An error is one line on stderr.
 
     Args:
-        make_parser: of parsers that set ``run`` and ``prog``.
+        parser: with commands that set ``run``.
         argv: the arguments; those of the process if None.
 
     Returns:
         0 (ok), 1 (failed), 2 (wrong usage), 130 (Ctrl-C) or 141 (nothing reads stdout).
     """
-    prog = "grass"
+    prog = parser.prog
     try:
         try:
-            parser = make_parser()
-            prog = parser.prog
-            arguments = parser.parse_args(argv)
+            arguments, unknown = parser.parse_known_args(argv)
             prog = arguments.prog
+            if unknown:
+                raise UsageError(f"unrecognized arguments: {' '.join(unknown)}; see {prog} --help")
             code = int(arguments.run(arguments))
         except SystemExit as leave:  # argparse's way to end after --help, --version and wrong usage
             code = int(leave.code or OK)

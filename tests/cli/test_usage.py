@@ -67,7 +67,7 @@ WRONG_USAGE = [
     (grass, "plan --model llama2-7b --tflops nan", "more than 0"),
     (grass, "plan --model llama2-7b --loss none", "invalid choice"),
     (grass, "plan --model llama2-7b --dtype int8", "invalid choice"),
-    (grass, "plan --model llama2-7b --layers 2", "unrecognized arguments"),
+    (grass, "plan --model llama2-7b --layers 2", "unrecognized arguments: --layers 2; see grass plan --help"),
     (grass, "plan --model llama2-7b --active-layers 33", "only 32 layers"),
     (grass, "plan --model llama2-7b --plot none/file.png", "--plot none/file.png cannot be written"),
     (bench, "", "COMMAND"),
