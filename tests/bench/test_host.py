@@ -56,15 +56,19 @@ def test_rows_of_every_situation_and_case(tmp_path, capsys, monkeypatch):
 def test_it_takes_a_gpus_path_and_launches_nothing(monkeypatch):
     boundary = (_triton.launch, inputs.copy_to_device, grass_kernels.runs_triton, torch._fused_adamw_)
     with host.no_device():
-        subject = host.Subject(grass.AdamW, 3)
-        before = [p.clone() for p in subject.params]
-        subject.optimizer.step()
-        assert all(torch.equal(p, q) for p, q in zip(subject.params, before, strict=True))
-        launches = []
-        with monkeypatch.context() as patch:
-            patch.setattr(_triton, "launch", lambda *args, **kwargs: launches.append(args))
+        for name, make in host.VARIANTS.items():
+            subject = make(3)
+            with torch.no_grad():
+                for p in subject.params:
+                    p.grad.fill_(1.0)
+                    p.fill_(1.0)
             subject.optimizer.step()
-        assert launches
+            assert all(bool((p == 1).all()) for p in subject.params), name
+            launches = []
+            with monkeypatch.context() as patch:
+                patch.setattr(_triton, "launch", lambda *args, to=launches, **kwargs: to.append(args))
+                subject.optimizer.step()
+            assert bool(launches) is (name != "torch fused")
     assert boundary == (_triton.launch, inputs.copy_to_device, grass_kernels.runs_triton, torch._fused_adamw_)
 
 
