@@ -44,15 +44,15 @@ interpreter: $(READY)
 		torch_contract.py method_on_kernels.py exact_weights.py outside_writes.py checks.py clipping.py plans.py plans_states.py plan_runs.py watching.py counted_states.py odd_tensors.py)
 
 bench: $(READY)
-	$(BIN)/grass bench kernels
+	$(BIN)/python -m bench kernels
 
 # On a machine with a GPU: its tests, then the benchmarks. Needs torch, triton and pytest, and installs nothing.
 gpu:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu_suite --minutes $(MINUTES)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench gpu --minutes $(MINUTES)
 
 # The page of measured figures, from what lies in bench/results.
 performance: $(READY)
-	$(BIN)/python -m bench.report
+	$(BIN)/python -m bench report
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -1,26 +1,17 @@
-"""What a step costs the host: everything but launches, copies and events.
+"""``python -m bench host``: the host's time of a step, and whole steps on the CPU (`bench.cpu_step`).
 
-    python -m bench.host [--seconds 20] [--out rows.jsonl] [--tensors 291 5000]
-
-A step's own work is finding out what changed since the last one, and preparing launches. Both need no device,
-so they are measured anywhere: the calls at the boundary to it (`grass_kernels._triton.launch`, and the copies
-and events of `grass_kernels.inputs`) do nothing meanwhile. So does torch's fused kernel, whose optimizer is
-measured beside ours in the same process; its foreach and single-tensor loops run on tensors of 16 elements,
-and their kernels' time is in theirs. The unit is ``[p.grad.data_ptr() for p in params]``: a step that lets gradients
-move must ask at least that.
-
-Four situations: gradients in place and nothing changed; a learning rate that changes every step; gradients at
-other addresses every step; gradients that a backward has just made, whose first touch from Python costs more.
+The host's own work is to compare the plan of the last step with what is there now, and to prepare launches. Neither
+needs a device, so both are measured anywhere: the calls at the boundary to it (`grass_kernels._triton.launch`, and
+the copies and events of `grass_kernels.inputs`) do nothing meanwhile. Nor does torch's fused kernel, whose optimizer
+is measured beside ours in the same process. The target is half of its time, in each of four situations: gradients in
+place and nothing changed; a learning rate that changes every step; gradients at other addresses every step; gradients
+that a backward has just made, whose first touch from Python costs more.
 """
 
 import argparse
 import contextlib
 import gc
-import json
-import random
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -28,16 +19,29 @@ import torch
 
 import grass
 import grass_kernels
+from bench import cpu_step
+from bench.cpu_step import FUSED, rows_beside_fused
 from bench.kernels.rows import describe_environment
-from bench.kernels.timing import quantile
+from bench.kernels.timing import interleaved
+from bench.output import Row, add_output_options, output_of
+from bench.targets import at_most
+from grass.cli.values import count, positive
 from grass_kernels import _triton, inputs
 
 TENSORS = (291, 5000)
 """Parameters of a Llama-7B, and of a model of many small ones."""
 SHAPE = (4, 4)
 SITUATIONS = ("in place", "lr changes", "gradients move", "after backward")
+MOST = 0.5
+"""Of torch fused's time, for each of our variants, in each situation."""
 REPEATS = 20
-"""Calls timed together where nothing must happen between them."""
+"""Steps timed together where nothing must happen between them."""
+
+_EXAMPLES = """\
+examples:
+  python -m bench host
+  python -m bench host --seconds 120 --out bench/results/CPU/rows.jsonl
+"""
 
 
 @contextlib.contextmanager
@@ -51,23 +55,24 @@ def no_device() -> Iterator[None]:
         patches.enter_context(mock.patch.object(_triton, "launch", nothing))
         for name in ("copy_to_device", "record_event", "wait_for_event"):
             patches.enter_context(mock.patch.object(inputs, name, nothing))
-        patches.enter_context(mock.patch.object(grass_kernels, "runs_triton", mock.Mock(return_value=True)))
+        for module in (grass_kernels, _triton):
+            patches.enter_context(mock.patch.object(module, "runs_triton", return_value=True))
         patches.enter_context(mock.patch.object(torch, "_fused_adamw_", nothing))
         yield
 
 
 class Subject:
-    """An optimizer, or None for the unit, with parameters of its own.
+    """An optimizer with parameters of its own.
 
     Args:
-        make: from parameters to the optimizer.
+        make: from parameter groups to the optimizer.
         tensors: how many parameters.
         dtype: theirs.
     """
 
     def __init__(
         self,
-        make: Callable[[list[dict[str, Any]]], Any] | None,
+        make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
         tensors: int,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -75,14 +80,15 @@ class Subject:
         self._grads = [[torch.zeros(SHAPE, dtype=dtype) for _ in self.params] for _ in range(2)]
         self._turn = 0
         half = tensors // 2  # decay, and none
-        groups = [{"params": self.params[:half]}, {"params": self.params[half:], "weight_decay": 0.0}]
-        self.optimizer = None if make is None else make(groups)
+        self.optimizer = make(
+            [{"params": self.params[:half]}, {"params": self.params[half:], "weight_decay": 0.0}]
+        )
         self.prepare("gradients move")
-        self.call()
+        self.optimizer.step()
 
     def prepare(self, situation: str) -> None:
-        """What happens before a step, untimed."""
-        if situation == "lr changes" and self.optimizer is not None:
+        """Bring about a situation, untimed."""
+        if situation == "lr changes":
             for group in self.optimizer.param_groups:
                 group["lr"] *= 0.999
         elif situation == "gradients move":
@@ -94,120 +100,110 @@ class Subject:
                 p.grad = None
             torch.stack([p.sum() for p in self.params]).sum().backward()
 
-    def call(self) -> None:
-        """The step, or the unit of comparison."""
-        if self.optimizer is None:
-            [p.grad.data_ptr() for p in self.params]  # type: ignore[union-attr]
-        else:
-            self.optimizer.step()
+
+VARIANTS: dict[str, Callable[[int], Subject]] = {
+    "grass": lambda n: Subject(grass.AdamW, n),
+    "grass clipping": lambda n: Subject(lambda groups: grass.AdamW(groups, max_grad_norm=1.0), n),
+    "grass exact bf16": lambda n: Subject(
+        lambda groups: grass.AdamW(groups, master_weights=True), n, torch.bfloat16
+    ),
+    FUSED: lambda n: Subject(lambda groups: torch.optim.AdamW(groups, fused=True), n),
+}
 
 
-def subjects(tensors: int) -> dict[str, Subject]:
-    """What is measured, by name."""
-    return {
-        "addresses": Subject(None, tensors),
-        "grass": Subject(grass.AdamW, tensors),
-        "grass clipping": Subject(lambda groups: grass.AdamW(groups, max_grad_norm=1.0), tensors),
-        "grass exact bf16": Subject(
-            lambda groups: grass.AdamW(groups, master_weights=True), tensors, torch.bfloat16
-        ),
-        "torch fused": Subject(lambda groups: torch.optim.AdamW(groups, fused=True), tensors),
-        "torch foreach": Subject(lambda groups: torch.optim.AdamW(groups, foreach=True), tensors),
-        "torch single": Subject(lambda groups: torch.optim.AdamW(groups, foreach=False), tensors),
-    }
-
-
-def measure(
-    tensors: int, seconds: float, environment: Mapping[str, Any], situations: Sequence[str] = SITUATIONS
-) -> Iterator[dict[str, Any]]:
-    """Time every subject in every situation, in turns.
+def measure(tensors: int, seconds: float, environment: Mapping[str, Any]) -> Iterator[Row]:
+    """Time every variant in every situation, in turns.
 
     Args:
         tensors: parameters of each.
         seconds: in all, roughly.
         environment: what each row says of machine and commit.
-        situations: which.
 
     Yields:
-        One row a subject and situation. ``seconds_*`` are of one step; ``ratio_to_addresses`` is to the unit in
-        the same situation and of the same turns.
+        Rows of each situation, as of `rows_beside_fused`.
     """
-    order = random.Random(0)
     with no_device():
-        everyone = subjects(tensors)
-        for situation in situations:
-            times: dict[str, list[float]] = {name: [] for name in everyone}
-            end = time.perf_counter() + seconds / len(situations)
-            while time.perf_counter() < end or len(times["addresses"]) < 3:
-                turn = list(everyone.items())
-                order.shuffle(turn)  # who comes after a long step finds colder caches
-                for name, subject in turn:
-                    slow = name in ("torch foreach", "torch single")
-                    if slow and len(times[name]) > len(times["addresses"]) / 10:
-                        continue  # they would take all the time
-                    times[name].append(_time(subject, situation))
-            unit = quantile(times["addresses"], 0.5)
-            for name, sample in times.items():
-                yield {
-                    "suite": "host",
-                    "tensors": tensors,
-                    "situation": situation,
-                    "variant": name,
-                    "seconds_median": quantile(sample, 0.5),
-                    "seconds_p20": quantile(sample, 0.2),
-                    "seconds_p80": quantile(sample, 0.8),
-                    "seconds_min": min(sample),
-                    "samples": len(sample),
-                    "ratio_to_addresses": quantile(sample, 0.5) / unit,
-                    "nanoseconds_a_tensor": 1e9 * quantile(sample, 0.5) / tensors,
-                    **environment,
-                }
+        subjects = {name: make(tensors) for name, make in VARIANTS.items()}
+        for situation in SITUATIONS:
+
+            def prepare(name: str, situation: str = situation) -> None:
+                subjects[name].prepare(situation)
+
+            steps = {name: subject.optimizer.step for name, subject in subjects.items()}
+            repeats = REPEATS if situation == "in place" else 1
+            times = interleaved(steps, seconds / len(SITUATIONS), prepare=prepare, repeats=repeats)
+            shared = {"suite": "host", "tensors": tensors, "situation": situation, **environment}
+            yield from rows_beside_fused(times, MOST, shared)
 
 
-def _time(subject: Subject, situation: str) -> float:
-    subject.prepare(situation)
-    repeats = REPEATS if situation == "in place" else 1
-    start = time.perf_counter()
-    for _ in range(repeats):
-        subject.call()
-    return (time.perf_counter() - start) / repeats
+def add_parser(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "host",
+        help="the host's time of a step, and steps on the CPU, beside torch fused's",
+        description=__doc__.split("\n\n")[1],
+        epilog=_EXAMPLES,
+    )
+    parser.add_argument("--seconds", type=positive, default=60.0, metavar="N", help="for the whole run [60]")
+    parser.add_argument(
+        "--tensors",
+        type=_tensors,
+        nargs="+",
+        default=list(TENSORS),
+        metavar="N",
+        help="parameters [291 5000]",
+    )
+    add_output_options(parser)
+    parser.set_defaults(run=run)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def _tensors(text: str) -> int:
+    if count(text) < 2:
+        raise argparse.ArgumentTypeError("must be at least 2: one that decays, and one that does not")
+    return int(text)
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Measure, print a table, and write rows."""
-    parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--seconds", type=float, default=30.0, metavar="N", help="for each number of tensors [30]"
-    )
-    parser.add_argument(
-        "--tensors", type=int, nargs="+", default=list(TENSORS), metavar="N", help="parameters [291 5000]"
-    )
-    parser.add_argument("--out", metavar="FILE", help="for the rows, JSON lines; replaced if it is there")
-    options = parser.parse_args(arguments)
-    if options.seconds <= 0 or min(options.tensors) < 2:
-        parser.error("--seconds must be positive, and --tensors at least 2")
-    torch.set_num_threads(1)
-    # Before --out is replaced: where that file is committed, the tree has changes from then on.
     environment = describe_environment(torch.device("cpu"))
-    try:
-        file = open(options.out, "w") if options.out else contextlib.nullcontext()  # noqa: SIM115 - closed below
-    except OSError as error:
-        parser.error(f"--out {options.out}: {error.strerror}")
-    gc.disable()  # a collection in one subject's turn is not its cost
-    with file as out:
-        print(f"{'tensors':>7}  {'situation':<15} {'variant':<17} {'us':>9} {'x addresses':>12}  ns a tensor")
-        for tensors in options.tensors:
-            for row in measure(tensors, options.seconds, environment):
-                print(
-                    f"{tensors:>7}  {row['situation']:<15} {row['variant']:<17} {1e6 * row['seconds_median']:>9.1f} "
-                    f"{row['ratio_to_addresses']:>12.2f}  {row['nanoseconds_a_tensor']:.0f}",
-                    flush=True,
+    parts = len(arguments.tensors) * len(SITUATIONS) + 2 * len(cpu_step.CASES)
+    seconds = arguments.seconds / parts
+    with output_of(arguments) as output, _quiet_process():
+        output.say(f"{'tensors':>7}  {'situation':<15} {'variant':<17} {'us':>9}  x torch fused's")
+        for tensors in arguments.tensors:
+            for row in measure(tensors, seconds * len(SITUATIONS), environment):
+                output.write(row)
+                output.say(
+                    f"{tensors:>7}  {row['situation']:<15} {row['variant']:<17} "
+                    f"{1e6 * row['seconds_median']:>9.1f}  {_beside_target(row)}"
                 )
-                if out is not None:
-                    out.write(json.dumps(row) + "\n")
-                    out.flush()
+        output.say("", f"{'step on the CPU':<41} {'clip':<5} {'variant':<12} {'ms':>8}  x torch fused's")
+        for case in cpu_step.CASES:
+            for row in cpu_step.measure(case, 2 * seconds, environment):
+                output.write(row)
+                output.say(
+                    f"{case.name:<41} {'yes' if row['clip'] else 'no':<5} {row['variant']:<12} "
+                    f"{1e3 * row['seconds_median']:>8.2f}  {_beside_target(row)}"
+                )
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+@contextlib.contextmanager
+def _quiet_process() -> Iterator[None]:
+    """One thread, and no garbage collection in the middle of a step."""
+    threads, collects = torch.get_num_threads(), gc.isenabled()
+    torch.set_num_threads(1)
+    gc.disable()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if collects:
+            gc.enable()
+
+
+def _beside_target(row: Row) -> str:
+    if row["most"] is None:
+        return "1"
+    shown, met = at_most(row["ratio_to_fused"], row["most"])
+    return f"{shown:<8} <= {row['most']:g}x: {'met' if met else 'missed'}"

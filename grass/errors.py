@@ -13,6 +13,10 @@ class LayerDiscoveryError(GrassError, ValueError):
     """Layers of the model that cannot be determined unambiguously; the message lists the candidates."""
 
 
+class ModelError(GrassError, ValueError):
+    """A model that cannot be loaded, or built from its configuration."""
+
+
 class ParameterError(GrassError, ValueError):
     """Parameters that do not belong to the model, or an empty list of parameters."""
 

@@ -1,1 +1,1 @@
-"""What `bench.gpu_suite` is made of: its stages, how each is kept to its time, and the figures it is for."""
+"""``python -m bench gpu``: its stages, how each is kept to its time, and the figures it is for."""

@@ -1,4 +1,4 @@
-"""The figures: what is promised, from which rows it is read, and whether it is met.
+"""The promised figures: targets, and the rows that they are read from.
 
 A figure is read from the rows of one run on one device, never across two.
 """
@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bench.host import SITUATIONS, TENSORS
+from bench import cpu_step
+from bench.host import FUSED, MOST, SITUATIONS, TENSORS, VARIANTS
 from bench.kernels.cases import BASE, BF16, F32, Case, Mixture, size_name
 from bench.kernels.variants import our_bytes
+from bench.targets import at_most, beside
 
 Row = dict[str, Any]
 
@@ -18,14 +20,11 @@ LARGE = Case(10**9)
 SHARES = (1 / 2, 1 / 16)
 OF_ONE_DTYPE = {"all bf16": Mixture(BF16, BF16, BF16), "all fp32": Mixture(F32, F32, F32)}
 SIZES = (10**8, 10**9)
-HOST_PART = "What a step costs the host"
-HOST_MOST = 3.0
-"""What a step of `grass`, as it is by default, may cost the host, by the unit of `bench.host`; in every situation."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a run says to a figure.
+    """A figure as read from a run.
 
     Args:
         value: as it is printed.
@@ -75,25 +74,18 @@ class Figure:
     bytes: str = ""
 
 
-def beside(value: float, *targets: float, digits: int = 2, sign: str = "") -> str:
-    """A number as it is printed beside its targets: with decimals enough not to read like one of them.
-
-    Args:
-        value: the number.
-        targets: what it is held against.
-        digits: decimals where these tell the two apart; else three at least.
-        sign: "+" for one before positive numbers too.
-    """
-    for more in range(digits, 7):
-        text = f"{value:{sign}.{more}f}"
-        if all(text != f"{target:{sign}.{more}f}" for target in targets):
-            return text
-    return f"{value:{sign}.{max(digits, 3)}f}"  # they are equal
-
-
 def figures() -> list[Figure]:
     """All of them, the most important first."""
-    return [*_bandwidth(), *_against_torch(), *_frozen(), *_offload(), *_training(), *_host(), *_memory()]
+    return [
+        *_bandwidth(),
+        *_against_torch(),
+        *_frozen(),
+        *_offload(),
+        *_training(),
+        *_host(),
+        *_cpu_step(),
+        *_memory(),
+    ]
 
 
 def figure_cases(largest: int = LARGE.numel) -> list[Case]:
@@ -213,56 +205,35 @@ def _time_of_share(share: float) -> Callable[[Rows], Reading | None]:
 
 
 def _host() -> Iterator[Figure]:
-    few, many = TENSORS
-    for situation in SITUATIONS:
-        part = HOST_PART
-        yield Figure(
-            part, f"grass, {few} tensors, {situation}: by the time to read their gradients' addresses",
-            f"<= {HOST_MOST:g}x", _host_ratio(few, situation, "addresses", HOST_MOST),
-        )  # fmt: skip
-        yield Figure(
-            part, f"grass, {few} tensors, {situation}: by torch fused's time", "< 1x",
-            _host_ratio(few, situation, "torch fused", 1.0, strict=True),
-        )  # fmt: skip
-        yield Figure(
-            part, f"grass, {many} tensors, {situation}: by the time to read their gradients' addresses",
-            f"<= {HOST_MOST:g}x", _host_of_many(few, many, situation),
-        )  # fmt: skip
+    part = "The host's time of a step, by torch fused's"
+    for tensors in TENSORS:
+        for situation in SITUATIONS:
+            for variant in VARIANTS:
+                if variant != FUSED:
+                    keys = {"suite": "host", "tensors": tensors, "situation": situation}
+                    name = f"{variant}, {tensors:,} tensors, {situation}"
+                    yield Figure(part, name, f"<= {MOST:g}x", _by_fused(keys, variant, MOST))
 
 
-def _host_ratio(
-    tensors: int, situation: str, other: str, most: float, strict: bool = False
-) -> Callable[[Rows], Reading | None]:
-    def read(rows: Rows) -> Reading | None:
-        keys = {"suite": "host", "tensors": tensors, "situation": situation}
-        ours, theirs = rows.find(**keys, variant="grass"), rows.find(**keys, variant=other)
-        if ours is None or theirs is None:
-            return None
-        ratio = ours["seconds_median"] / theirs["seconds_median"]
-        passed = ratio < most if strict else ratio <= most
-        return Reading(f"{beside(ratio, most)}x ({1e6 * ours['seconds_median']:.0f} us)", passed)
-
-    return read
+def _cpu_step() -> Iterator[Figure]:
+    part = "A step on the CPU, by torch fused's"
+    for case in cpu_step.CASES:
+        for clip in (False, True):
+            keys = {"suite": "cpu step", "case": case.name, "clip": clip}
+            name = f"{case.name}, {'both clipping' if clip else 'without clipping'}"
+            yield Figure(part, name, f"<= {case.most:g}x", _by_fused(keys, cpu_step.GRASS, case.most))
 
 
-def _host_of_many(few: int, many: int, situation: str) -> Callable[[Rows], Reading | None]:
-    """The same with many tensors; beside it, what one of them takes and what one of few does.
-
-    In units, since reading an address takes longer too where 5,000 tensors have left the caches.
-    """
+def _by_fused(keys: Row, variant: str, most: float) -> Callable[[Rows], Reading | None]:
+    """By the ratio of a variant's time to torch fused's, of the rows with these keys."""
 
     def read(rows: Rows) -> Reading | None:
-        found = [
-            rows.find(suite="host", tensors=tensors, situation=situation, variant=variant)
-            for tensors, variant in ((many, "addresses"), (many, "grass"), (few, "grass"))
-        ]
-        unit, ours, of_few = (row and row["seconds_median"] / row["tensors"] for row in found)
-        if unit is None or ours is None or of_few is None:
+        ours, fused = rows.find(**keys, variant=variant), rows.find(**keys, variant=FUSED)
+        if ours is None or fused is None:
             return None
-        shown = (
-            f"{beside(ours / unit, HOST_MOST)}x ({1e9 * ours:.0f} ns a tensor, of {few}: {1e9 * of_few:.0f})"
-        )
-        return Reading(shown, ours / unit <= HOST_MOST)
+        seconds, theirs = ours["seconds_median"], fused["seconds_median"]
+        shown, met = at_most(seconds / theirs, most)
+        return Reading(f"{shown} ({1e3 * seconds:.3g} of {1e3 * theirs:.3g} ms)", met)
 
     return read
 

@@ -1,27 +1,28 @@
-"""The cases that figures are read from, and nothing else: ``python -m bench.gpu.measure --seconds 150 --out FILE``.
+"""``python -m bench figures``: the cases that figures are read from, and nothing else.
 
 Rows are those of the kernels' suite, after one of suite "memory".
 """
 
 import argparse
 import gc
-import json
 import sys
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 import grass
-from bench.gpu.figures import LARGE, Row, figure_cases
+from bench.gpu.figures import LARGE, figure_cases
 from bench.kernels.cases import Case
 from bench.kernels.plan import Plan, run_plan
 from bench.kernels.rows import describe_environment
 from bench.kernels.table import Table
 from bench.kernels.variants import GRASS, GRASS_KERNELS, TORCH_FUSED
+from bench.output import Row, add_output_options, output_of
+from grass.cli.values import count, positive
 
 
 def measure_memory(case: Case, device: torch.device) -> Row:
-    """What an optimizer keeps beside its moments after two steps, from the allocator's own count.
+    """Measure what an optimizer keeps beside its moments after two steps, by the allocator's own count.
 
     Args:
         case: of which only the tensors matter.
@@ -49,36 +50,44 @@ def measure_memory(case: Case, device: torch.device) -> Row:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write rows as they come; 1 if one of our own variants failed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu.measure", description=__doc__.split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=150.0, help="for all [150]")
-    parser.add_argument("--out", required=True, help="a file for the rows, JSON lines")
-    parser.add_argument(
-        "--largest", type=int, default=LARGE.numel, help="parameters of the largest case [1e9]"
+def add_parser(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "figures",
+        help="the kernels' cases that the promised figures are read from",
+        description="Measure the cases that the promised figures are read from, and nothing else.",
     )
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--seconds", type=positive, default=150.0, metavar="N", help="for the whole run [150]"
+    )
+    parser.add_argument(
+        "--largest",
+        type=count,
+        default=LARGE.numel,
+        metavar="N",
+        help=f"parameters of the largest case [{LARGE.numel}]",
+    )
+    add_output_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure; 1 if one of our own variants failed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     table = Table()
-    with open(options.out, "w", encoding="utf-8") as out:
+    with output_of(arguments) as output:
 
         def report(row: Row) -> None:
-            out.write(json.dumps(row, allow_nan=False) + "\n")
-            out.flush()
-            if row["suite"] == "kernels":
-                for line in table.lines(row):
-                    print(line, flush=True)
+            output.write(row)
+            for line in table.lines(row):
+                output.say(line)
 
         if device.type == "cuda":
-            report(measure_memory(Case(min(LARGE.numel, options.largest)), device))
+            output.write(measure_memory(Case(min(LARGE.numel, arguments.largest)), device))
             gc.collect()
             torch.cuda.empty_cache()
-        plan = Plan(device, figure_cases(options.largest), [GRASS_KERNELS, GRASS, TORCH_FUSED], [])
-        outcome = run_plan(plan, seconds=options.seconds, report=report)
+        plan = Plan(device, figure_cases(arguments.largest), [GRASS_KERNELS, GRASS, TORCH_FUSED], [])
+        outcome = run_plan(plan, seconds=arguments.seconds, report=report)
     for failure in outcome.failures:
-        print(f"failed: {failure}", file=sys.stderr)
+        print(f"{arguments.prog}: failed: {failure}", file=sys.stderr)
     return 1 if outcome.failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,7 +15,7 @@ _GRACE = 5.0
 
 
 class Ended(NamedTuple):
-    """How a command ended."""
+    """The end of a command."""
 
     returncode: int
     killed: bool  # at its limit
@@ -23,7 +23,7 @@ class Ended(NamedTuple):
 
 
 class RowTail:
-    """Passes complete lines of one growing file on to another.
+    """Copy complete lines of a growing file to another.
 
     Args:
         source: which need not exist yet; None has no lines.
@@ -92,7 +92,7 @@ def run(
 
 @contextlib.contextmanager
 def _heeding_interrupts() -> Iterator[None]:
-    """Let what is started be asked to stop, also where a shell's ``&`` has made us, and so them, deaf to it."""
+    """Have the started process react to SIGINT, also where this one ignores it (as behind a shell's ``&``)."""
     ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     if ignored:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -77,7 +77,7 @@ class Block(nn.Module):
         self.weights = nn.ParameterList([nn.Parameter(p) for p in made])
 
     def forward(self, loss: Tensor) -> Tensor:
-        """Adds to a loss."""
+        """Add to a loss."""
         return loss + torch.stack([p.float().square().sum() for p in self.weights]).sum()
 
 
@@ -92,7 +92,7 @@ class Model(nn.Module):
 
     def forward(self) -> Tensor:
         """A loss."""
-        loss = self.start
+        loss = self.get_buffer("start")
         for block in (*self.layers, self.head):
             loss = block(loss)
         return loss

@@ -18,7 +18,7 @@ TEST_FILES = (  # the most important first
     "tests/gpu/test_offload.py",
 )
 SANITIZER_ERROR = 86
-"""What compute-sanitizer exits with if it has found something."""
+"""Exit code of compute-sanitizer if it has found an error."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Stage:
 
     Args:
         name: of its log, and in the summary.
-        about: what it is, in a few words.
+        about: a short description.
         kind: "tests", which must pass and end; "check", which must not fail; or "bench".
         share: of the whole time, at most.
         command: what is run; "{seconds}" becomes the time a benchmark is told to take.
@@ -114,8 +114,8 @@ def find_sanitizer(places: Sequence[str] = ("/usr/local/cuda/bin", "/opt/cuda/bi
 
 
 def _benchmarks(out: Path) -> list[Stage]:
-    def module(name: str, *arguments: str) -> tuple[str, ...]:
-        return (sys.executable, "-m", name, *arguments)
+    def bench(name: str, *arguments: str) -> tuple[str, ...]:
+        return (sys.executable, "-m", "bench", name, *arguments, "--out", str(files[name]))
 
     names = ("figures", "training", "offload", "host", "kernels")
     files = {name: out / f"{name}.jsonl" for name in names}
@@ -126,7 +126,7 @@ def _benchmarks(out: Path) -> list[Stage]:
             "the cases that the promised figures are read from",
             "bench",
             0.25,
-            module("bench.gpu.measure", "--seconds", "{seconds}", "--out", str(files["figures"])),
+            bench("figures", "--seconds", "{seconds}"),
             files["figures"],
         ),
         Stage(
@@ -134,7 +134,7 @@ def _benchmarks(out: Path) -> list[Stage]:
             "a 7B, method by method: peak and speed, beside what was predicted",
             "bench",
             0.35,
-            module("bench.gpu.training", "--seconds", "{seconds}", "--out", str(files["training"])),
+            bench("training", "--seconds", "{seconds}"),
             files["training"],
             missing=_not_installed("transformers"),
         ),
@@ -143,15 +143,15 @@ def _benchmarks(out: Path) -> list[Stage]:
             "states through the ring: measured beside simulated; the bus each way and both ways",
             "bench",
             0.15,
-            module("grass", "bench", "offload", "--out", str(files["offload"])),
+            bench("offload"),
             files["offload"],
         ),
         Stage(
             "host",
-            "what a step costs the host",
+            "the host's time of a step, and steps on the CPU",
             "bench",
             0.1,
-            module("bench.host", "--seconds", "8", "--out", str(files["host"])),
+            bench("host", "--seconds", "20"),
             files["host"],
         ),
         Stage(
@@ -159,7 +159,7 @@ def _benchmarks(out: Path) -> list[Stage]:
             "all cases and all optimizers that are installed",
             "bench",
             1.0,
-            module("bench.kernels", "--seconds", "{seconds}", "--out", str(files["kernels"]), *chart),
+            bench("kernels", "--seconds", "{seconds}", *chart),
             files["kernels"],
         ),
     ]

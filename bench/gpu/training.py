@@ -1,31 +1,28 @@
-"""Fine-tuning a 7B on a device, method by method: measured peak and speed beside what `grass plan` predicts.
-
-    python -m bench.gpu.training --seconds 150 --out FILE [--model llama2-7b] [--seq 1024 512 2048] [--predict]
+"""``python -m bench training``: fine-tuning a 7B on a device, method by method, beside what `grass plan` predicts.
 
 Weights are random: memory and time do not depend on them. With ``--predict`` nothing is measured, and no device is
 needed. Rows are of suite "training"; one whose method ran out of memory says so.
 """
 
 import argparse
-import contextlib
 import gc
-import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import grass
-from bench.gpu.figures import Row
 from bench.kernels.rows import describe_environment
-from bench.kernels.timing import quantile
+from bench.kernels.timing import statistics
+from bench.output import Row, add_output_options, output_of
 from grass.activation_checkpointing import checkpoint_activations
+from grass.cli.values import count, model_name, positive
+from grass.errors import GrassError
 from grass.layers import LayerMap
-from grass.plan import methods
+from grass.plan import methods, preset_names
 from grass.plan.losses import loss_of
 from grass.plan.models import build
 from grass.plan.prediction import FUSED, METHODS, PROBING, Case, predict
@@ -91,7 +88,7 @@ def materialise(meta: nn.Module, device: torch.device) -> nn.Module:
         for module in model.modules():
             if isinstance(getattr(module, "inv_freq", None), Tensor):  # of rotary embeddings
                 with device:
-                    fresh = type(module)(module.config)  # type: ignore[operator]
+                    fresh = type(module)(module.config)
                 for name, buffer in fresh.named_buffers():
                     module.get_buffer(name).copy_(buffer)
                     buffers = {key: 0 for key in buffers if not key.endswith(name)}  # type: ignore[misc]
@@ -135,20 +132,18 @@ def measure(name: str, case: Case, device: torch.device, steps: int = 8) -> Row:
             trained.optimizer.zero_grad()
             torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)
-        median = quantile(times[3:], 0.5)
+        seconds = statistics(times[3:])
         row.update(
             measured=True,
             peak_gib=(torch.cuda.max_memory_allocated(device) - before) / GIBIBYTE,
-            seconds_median=median,
-            seconds_p20=quantile(times[3:], 0.2),
-            seconds_p80=quantile(times[3:], 0.8),
-            tokens_per_second=case.batch * case.seq / median,
+            **seconds,
+            tokens_per_second=case.batch * case.seq / seconds["seconds_median"],
         )
         if isinstance(trained.optimizer, grass.GrassAdamW):
             row.update(
                 {f"transfer_{key}": value for key, value in dict(trained.optimizer.transfer_stats).items()}
             )
-    except (torch.OutOfMemoryError, grass.errors.GrassError) as error:
+    except (torch.OutOfMemoryError, GrassError) as error:
         row["reason"] = str(error).split("\n")[0]
     del trained
     gc.collect()
@@ -185,37 +180,54 @@ def rows_of(
             yield {**row, "predicted_peak_gib": predicted.peak_gib}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, and write rows as they come."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu.training", description=__doc__.split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=150.0, help="for all [150]")
-    parser.add_argument("--out", metavar="FILE", help="for the rows, JSON lines; replaced if it is there")
-    parser.add_argument("--model", default=MODEL, help=f"as for `grass plan` [{MODEL}]")
-    parser.add_argument("--batch", type=int, default=BATCH, help=f"sequences of a step [{BATCH}]")
-    parser.add_argument(
-        "--seq", type=int, nargs="+", default=list(SEQUENCES), help="their lengths [1024 512 2048]"
+def add_parser(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "training",
+        help="a 7B, method by method: peak memory and speed beside the predicted peak",
+        description=__doc__.split("\n\n")[1],
     )
     parser.add_argument(
-        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="rows [all]"
+        "--model",
+        type=lambda name: model_name(name, preset_names()),
+        default=MODEL,
+        metavar="MODEL",
+        help=f"as for grass plan [{MODEL}]",
+    )
+    parser.add_argument("--batch", type=count, default=BATCH, metavar="N", help=f"sequences [{BATCH}]")
+    parser.add_argument(
+        "--seq",
+        type=count,
+        nargs="+",
+        default=list(SEQUENCES),
+        metavar="N",
+        help=f"tokens of a sequence, one length after the other [{' '.join(map(str, SEQUENCES))}]",
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD", help="[all]"
+    )
+    parser.add_argument(
+        "--seconds", type=positive, default=150.0, metavar="N", help="for the whole run [150]"
     )
     parser.add_argument("--predict", action="store_true", help="only predict; needs no device")
-    options = parser.parse_args(arguments)
-    if not options.predict and not torch.cuda.is_available():
-        parser.error("no CUDA device: pass --predict")
-    loss = "chunked" if hasattr(nn, "LinearCrossEntropyOptions") else "full"
-    case = Case(options.model, batch=options.batch, loss=loss)
-    device = None if options.predict else torch.device("cuda", torch.cuda.current_device())
-    end = time.monotonic() + options.seconds
-    with open(options.out, "w") if options.out else contextlib.nullcontext() as out:
-        for row in rows_of(case, options.methods, options.seq, device, lambda: time.monotonic() > end):
+    add_output_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, and write rows as they come."""
+    device = None
+    if not arguments.predict:
+        if not torch.cuda.is_available():
+            raise GrassError("no CUDA or ROCm device here: pass --predict for what is predicted alone")
+        device = torch.device("cuda", torch.cuda.current_device())
+    loss: Literal["chunked", "full"] = "chunked" if hasattr(nn, "LinearCrossEntropyOptions") else "full"
+    case = Case(arguments.model, batch=arguments.batch, loss=loss)
+    end = time.monotonic() + arguments.seconds
+    with output_of(arguments) as output:
+        for row in rows_of(case, arguments.methods, arguments.seq, device, lambda: time.monotonic() > end):
+            output.write(row)
             peak = f"{row['peak_gib']:.2f} GiB" if row["measured"] else row.get("reason", "not measured")
             predicted = f"{row['predicted_peak_gib']:.2f} GiB"
-            print(f"{row['method']:<30} {row['seq']:>6}  {peak}, predicted {predicted}", flush=True)
-            if out is not None:
-                out.write(json.dumps(row) + "\n")
-                out.flush()
+            output.say(f"{row['method']:<30} {row['seq']:>6}  {peak}, predicted {predicted}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

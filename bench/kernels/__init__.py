@@ -1,5 +1,4 @@
-"""Benchmarks of the kernels: cases (what is to be done) x variants (who does it).
+"""Benchmarks of the kernels: cases (what is to be done) x variants (by which optimizer).
 
-``grass bench kernels`` and ``python -m bench.kernels`` run all of it, interleaved; `test_kernels.py` is the
-short form for pytest-benchmark.
+``python -m bench kernels`` runs all of it, interleaved; `test_kernels.py` is the short form for pytest-benchmark.
 """

@@ -1,4 +1,4 @@
-"""Cases: what a step has to do, and the bytes it must move for it."""
+"""Cases: the work of a step, and the bytes it must move for it."""
 
 import itertools
 from collections.abc import Sequence
@@ -145,7 +145,7 @@ class Case:
 
     @property
     def is_default(self) -> bool:
-        """Whether nothing but size and mixture differs from the standard case: what a chart over sizes shows."""
+        """True if nothing but size and mixture differs from the standard case, as a chart over sizes needs."""
         return self == Case(self.numel, min(TENSORS, self.numel), self.mixture)
 
     def extra_bytes(self, grad: torch.dtype) -> int:
@@ -190,10 +190,10 @@ def _by_mixture(numel: int, mixtures: Sequence[Mixture]) -> list[Case]:
 
 
 def _as_torch(numel: int) -> list[Case]:
-    """What torch does in the same dtypes: the same bytes, so that a ratio speaks of the kernels alone."""
+    """Cases that torch runs in the same dtypes: with the same bytes, a ratio speaks of the kernels alone."""
     work = ({"norms": False}, {"norms": True}, {"norms": False, "clip": True})
     return [
-        Case(numel, min(TENSORS, numel), mixture, **options)  # type: ignore[arg-type]
+        Case(numel, min(TENSORS, numel), mixture, **options)
         for mixture in MIXTURES
         if mixture.param == mixture.grad == mixture.state
         for options in work

@@ -41,7 +41,7 @@ class Peer:
 
     @property
     def is_installed(self) -> bool:
-        """Whether its library can be found."""
+        """True if its library can be found."""
         return importlib.util.find_spec(self.module.split(".")[0]) is not None
 
     def build(self, problem: Problem) -> Built:

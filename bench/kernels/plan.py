@@ -18,12 +18,12 @@ SECONDS = {"cuda": 1200.0, "cpu": 60.0}
 
 @dataclass(frozen=True)
 class Plan:
-    """What will run here.
+    """A run on this machine.
 
     Args:
         device: the best there is.
         cases: in the order they run.
-        variants: who takes part.
+        variants: to compare.
         missing: what cannot be measured here and why, a line each.
     """
 
@@ -35,7 +35,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run gave.
+    """The results of a run.
 
     Args:
         rows: all of them.
@@ -49,7 +49,7 @@ class Outcome:
 
 
 def make_plan(sizes: Sequence[int] | None = None) -> Plan:
-    """What to run here.
+    """Plan a run on this machine.
 
     Args:
         sizes: parameters of the cases; None is all on a CUDA device, and the small ones on a CPU.

@@ -1,4 +1,4 @@
-"""Rows: what a run says about each variant of each case, in the same keys always."""
+"""Rows of a run: one for each variant of each case, with the same keys always."""
 
 import datetime
 import functools
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench.kernels.cases import DTYPE_NAMES, Case
-from bench.kernels.timing import Sample, device_name, quantile
+from bench.kernels.timing import Sample, device_name, statistics
 from bench.kernels.variants import Built
 
 Row = dict[str, Any]
@@ -80,9 +80,8 @@ def measured_row(
     copy_gb_per_s: float,
 ) -> Row:
     """The row of a measured variant, but for what compares it with torch (:func:`compare_with_torch`)."""
-    seconds = [sample.seconds for sample in samples]
-    median = quantile(seconds, 0.5)
-    gb_per_s = built.num_bytes / median / 1e9
+    seconds = statistics([sample.seconds for sample in samples])
+    gb_per_s = built.num_bytes / seconds["seconds_median"] / 1e9
     notes = []
     if error_ulps is not None and not math.isfinite(error_ulps):
         error_ulps = None
@@ -99,11 +98,7 @@ def measured_row(
         measured=True,
         reason="; ".join(notes) or None,
         bytes=built.num_bytes,
-        seconds_median=median,
-        seconds_p20=quantile(seconds, 0.2),
-        seconds_p80=quantile(seconds, 0.8),
-        seconds_min=min(seconds),
-        samples=len(seconds),
+        **seconds,
         gb_per_s=gb_per_s,
         percent_of_copy=100 * gb_per_s / copy_gb_per_s,
         copy_gb_per_s=copy_gb_per_s,

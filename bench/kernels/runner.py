@@ -37,10 +37,10 @@ class _Entry:
 
 
 class Runner:
-    """Runs cases and yields rows.
+    """Run cases and yield rows.
 
     Args:
-        variants: who takes part. Those that share the problem's moments first: what others allocate comes on top.
+        variants: to compare. Those that share the problem's moments first: what others allocate comes on top.
         clock: times steps.
         roof: copies to compare with.
         seconds: for the whole run, over which a case that has begun may run by a few rounds; those that find no
@@ -172,7 +172,7 @@ class Runner:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is about memory; a CPU's allocator and a driver raise a plain RuntimeError then."""
+    """Return True for an error about memory; a CPU's allocator and a driver raise a plain RuntimeError."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return any(text in str(error) for text in ("can't allocate memory", "CUDA error: out of memory"))

@@ -17,7 +17,7 @@ LEGEND = (
 
 
 class Table:
-    """Makes the lines of a table, row by row."""
+    """Make the lines of a table, row by row."""
 
     def __init__(self) -> None:
         self._case: str | None = None

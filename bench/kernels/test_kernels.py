@@ -1,7 +1,7 @@
-"""The most telling cases for pytest-benchmark: `pytest bench/kernels --benchmark-only`.
+"""The most telling cases for pytest-benchmark: `pytest bench/ --benchmark-only`.
 
 Wall time around a step and, on a GPU, the wait for it: the host's time is in it, and each variant runs by
-itself. For the device's own time, interleaved, in % of a copy: `grass bench kernels`.
+itself. For the device's own time, interleaved, in % of a copy: `python -m bench kernels`.
 
 GRASS_BENCH_SIZE sets the parameters of a case: 1e8 on a CUDA device, 1e6 on a CPU if it is not set.
 """

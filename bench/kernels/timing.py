@@ -1,10 +1,11 @@
 """Clocks: seconds of one step with cold caches, on the host or on the device."""
 
 import platform
+import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -26,7 +27,7 @@ class Sample(NamedTuple):
 
 
 class Clock(Protocol):
-    """Times steps on a device."""
+    """Time steps on a device."""
 
     device: torch.device
 
@@ -175,6 +176,42 @@ def cpu_cache_bytes() -> int:
     return min(max(sizes), 256 << 20)
 
 
+def interleaved(
+    steps: Mapping[str, Callable[[], object]],
+    seconds: float,
+    *,
+    prepare: Callable[[str], object] = lambda name: None,
+    repeats: int = 1,
+) -> dict[str, list[float]]:
+    """Time steps in turns: all of them once in each turn, three turns at least.
+
+    Args:
+        steps: by name.
+        seconds: in all, roughly.
+        prepare: called with the name before each sample, untimed.
+        repeats: steps of a sample.
+
+    Returns:
+        Seconds of one step, a sample for each turn.
+    """
+    shuffle = random.Random(0).shuffle  # what comes after a long step finds colder caches
+    names = list(steps)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    end = time.perf_counter() + seconds
+    turns = 0
+    while turns < 3 or time.perf_counter() < end:
+        turns += 1
+        shuffle(names)
+        for name in names:
+            step = steps[name]
+            prepare(name)
+            start = time.perf_counter()
+            for _ in range(repeats):
+                step()
+            times[name].append((time.perf_counter() - start) / repeats)
+    return times
+
+
 def quantile(values: Sequence[float], q: float) -> float:
     """The q-quantile, linear between neighbours."""
     ordered = sorted(values)
@@ -182,6 +219,17 @@ def quantile(values: Sequence[float], q: float) -> float:
     low = int(place)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def statistics(seconds: Sequence[float]) -> dict[str, Any]:
+    """Return what a row says of samples: median, quantiles, the least, and how many there are."""
+    return {
+        "seconds_median": quantile(seconds, 0.5),
+        "seconds_p20": quantile(seconds, 0.2),
+        "seconds_p80": quantile(seconds, 0.8),
+        "seconds_min": min(seconds),
+        "samples": len(seconds),
+    }
 
 
 def device_name(device: torch.device) -> str:

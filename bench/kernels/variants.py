@@ -1,4 +1,4 @@
-"""Variants: who does a case. Ours, torch's own, and a copy; `peers` has other libraries'.
+"""Variants: optimizers that do a case. Ours, torch's own, and a copy; `peers` has other libraries'.
 
 Torch does the same work as ours: with norms, it takes each gradient's norm and adds them up by layer on the
 device; with clipping, it scales the gradients.
@@ -117,7 +117,7 @@ def with_norms_and_clipping(problem: Problem, params: Sequence[nn.Parameter], st
 
 @functools.cache
 def torch_takes(device: torch.device, mixture: Mixture, **path: bool) -> bool:
-    """Whether torch's AdamW takes these dtypes on this path, found by trying it on a few elements."""
+    """Try on a few elements if torch's AdamW takes these dtypes on this path."""
     param = nn.Parameter(torch.ones(8, dtype=mixture.param, device=device))
     try:
         if mixture.grad != mixture.param:

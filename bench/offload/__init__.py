@@ -1,5 +1,6 @@
 """Benchmarks of offloading: a training step whose optimizer states live in host memory, measured and simulated.
 
-``grass bench offload`` runs it. The simulation needs no GPU: it drives the same pipeline over tensors that hold no
-memory, and runs its log against the clock.
+``python -m bench offload`` runs it. The simulation needs no GPU: it drives the same pipeline over tensors that hold no
+memory, records what the pipeline asks of the copy engine, and runs that log against the clock. Tests use the same log
+to prove that no two conflicting operations are unordered.
 """

@@ -1,4 +1,4 @@
-"""The bound: what no order of copies through the ring could beat, as gradients come when they do.
+"""The bound: the time that no order of copies through the ring could beat, given when gradients come.
 
 The floor asks only that every queue does its own work. But the states of what backward completes last cannot come
 earlier than the ring has room, and the next forward waits for their updates: that stands after backward, and no
@@ -7,16 +7,16 @@ schedule hides it. It is most where the lowest layers train.
 
 import torch
 
+from bench.offload.recording import RecordingEngine
 from bench.offload.steps import UPDATE_TRAFFIC, Task, make_pipeline, parts
-from grass.offload.recording import RecordingEngine
+from bench.offload.timeline import Link
 from grass.offload.store import allocating
-from grass.offload.timeline import Link
 
 
 def bound_seconds(task: Task, link: Link, hbm: float) -> float:
     """The least time of a steady step, from the beginning of its forward to that of the next.
 
-    It is the longest of the copies, of what the buffers are taken for, and of backward up to each slot with what is
+    It is the longest of the copies, of what the buffers are taken for, and of backward up to each bucket with what is
     still to be done then.
 
     Args:
@@ -25,20 +25,20 @@ def bound_seconds(task: Task, link: Link, hbm: float) -> float:
         hbm: bytes a second of the device's memory, of which updates make full use.
     """
     sizes = _unit_sizes(task)
-    complete = []  # slots, with the seconds after which their gradients are complete
+    complete = []  # buckets, with the seconds after which their gradients are complete
     now = 0.0
     for part in parts(task):
         now += part.seconds
-        if part.slot is not None:
-            complete.append((part.slot, now))
-    everything = sorted(size for slot, _ in complete for size in sizes[slot])
+        if part.bucket is not None:
+            complete.append((part.bucket, now))
+    everything = sorted(size for bucket, _ in complete for size in sizes[bucket])
     found = [
         now,
         link.least_seconds(sum(everything), sum(everything)),
         (_updates(everything, hbm) + _both_ways(everything, link)) / task.buffer_count,
     ]
     for number, (_, seconds) in enumerate(complete):
-        rest = sorted(size for slot, _ in complete[number:] for size in sizes[slot])
+        rest = sorted(size for bucket, _ in complete[number:] for size in sizes[bucket])
         found.append(seconds + _rest_seconds(rest, task.buffer_count, link, hbm))
     return max(found)
 
@@ -70,7 +70,7 @@ def _both_ways(sizes: list[int], link: Link) -> float:
 
 
 def _unit_sizes(task: Task) -> dict[int, list[int]]:
-    """Bytes of the units of each slot."""
+    """Bytes of the units of each bucket."""
     with allocating(lambda num_bytes, pinned: torch.empty(num_bytes, dtype=torch.uint8, device="meta")):
         pipeline = make_pipeline(task, RecordingEngine(None), torch.device("meta"))
-        return {slot: [unit.num_bytes for unit in pipeline.units(slot)] for slot in task.order()}
+        return {bucket: [unit.num_bytes for unit in pipeline.units(bucket)] for bucket in task.order()}

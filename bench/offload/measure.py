@@ -13,15 +13,15 @@ from torch import Tensor
 import grass_kernels
 from bench.kernels.timing import cycles_per_second
 from bench.offload.steps import Part, Task, drive, make_pipeline
+from bench.offload.timeline import Link, Span
 from grass.offload.streams import COMPUTE, HOST, UPDATE, CudaEngine, Operation
-from grass.offload.timeline import Link, Span
 from grass.offload.units import Unit
 
 _LINK_BYTES, _HBM_BYTES, _COPIES = 256 * 2**20, 2**30, 8  # of each measurement
 
 
 class TracingEngine(CudaEngine):
-    """Notes when every operation begins and ends on the device.
+    """Record when every operation begins and ends on the device.
 
     Args:
         device: a CUDA device.
@@ -40,7 +40,7 @@ class TracingEngine(CudaEngine):
         return event
 
     def begin(self, queue: str) -> None:
-        """What is noted next on a queue begins here."""
+        """Mark the beginning of what is noted next on a queue."""
         self._begun[queue] = self._mark(queue)
 
     def _end(self, queue: str, operation: Operation) -> None:

@@ -1,4 +1,4 @@
-"""The picture: what compute and both copies do in a step, one after another and overlapped (the paper's Figure 3)."""
+"""The picture: compute and both copies in a step, one after another and overlapped (the paper's Figure 3)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from bench.offload.rows import VARIANTS, Outcome, Row
 from bench.offload.steps import Step
+from bench.offload.timeline import Span
 from grass.offload.streams import COMPUTE, D2H, H2D, UPDATE
-from grass.offload.timeline import Span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,8 +55,8 @@ def draw(outcome: Outcome, path: Path) -> None:
     first = outcome.rows[0]
     names = _outside(first)
     handles = [Patch(color=_FORWARD, label="forward"), Patch(color=_BACKWARD, label="backward")]
-    for slot, color in colors.items():
-        handles.append(Patch(color=color, label=names.get(slot, f"layer {slot}")))
+    for bucket, color in colors.items():
+        handles.append(Patch(color=color, label=names.get(bucket, f"layer {bucket}")))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
     figure.suptitle(_title(first, source), color=_INK, fontsize=11)
     figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
@@ -74,34 +74,34 @@ def _title(row: Row, source: str) -> str:
 
 
 def _outside(row: Row) -> dict[int, str]:
-    """Names of the slots that are no layers."""
+    """Names of the buckets that are no layers."""
     layers = row["layers"]
     return {layers: "embedding", layers + 1: "head"}
 
 
-def _slot(span: Span) -> int:
+def _bucket(span: Span) -> int:
     return int(span.operation.label.split(".")[0])
 
 
 def _is_work(span: Span) -> bool:
-    """Whether it moves or updates states."""
+    """Return True if it moves or updates states."""
     return span.operation.kind in ("fetch", "update", "write-back")
 
 
 def _colors(steps: Any) -> dict[int, str]:
-    """A colour for each slot, in the order of updates."""
-    slots = dict.fromkeys(_slot(s) for step in steps for s in step.spans if s.operation.kind == "update")
-    return {slot: _COLORS[i % len(_COLORS)] for i, slot in enumerate(slots)}
+    """A colour for each bucket, in the order of updates."""
+    buckets = dict.fromkeys(_bucket(s) for step in steps for s in step.spans if s.operation.kind == "update")
+    return {bucket: _COLORS[i % len(_COLORS)] for i, bucket in enumerate(buckets)}
 
 
 def _first_work(step: Step) -> float:
-    """When states are first needed: the beginning of the close-up, in seconds."""
+    """Return when states are first needed, in seconds: the beginning of the close-up."""
     updates = [span for span in step.spans if span.operation.kind == "update"]
-    slot = _slot(updates[0])
+    bucket = _bucket(updates[0])
     computed = [
         s.end for s in step.spans if s.queue == COMPUTE and s.end <= updates[0].start and not _is_work(s)
     ]
-    fetched = [s.start for s in step.spans if s.operation.kind == "fetch" and _slot(s) == slot]
+    fetched = [s.start for s in step.spans if s.operation.kind == "fetch" and _bucket(s) == bucket]
     start = max(computed, default=0.0)
     return min(start, *(f for f in fetched if f >= start), updates[0].start)
 
@@ -148,5 +148,5 @@ def _draw_lanes(
 
 def _color(span: Span, colors: dict[int, str]) -> str:
     if _is_work(span):
-        return colors.get(_slot(span), _INK)
+        return colors.get(_bucket(span), _INK)
     return _FORWARD if span.operation.kind == "forward" else _BACKWARD

@@ -1,4 +1,4 @@
-"""Rows: what a run says about each way to take a step, measured and simulated, in the same keys always."""
+"""Rows of a run: one for each way to take a step, measured and simulated, with the same keys always."""
 
 import datetime
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from bench.kernels.rows import describe_environment
 from bench.offload import measure
 from bench.offload.bound import bound_seconds
 from bench.offload.steps import Step, Task, log_of, seconds_of, simulated, steady
+from bench.offload.timeline import Link
 from grass.offload.streams import COMPUTE, D2H, H2D
-from grass.offload.timeline import Link
 
 Row = dict[str, Any]
 
@@ -38,7 +38,7 @@ DEFAULT_HBM = 2e12
 
 
 class Outcome(NamedTuple):
-    """What a run found.
+    """The results of a run.
 
     Args:
         rows: of all variants and sources.

@@ -1,4 +1,4 @@
-"""Shapes: how many parameters the layers of a model have, and how long it computes."""
+"""Shapes: the parameters of a model's layers, and the time it computes."""
 
 from typing import NamedTuple
 
@@ -71,12 +71,12 @@ def shape_of(text: str) -> Shape:
 
 
 def numel(params: list[Tensor]) -> int:
-    """How many parameters there are."""
+    """Count the parameters."""
     return sum(p.numel() for p in params)
 
 
 class Compute(NamedTuple):
-    """How long forward and backward take: two operations a parameter and token for every product with weights.
+    """Time of forward and backward: two operations a parameter and token for every product with weights.
 
     Args:
         tokens: in a step.

@@ -1,7 +1,7 @@
-"""Steps: what a training step with fused backward asks of the pipeline, and how long that takes.
+"""Training steps with fused backward: the operations that they ask of the pipeline, and their time.
 
 The driver is the same for the simulation and for a GPU. It does what the optimizer does: tell the pipeline what
-comes, compute, and update each slot as soon as its gradients are complete.
+comes, compute, and update each bucket as soon as its gradients are complete.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bench.offload.recording import Log, RecordingEngine
 from bench.offload.shapes import Compute, Shape
+from bench.offload.timeline import Link, Seconds, Span, busy_seconds, floor_seconds, simulate
 from grass.offload.pipeline import StreamedPipeline, Update
-from grass.offload.recording import Log, RecordingEngine
 from grass.offload.store import Bucket, Store, allocating
 from grass.offload.streams import COMPUTE, D2H, H2D, HOST, CopyEngine, Operation
-from grass.offload.timeline import Link, Seconds, Span, busy_seconds, floor_seconds, simulate
 
 MOMENTS = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
 UPDATE_TRAFFIC = (2 + 2 + 2 + 4 * 4) / 8
@@ -28,7 +28,7 @@ FIRST = ("forward", "layer 0")
 
 
 class Task(NamedTuple):
-    """What is trained, and how.
+    """A model, the layers that train, and the ring of buffers.
 
     Args:
         shape: of the model.
@@ -44,7 +44,7 @@ class Task(NamedTuple):
     buffer_count: int = 2
 
     def members(self) -> list[list[Tensor]]:
-        """Parameters by slot: layers, then the embedding, then norm and head."""
+        """Parameters by bucket: layers, then the embedding, then norm and head."""
         shape = self.shape
         layers = [shape.layer() if layer in self.active else [] for layer in range(shape.layers)]
         return [*layers, shape.embedding(), shape.head()]
@@ -66,12 +66,12 @@ class Part(NamedTuple):
     Args:
         operation: forward or backward of a layer, the embedding or the head.
         seconds: it takes.
-        slot: whose gradients are complete then; None if nobody's are.
+        bucket: whose gradients are complete then; None if nobody's are.
     """
 
     operation: Operation
     seconds: float
-    slot: int | None = None
+    bucket: int | None = None
 
 
 def parts(task: Task) -> list[Part]:
@@ -79,8 +79,8 @@ def parts(task: Task) -> list[Part]:
     shape, compute, outside = task.shape, task.compute, task.shape.layers
     layer, head = shape.layer(), shape.head()
 
-    def part(kind: str, label: str, seconds: float, slot: int | None = None) -> Part:
-        return Part(Operation(kind, label, (), ()), seconds, slot)
+    def part(kind: str, label: str, seconds: float, bucket: int | None = None) -> Part:
+        return Part(Operation(kind, label, (), ()), seconds, bucket)
 
     found = [part("forward", f"layer {i}", compute.forward(layer)) for i in range(outside)]
     found.append(part("forward", "head", compute.forward(head)))
@@ -116,9 +116,9 @@ def drive(
     for _ in range(STEPS):
         for part in parts(task):
             compute(part)
-            if part.slot is not None:
+            if part.bucket is not None:
                 with pipeline.updating():
-                    pipeline.run(part.slot, update)
+                    pipeline.run(part.bucket, update)
         pipeline.join()
         if ahead:
             pipeline.begin(task.order())
@@ -149,7 +149,7 @@ def make_pipeline(task: Task, engine: CopyEngine, device: torch.device) -> Strea
 
 
 def log_of(task: Task, *, vanilla: bool = False) -> Log:
-    """What a task asks of queues.
+    """Return the operations that a task asks of queues.
 
     Args:
         task: what to train.
@@ -169,7 +169,7 @@ def log_of(task: Task, *, vanilla: bool = False) -> Log:
 
 
 def seconds_of(task: Task, log: Log, hbm: float) -> Seconds:
-    """How long parts and updates take.
+    """Return the time of parts and updates.
 
     Args:
         task: whose parts they are.

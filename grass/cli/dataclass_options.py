@@ -11,8 +11,10 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from grass.cli.values import comma_list
 
 
 def argument_docs(cls: type) -> dict[str, str]:
@@ -27,7 +29,11 @@ def argument_docs(cls: type) -> dict[str, str]:
 
 
 def add_dataclass_options(
-    parser: argparse.ArgumentParser, title: str, cls: type, other_help: Mapping[str, str] | None = None
+    parser: argparse.ArgumentParser,
+    title: str,
+    cls: type,
+    other_help: Mapping[str, str] | None = None,
+    types: Mapping[str, Callable[[str], Any]] | None = None,
 ) -> None:
     """Add a group with an option for each field of a dataclass.
 
@@ -35,8 +41,9 @@ def add_dataclass_options(
         parser: gets the group.
         title: of the group.
         cls: the dataclass; fields of type int, float, str, bool, optional ones, and lists of str
-            (given with commas).
+            (given with commas, or by giving the option several times).
         other_help: texts to show in place of the docstring's, by field.
+        types: what checks a value, by field.
     """
     group = parser.add_argument_group(title)
     docs = {**argument_docs(cls), **(other_help or {})}
@@ -54,16 +61,21 @@ def add_dataclass_options(
         group.add_argument(
             flag,
             default=argparse.SUPPRESS,
-            type=_comma_list if is_list else kind,
+            action="extend" if is_list else "store",
+            type=comma_list if is_list else (types or {}).get(field.name, kind),
             metavar={int: "N", float: "X"}.get(kind, field.name.split("_")[-1].upper()),
             help=shown,
         )
 
 
 def given_options(namespace: argparse.Namespace, cls: type) -> dict[str, Any]:
-    """What the user gave for the fields of a dataclass."""
+    """Return what the user gave for the fields of a dataclass. A list of one is its element."""
     names = {field.name for field in dataclasses.fields(cls)}
-    return {name: value for name, value in vars(namespace).items() if name in names}
+    given = {name: value for name, value in vars(namespace).items() if name in names}
+    return {
+        name: value if not isinstance(value, list) else tuple(value) if len(value) > 1 else value[0]
+        for name, value in given.items()
+    }
 
 
 def _kind(annotation: Any) -> tuple[type, bool]:
@@ -74,8 +86,3 @@ def _kind(annotation: Any) -> tuple[type, bool]:
         members = [m for m in typing.get_args(annotation) if m is not type(None)]
         return members[0], len(members) > 1
     return annotation, False
-
-
-def _comma_list(text: str) -> str | tuple[str, ...]:
-    parts = tuple(part.strip() for part in text.split(",") if part.strip())
-    return parts if len(parts) > 1 else text.strip()

@@ -7,15 +7,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from grass.cli.dataclass_options import add_dataclass_options, given_options
+from grass.cli.values import MissingPackageError, UsageError, input_file, model_name
 from grass.config import GrassConfig
-from grass.errors import GrassError
+from grass.errors import GrassError, LayerDiscoveryError
 from grass.finetune.options import FinetuneOptions
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
-
-STOPPED = 130  # what shells report for a command that Ctrl-C ended
 
 _DESCRIPTION = """\
 Fine-tune a causal language model by GRASS: all weights of a few layers at a time, chosen by their gradients.
@@ -40,15 +41,14 @@ def add_parser(subparsers: "_SubParsersAction[argparse.ArgumentParser]") -> None
         help="fine-tune a model (without arguments: a demo that needs no network)",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--resume", metavar="RUN_DIR", help="continue a stopped run with its saved settings")
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
-    add_dataclass_options(parser, "the run", FinetuneOptions)
+    types = {"model": model_name, "data": input_file, "eval": input_file}
+    add_dataclass_options(parser, "the run", FinetuneOptions, types=types)
     seed = "of all that is random: the data's order, the choice of held-out records, the drawing of layers"
     add_dataclass_options(parser, "the method (GrassConfig)", GrassConfig, {"seed": seed})
-    parser.set_defaults(run=run, parser=parser)
+    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -57,38 +57,30 @@ def run(arguments: argparse.Namespace) -> int:
     given_config = given_options(arguments, GrassConfig)
     if arguments.resume is not None and (given or given_config):
         first = next(iter({**given, **given_config})).replace("_", "-")
-        arguments.parser.error(f"--resume continues with the saved settings; leave out --{first}")
-    if bool(given.get("model")) != bool(given.get("data")):
-        arguments.parser.error("--model and --data go together; without both, the demo runs on its own model")
-    for name in ("eval", "eval_fraction"):
-        if given.get(name) and not given.get("data"):
-            arguments.parser.error(f"--{name.replace('_', '-')} needs --model and --data")
-    if given.get("eval") and given.get("eval_fraction"):
-        arguments.parser.error("--eval and --eval-fraction exclude each other")
+        raise UsageError(f"--resume continues with the saved settings; leave out --{first}")
+    if given.get("eval_fraction") and not given.get("data"):
+        raise UsageError("--eval-fraction needs --model and --data as well")
     if given.get("steps") and given.get("epochs"):
-        arguments.parser.error("--steps and --epochs exclude each other")
+        raise UsageError("--steps and --epochs exclude each other: pass one of them")
+    # Both check themselves: a wrong value need not wait for torch and transformers.
+    config = GrassConfig(**given_config)
+    options = FinetuneOptions(**given)
     try:
-        # Both check themselves: a wrong value need not wait for torch and transformers.
-        config = GrassConfig(**given_config)
-        options = FinetuneOptions(**given)
         from grass.finetune.screen import Screen, quiet_libraries
 
         with quiet_libraries():
             results = _run_job(arguments.resume, given, options, config, Screen())
     except ImportError as error:
-        print(f"grass: {error}; install with: pip install 'grass-optim[transformers]'", file=sys.stderr)
-        return 1
-    except GrassError as error:
-        # One line, also where the library's message is a list of candidates.
-        print(
-            "grass:", "; ".join(" ".join(line.split()) for line in str(error).splitlines()), file=sys.stderr
-        )
-        return 1
-    except KeyboardInterrupt:
-        print("grass: stopped", file=sys.stderr)
-        return STOPPED
-    if results is None:
-        return STOPPED
+        raise MissingPackageError(f"{error}; install with: pip install 'grass-optim[transformers]'") from None
+    except LayerDiscoveryError as error:
+        if options.pattern:
+            raise UsageError(f"--pattern: {error}") from None
+        raise
+    except torch.OutOfMemoryError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise GrassError(
+            f"{reason} Pass a smaller --batch-size or --context, or --offload; `grass plan` predicts the memory"
+        ) from None
     from grass.finetune.summary import format_table
 
     print(json.dumps(results) if arguments.json else f"\n{format_table(results)}\n\nrun: {results['run']}")
@@ -97,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run_job(
     resume: str | None, given: dict[str, Any], options: FinetuneOptions, config: GrassConfig, screen: Any
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     from grass.finetune.demo import DEMO_OPTIONS
     from grass.finetune.job import resume_run, start_run
     from grass.finetune.stopping import Stopped
@@ -109,5 +101,4 @@ def _run_job(
             options = dataclasses.replace(DEMO_OPTIONS, **given)
         return start_run(options, config, screen, command=sys.argv)
     except Stopped as reason:
-        screen.say(str(reason))
-        return None
+        raise KeyboardInterrupt(str(reason)) from None

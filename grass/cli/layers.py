@@ -4,51 +4,47 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from grass.errors import GrassError, LayerDiscoveryError
+from grass.cli.values import MissingPackageError, UsageError, comma_list, model_name
+from grass.errors import LayerDiscoveryError, ModelError
 from grass.layer_stacks import is_under
 from grass.layers import LayerMap
 
 
-class ModelError(GrassError):
-    """A model that cannot be built from what the user named."""
-
-
 def add_parser(subparsers: Any) -> None:
-    """Registers the command with the `subparsers` of an `argparse.ArgumentParser`."""
+    """Register the command."""
     parser = subparsers.add_parser(
         "layers",
         help="show which parameters form which layer, and what is outside",
         description="Show the layers that GRASS would sample, their sizes, and what is outside of them. "
         "The model is built from its configuration; no weights are loaded.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a folder with a config.json, or a name on the hub")
+    parser.add_argument(
+        "model", type=model_name, metavar="MODEL", help="a folder with a config.json, or a name on the hub"
+    )
     parser.add_argument(
         "--pattern",
-        action="append",
-        help="module paths of the blocks, such as 'model.layers.*'; once for each stack",
+        action="extend",
+        type=comma_list,
+        help="module paths of the layers, such as 'model.layers.*', one for each stack; found when not given",
     )
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the map; returns 0, or 1 after one clear message on stderr."""
+    """Print the map; the exit code."""
+    model = build_without_weights(args.model)
     try:
-        model = build_without_weights(args.model)
         layers = LayerMap.from_model(model, args.pattern)
     except LayerDiscoveryError as error:
-        print(f"grass layers: {error}\nHere: --pattern 'PATH.*', once for each stack.", file=sys.stderr)
-        return 1
-    except GrassError as error:
-        print(f"grass layers: {error}", file=sys.stderr)
-        return 1
+        if args.pattern:
+            raise UsageError(f"--pattern {','.join(args.pattern)}: {error}") from None
+        raise LayerDiscoveryError(f"{error}\nHere: --pattern 'PATH.*', one for each stack") from None
     described = describe(args.model, model, layers)
     print(json.dumps(described, indent=2) if args.json else table(described))
     return 0
@@ -58,16 +54,15 @@ def build_without_weights(name: str) -> nn.Module:
     """The model of a folder or hub name on the meta device, of the class that trains it as a language model.
 
     Raises:
-        ModelError: transformers is missing, the name leads nowhere, or its configuration builds nothing.
+        MissingPackageError: transformers is not installed.
+        ModelError: there is no configuration, or it builds nothing.
     """
     try:
         import transformers
     except ImportError:
-        raise ModelError("transformers is not installed: pip install grass-optim[transformers]") from None
-
-    folder = Path(name)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise ModelError(f"{name} has no config.json: pass the folder of a saved model, or a hub name")
+        raise MissingPackageError(
+            "transformers is not installed: pip install grass-optim[transformers]"
+        ) from None
     try:
         config = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:

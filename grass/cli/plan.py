@@ -9,15 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grass.cli.values import OptionError, count, positive, require_matplotlib, writable
+from grass.cli.values import count, model_name, positive, require_matplotlib, writable
 from grass.config import GrassConfig
-from grass.errors import ConfigError, GrassError
 
 if TYPE_CHECKING:
     from grass.plan.losses import Loss
     from grass.plan.prediction import Case, Row
 
-STOPPED = 130  # what shells report for a command that Ctrl-C ended
 DTYPES = ("bfloat16", "float16", "float32")
 
 _DESCRIPTION = """\
@@ -46,18 +44,17 @@ arithmetic at --tflops and of the states' two ways over the bus at --pcie-gbs; r
 
 
 def add_parser(subparsers: Any) -> None:
-    """Registers the command with the `subparsers` of an `argparse.ArgumentParser`."""
+    """Register the command."""
     parser = subparsers.add_parser(
         "plan",
         help="predict the memory of fine-tuning, without a GPU and without weights",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--model",
         required=True,
+        type=lambda name: model_name(name, _presets()),
         metavar="MODEL",
         help=f"one of {', '.join(_presets())}; or a folder with a config.json, or a name on the hub",
     )
@@ -78,7 +75,7 @@ def add_parser(subparsers: Any) -> None:
     )
     grass = parser.add_argument_group("GRASS")
     grass.add_argument(
-        "--active-layers", "--layers", type=count, default=GrassConfig.active_layers, metavar="N",
+        "--active-layers", type=count, default=GrassConfig.active_layers, metavar="N",
         help=f"layers that train at a time [{GrassConfig.active_layers}]",
     )  # fmt: skip
     grass.add_argument(
@@ -90,8 +87,8 @@ def add_parser(subparsers: Any) -> None:
         help=f"steps with one set of layers [{GrassConfig.sample_interval}]",
     )  # fmt: skip
     grass.add_argument(
-        "--buffer-mb", type=positive, default=GrassConfig.buffer_mb, metavar="MIB",
-        help=f"size of a buffer of streamed states [{GrassConfig.buffer_mb:g}]",
+        "--buffer-mb", type=positive, default=GrassConfig.buffer_mb, metavar="X",
+        help=f"MiB of a buffer of streamed states [{GrassConfig.buffer_mb:g}]",
     )  # fmt: skip
     grass.add_argument(
         "--buffer-count", type=count, default=GrassConfig.buffer_count, metavar="N",
@@ -101,13 +98,13 @@ def add_parser(subparsers: Any) -> None:
     machine.add_argument("--gpu-gib", type=positive, default=24.0, metavar="GIB", help="device memory [24]")
     machine.add_argument("--host-gib", type=positive, metavar="GIB", help="host memory for states [enough]")
     machine.add_argument(
-        "--pcie-gbs", type=positive, default=25.0, metavar="N", help="1e9 bytes a second, each way [25]"
+        "--pcie-gbs", type=positive, default=25.0, metavar="X", help="1e9 bytes a second, each way [25]"
     )
     machine.add_argument(
         "--tflops",
         type=positive,
         default=150.0,
-        metavar="N",
+        metavar="X",
         help="1e12 operations a second, as reached [150]",
     )
     parser.add_argument(
@@ -119,37 +116,14 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `grass plan`; the exit code."""
-    try:
-        if args.plot is not None:
-            require_matplotlib()
-        return _run(args)
-    except (_UsageError, ConfigError) as error:
-        print(f"grass plan: {error}", file=sys.stderr)
-        return 2
-    except (GrassError, OSError) as error:
-        print(f"grass plan: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("grass plan: stopped", file=sys.stderr)
-        return STOPPED
-
-
-class _UsageError(GrassError):
-    """A value that does not fit its option."""
-
-
-def _plot(args: argparse.Namespace) -> Path | None:
-    try:
-        return None if args.plot is None else writable(args.plot, "--plot")
-    except OptionError as error:
-        raise _UsageError(str(error)) from None
-
-
-def _run(args: argparse.Namespace) -> int:
     from grass.plan.advice import advise
     from grass.plan.prediction import predict
 
-    plot, case = _plot(args), _case(args)
+    plot = None
+    if args.plot is not None:
+        plot = writable(args.plot, "--plot")
+        require_matplotlib()
+    case = _case(args)
     rows: list[Row] = []
     for row in predict(case, _names()):
         if not args.json:

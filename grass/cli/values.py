@@ -1,19 +1,24 @@
-"""Values of options: numbers and files that several commands take."""
+"""Values of options: numbers, files and models that several commands take."""
 
 import argparse
 import importlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from grass.errors import GrassError
 
 
-class OptionError(GrassError):
-    """An option that cannot be served on this machine."""
+class UsageError(GrassError):
+    """Options that are wrong, or do not go together."""
+
+
+class MissingPackageError(GrassError):
+    """A package that a command needs and that is not installed."""
 
 
 def positive(text: str) -> float:
-    """A finite number above 0."""
+    """Return a finite number above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -24,7 +29,7 @@ def positive(text: str) -> float:
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1."""
+    """Return a whole number of at least 1."""
     if not (text.isascii() and text.lstrip("-").isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     if int(text) < 1:
@@ -32,22 +37,65 @@ def count(text: str) -> int:
     return int(text)
 
 
+def comma_list(text: str) -> list[str]:
+    """Return the parts of a text between commas."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise argparse.ArgumentTypeError(f"nothing is named in {text!r}")
+    return parts
+
+
+def input_file(name: str) -> str:
+    """Return the name of a file that exists."""
+    path = Path(name)
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f"{name}: no such file")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{name}: is a folder, pass a file")
+    return name
+
+
+def model_name(name: str, presets: Sequence[str] = ()) -> str:
+    """Return the name of a preset, of a model's folder, or one that can be a name on the hub."""
+    possible = f"one of {', '.join(presets)}, " if presets else ""
+    possible += "a model's folder or a hub name"
+    path = Path(name)
+    if path.exists():
+        if not (path / "config.json").is_file():
+            raise argparse.ArgumentTypeError(f"{name} has no config.json: pass {possible}")
+        return name
+    is_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name.strip()
+    if is_local or (presets and name not in presets and "/" not in name):
+        raise argparse.ArgumentTypeError(f"there is no model {name!r}: pass {possible}")
+    return name
+
+
 def writable(name: str, option: str) -> Path:
-    """The path, if a file can be written there; nothing is left behind."""
+    """Return the path, if a file can be written there; nothing is left behind.
+
+    Raises:
+        UsageError: it cannot.
+    """
     path = Path(name)
     existed = path.exists()
     try:
         path.open("a").close()
     except OSError as error:
-        raise OptionError(f"{option} {name} cannot be written: {error.strerror}") from None
+        raise UsageError(f"{option} {name} cannot be written: {error.strerror}") from None
     if not existed:
         path.unlink()
     return path
 
 
 def require_matplotlib() -> None:
-    """Say how to get what ``--plot`` draws with, if it is not there."""
+    """Check that what ``--plot`` draws with is installed.
+
+    Raises:
+        MissingPackageError: it is not.
+    """
     try:
         importlib.import_module("matplotlib")
     except ImportError:
-        raise OptionError("--plot needs matplotlib; install with: pip install 'grass-optim[plots]'") from None
+        raise MissingPackageError(
+            "--plot needs matplotlib; install with: pip install 'grass-optim[plots]'"
+        ) from None

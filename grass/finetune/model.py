@@ -1,5 +1,6 @@
 """Loading and checking of the model of a run: a causal language model and its tokenizer."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from transformers import (
 )
 
 from grass.config import GrassConfig
-from grass.errors import ConfigError
+from grass.errors import ConfigError, ModelError
 from grass.finetune.options import Dtype, FinetuneOptions
 from grass.layers import LayerMap
 
@@ -27,7 +28,8 @@ def load_model(name: str, dtype: Dtype = "auto") -> tuple[PreTrainedModel, PreTr
         dtype: dtype of the weights; ``"auto"`` for the one in which they were saved.
 
     Raises:
-        ConfigError: there is no such model, or it is not a causal language model with a tokenizer.
+        ConfigError: there is no folder of that name, or no model in it.
+        ModelError: it is no causal language model with a tokenizer, or cannot be loaded.
     """
     path = Path(name)
     if path.exists() and not (path / "config.json").is_file():
@@ -45,7 +47,7 @@ def load_model(name: str, dtype: Dtype = "auto") -> tuple[PreTrainedModel, PreTr
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ConfigError(f"model {name!r}: cannot load its {part}: {reason}") from None
+        raise ModelError(f"model {name!r}: cannot load its {part}: {reason}") from None
     return model, tokenizer
 
 
@@ -69,10 +71,9 @@ def context_of(model: PreTrainedModel, wanted: int | None) -> int:
     return wanted
 
 
-def layer_pattern(options: FinetuneOptions) -> str | list[str] | None:
-    """Return the pattern in ``options.layers``, or several that are separated by commas; None if it is empty."""
-    patterns = [p.strip() for p in options.layers.split(",") if p.strip()]
-    return (patterns[0] if len(patterns) == 1 else patterns) if patterns else None
+def layer_pattern(options: FinetuneOptions) -> str | Sequence[str] | None:
+    """Return the user's pattern, or several; None to find the layers."""
+    return options.pattern or None
 
 
 def check_method(model: PreTrainedModel, options: FinetuneOptions, config: GrassConfig) -> LayerMap | None:

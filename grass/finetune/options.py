@@ -23,7 +23,8 @@ class FinetuneOptions:
         eval: JSON or JSONL file of held-out records, in the same formats.
         eval_fraction: fraction of the training records to hold out, if there is no file of held-out records.
         method: "grass", or "full" for AdamW on all parameters.
-        layers: pattern of the module paths of the layers, such as "model.layers.*"; found automatically by default.
+        pattern: module paths of the layers, such as "model.layers.*", one for each stack; found automatically by
+            default.
         template: prompt for an instruction: "alpaca", or "plain" (the instruction and a newline).
         context: maximum length of a text in tokens; longer texts are truncated. Default: the limit of the model, at
             most 1024.
@@ -57,7 +58,7 @@ class FinetuneOptions:
     eval: str = ""
     eval_fraction: float = 0.0
     method: Method = "grass"
-    layers: str = ""
+    pattern: str | tuple[str, ...] = ""
     template: Template = "alpaca"
     context: int | None = None
     steps: int | None = None

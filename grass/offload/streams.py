@@ -1,7 +1,7 @@
 """Copy engines: what the offload pipeline does to streams, behind one small interface.
 
 Everything that moves or uses states names the queue it runs on, what it reads and what it writes. On a GPU the queues
-are streams; on a CPU all is done at once; `grass.offload.recording` writes it down, to prove that nothing
+are streams; on a CPU all is done at once; a recording engine writes it down for tests, to prove that nothing
 that conflicts is unordered.
 """
 

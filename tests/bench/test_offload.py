@@ -1,10 +1,8 @@
 """Would catch: a pipeline that asks for its copies in an order, or behind waits, that keep the link idle; a simulated
 step that moves other bytes than the moments have; a floor or a bound that is none; a claim that holds for some layers
-only and does not say so; a benchmark that pretends to have measured, loses rows, or draws nothing.
+only and does not say so; a benchmark that pretends to have measured; a share or an excess that is another's.
 """
 
-import contextlib
-import json
 import re
 from pathlib import Path
 
@@ -13,24 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.offload import measure, rows
+from bench.offload import rows
 from bench.offload.bound import bound_seconds
-from bench.offload.picture import draw
+from bench.offload.order import conflicts
 from bench.offload.shapes import SHAPES, Compute, numel, shape_of
 from bench.offload.steps import Task, log_of, parts, simulated, spread
 from bench.offload.table import lines_of
-from grass.cli import main
+from bench.offload.timeline import Link
 from grass.errors import ConfigError
-from grass.offload.order import conflicts
 from grass.offload.streams import COMPUTE, D2H, H2D, UPDATE
-from grass.offload.timeline import Link
 
 SEVEN = SHAPES["llama2-7b"]
 LINK, TAKING_TURNS, HBM = Link(50e9, 50e9), Link(50e9, 50e9, 0.5), 3e12
 NO_COMPUTE, SOME_COMPUTE = Compute(4096, 1e21), Compute(4096, 200e12)
-SMALL = "4x256x512x1000"
-
-
 LINKS = ("full duplex", "taking turns")
 
 
@@ -178,169 +171,31 @@ def test_compute_is_counted_by_products():
     assert seconds["backward", "layer 8"] == pytest.approx(3 * layer)  # of weights, too
 
 
-def small():
-    return Task(shape_of(SMALL), Compute(64, 1e12), (1, 2), buffer_bytes=2**20)
-
-
-@pytest.fixture
-def no_device(monkeypatch):
+def test_without_a_device_it_says_that_it_has_not_measured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-@pytest.mark.usefixtures("no_device")
-def test_without_a_device_it_says_that_it_has_not_measured():
     reported = []
-    outcome = rows.run(small(), report=reported.append)
+    task = Task(shape_of("4x256x512x1000"), Compute(64, 1e12), (1, 2), buffer_bytes=2**20)
+    outcome = rows.run(task, report=reported.append)
     assert outcome.rows == reported
     assert all(tuple(row) == rows.KEYS for row in reported)
     assert [(row["variant"], row["source"], row["measured"]) for row in reported] == [
         (variant, source, False) for variant in rows.VARIANTS for source in ("device", "simulation")
     ]
     assert {row["reason"] for row in reported if row["source"] == "device"} == {rows.NEEDS_CUDA}
-    lines = "\n".join(lines_of(outcome.rows))
-    assert "not measured: needs a CUDA device" in lines
-    assert "50.0 GB/s in, 50.0 GB/s out" in lines
-    assert "(given)" in lines
+    assert "not measured: needs a CUDA device" in "\n".join(lines_of(outcome.rows))
 
 
-class FakeEvent:
-    """Time passes by a microsecond an event, and by what the device sleeps."""
-
-    now = 0.0
-
-    def __init__(self, enable_timing=False):
-        self.at = None
-
-    def record(self, stream=None):
-        FakeEvent.now += 1e-6
-        self.at = FakeEvent.now
-
-    def synchronize(self):
-        assert self.at is not None
-
-    def elapsed_time(self, other):
-        return 1e3 * (other.at - self.at)
-
-
-class FakeStream:
-    def __init__(self, device=None):
-        pass
-
-    def wait_event(self, event):
-        assert event.at is not None
-
-
-def sleep(cycles):
-    FakeEvent.now += cycles / 1e9
-
-
-@pytest.fixture
-def a_device(monkeypatch):
-    """A CUDA device that is none: it shows that measuring runs, not what it finds."""
-    cuda = {
-        "is_available": lambda: True,
-        "current_device": lambda: 0,
-        "Event": FakeEvent,
-        "Stream": FakeStream,
-        "stream": lambda stream: contextlib.nullcontext(),
-        "current_stream": FakeStream,
-        "synchronize": lambda device=None: None,
-        "_sleep": sleep,
-    }
-    for name, value in cuda.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    monkeypatch.setattr(measure, "_LINK_BYTES", 1024)
-    monkeypatch.setattr(measure, "_HBM_BYTES", 1024)
-    environment = rows.describe_environment(torch.device("cpu"))
-    monkeypatch.setattr(rows, "describe_environment", lambda device: environment)
-    monkeypatch.setattr(torch, "device", lambda *args: _CPU)
-
-
-_CPU = torch.device("cpu")
-
-
-@pytest.mark.usefixtures("a_device")
-def test_measuring_runs_and_stands_beside_the_simulation(tmp_path):
-    pytest.importorskip("matplotlib", reason="pictures are optional")
-    outcome = rows.run(small())
-    assert [row["measured"] for row in outcome.rows] == [True, False, True, False]
-    assert outcome.rows[0]["link_measured"]
-    for (_, source), step in outcome.steps.items():
-        assert step.num_bytes == outcome.steps["vanilla", "simulation"].num_bytes
-        assert step.seconds > 0
-        if source == "device":  # what the device slept, at a thousand million cycles a second
-            expected = sum(part.seconds for part in parts(small()))
-            assert sum(s.end - s.start for s in step.spans if s.queue == COMPUTE) >= expected
-    lines = lines_of(outcome.rows)
-    assert not any("not measured" in line for line in lines)
-    draw(outcome, tmp_path / "picture")
-    assert (tmp_path / "picture").read_bytes().startswith(b"\x89PNG")
-
-
-def bench(*arguments):
-    return main(["bench", "offload", *map(str, arguments)])
-
-
-@pytest.mark.usefixtures("no_device")
-def test_the_command(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="pictures are optional")
-    out, plot = tmp_path / "rows.jsonl", tmp_path / "step.png"
-    options = ["--model", SMALL, "--pcie-gbs", 25, "--duplex-factor", 0.5]
-    assert bench(*options, "--out", out, "--plot", plot) == 0
-    printed = capsys.readouterr().out
-    assert "25.0 GB/s in, 25.0 GB/s out, 50 % of it each" in printed
-    assert "overlapped" in printed
-    written = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(written) == 4
-    assert plot.read_bytes().startswith(b"\x89PNG")
-    assert bench(*options, "--json") == 0
-    drop = {"timestamp": None}
-    assert [{**row, **drop} for row in json.loads(capsys.readouterr().out)] == [
-        {**row, **drop} for row in written
-    ]
-
-
-@pytest.mark.usefixtures("no_device")
-def test_layers_can_be_named(capsys):
-    assert bench("--model", SMALL, "--layers", "1,0", "--json") == 0
-    named = json.loads(capsys.readouterr().out)
-    assert {tuple(row["active_layers"]) for row in named} == {(0, 1)}
-    simulation = next(row for row in named if row["variant"] == "overlapped" and row["seconds"])
-    assert simulation["floor_seconds"] < simulation["bound_seconds"] <= simulation["seconds"]
-    assert simulation["above_bound"] == simulation["seconds"] / simulation["bound_seconds"] - 1
-    assert bench("--model", SMALL, "--layers", "0,1") == 0
-    printed = capsys.readouterr().out
-    assert "layers 0, 1 and what is in no layer" in printed
-    assert "bound ms" in printed
-    assert bench("--model", "1x256x512x1000", "--layers", "0") == 0
-    assert "layers 0 and what is in no layer" in capsys.readouterr().out
-    assert bench("--model", SMALL, "--active-layers", 2) == 0
-    assert "layers 1, 3 and what is in no layer" in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("no_device")
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["--model", "gpt"], 1, "pass one of"),
-        (["--model", SMALL, "--active-layers", 5], 1, "has 4 layers"),
-        (["--model", SMALL, "--buffer-mb", 0.01], 1, "buffer_mb"),
-        (["--model", SMALL, "--layers", "1,4"], 1, "has 4 layers"),
-        (["--layers", "0,1", "--active-layers", 2], 2, "not allowed with"),
-        (["--layers", "1,1"], 2, "twice"),
-        (["--layers", "0,-1"], 2, "not a layer's number"),
-        (["--layers", "one"], 2, "not a layer's number"),
-        (["--layers", ","], 2, "not a layer's number"),
-        (["--active-layers", 0], 2, "at least 1"),
-        (["--active-layers", "two"], 2, "not a whole number"),
-        (["--duplex-factor", 1.5], 2, "at most 1"),
-        (["--pcie-gbs", 0], 2, "more than 0"),
-        (["--plot", "missing/step.png"], 1, "cannot be written"),
-    ],
-)
-def test_what_cannot_be_is_refused(capsys, arguments, code, message):
-    assert bench(*arguments) == code
-    printed = capsys.readouterr()
-    assert message in printed.err
-    assert printed.out == ""
+def test_numbers_of_a_row(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for row in rows.run(seven(active=(0, 1)), Link(50e9, 25e9, 0.5), HBM).rows[1::2]:
+        step = simulated(
+            seven(active=(0, 1)), Link(50e9, 25e9, 0.5), HBM, vanilla=row["variant"] == "vanilla"
+        )
+        assert (row["seconds"], row["floor_seconds"]) == (step.seconds, step.floor)
+        assert row["above_floor"] == pytest.approx(row["seconds"] / row["floor_seconds"] - 1)
+        assert row["above_bound"] == pytest.approx(row["seconds"] / row["bound_seconds"] - 1)
+        assert row["floor_seconds"] < row["bound_seconds"] <= row["seconds"]
+        assert row["exposed_seconds"] == pytest.approx(row["seconds"] - row["compute_seconds"])
+        copies = row["h2d_bytes"] / 50e9 + row["d2h_bytes"] / 25e9  # which take turns
+        assert row["hidden_share"] == pytest.approx(max(0.0, 1 - row["exposed_seconds"] / copies))
+        assert (row["h2d_bytes"], row["d2h_bytes"]) == (step.num_bytes[H2D], step.num_bytes[D2H])

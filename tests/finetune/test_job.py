@@ -235,7 +235,7 @@ def test_bad_input_is_told_before_anything_is_written(options, tmp_path, tokeniz
         (replace(options, model=str(empty)), CONFIG, ConfigError, "not a folder with a config.json"),
         (replace(options, context=100), CONFIG, ConfigError, "the model has 64 positions"),
         (options, replace(CONFIG, active_layers=9), ConfigError, "active_layers is 9, but only 4"),
-        (replace(options, layers="model.none.*"), CONFIG, LayerDiscoveryError, "model.none"),
+        (replace(options, pattern="model.none.*"), CONFIG, LayerDiscoveryError, "model.none"),
         (
             replace(options, model="", data="", eval=""),
             replace(CONFIG, active_layers=9),

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 import grass
+from tests.support import tiny
 
 OVERFLOWS = (0, 2, 3)
 STEPS = 7

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grass
+from bench.offload.order import conflicts
+from bench.offload.recording import RecordingEngine
 from grass.offload import pipeline as pipelines
-from grass.offload.order import conflicts
-from grass.offload.recording import RecordingEngine
 from grass.offload.store import ALIGNMENT, Bucket, Store
 from grass.offload.streams import COMPUTE, InlineEngine, Operation
 from grass.optim.offload_manager import OffloadManager

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import grass
-from grass.offload.order import conflicts
-from grass.offload.recording import RecordingEngine
+from bench.offload.order import conflicts
+from bench.offload.recording import RecordingEngine
 from grass.offload.streams import H2D, HOST
 from grass.optim.offload_manager import OffloadManager
 from grass_kernels import KernelArgumentError

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grass.offload.order import conflicts
-from grass.offload.recording import RecordingEngine
+from bench.offload.order import conflicts
+from bench.offload.recording import RecordingEngine
 from grass.offload.streams import COMPUTE, D2H, H2D, HOST, Operation
 
 QUEUES = (H2D, D2H, COMPUTE, HOST, "another stream")

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from grass.offload.recording import RecordingEngine
+from bench.offload.recording import RecordingEngine
+from bench.offload.timeline import Link, simulate
 from grass.offload.streams import COMPUTE, D2H, H2D, HOST, Operation
-from grass.offload.timeline import Link, simulate
 
 
 class Writer:

@@ -14,13 +14,13 @@ import pickle
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import nn
 from twins import BF16, F16, F32, F64, KINDS, Model, method, normal
 
 import grass
 from grass_kernels import _triton
+from tests.support import tiny
 
 FLAGS = (None, False, True)
 BOTH = (torch.optim.AdamW, grass.AdamW)

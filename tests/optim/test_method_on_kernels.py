@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import grass
-import _triton
+import grass_kernels
 import grass_kernels.sq_norm
 from grass_kernels import _triton
 

@@ -13,13 +13,13 @@ import pickle
 from collections.abc import Callable
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 from twins import BF16, F32, KINDS, Model, normal
 
 import grass
 from grass_kernels import _triton
+from tests.support import tiny
 
 LARGEST = torch.finfo(BF16).max
 SMALLEST_NORMAL = torch.finfo(BF16).tiny

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from twins import F32, KINDS, Model, Twins, method, normal
 
 import grass
+from tests.support import tiny
 
 Calls = list[tuple[str, tuple, dict]]
 MAKES: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {

@@ -13,13 +13,13 @@ import pickle
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 from twins import BF16, F32, KEYS, KINDS, Twins, close, refusal
 
 import grass
 from grass_kernels import _triton
+from tests.support import tiny
 
 
 def extras(p: Tensor) -> dict[Any, Any]:

@@ -1,11 +1,11 @@
-"""A copy engine that writes down what it is asked: every operation, and what is sure to have happened before it.
+"""A copy engine that records every operation, and which operations are sure to be over before it.
 
-What is sure follows from few rules. A queue does one thing after another, and the host is a queue too. Whatever is
+This follows from few rules. A queue does one thing after another, and the host is a queue too. Whatever is
 queued comes after all that the host has done and waited for by then. Who waits for an event comes after what was
 in the event's queue when it was last recorded, and after what that queue had waited for. Nothing else is sure: not
 that a copy is over because it is short, nor that the host is slower than the device.
 
-`grass.offload.order` finds in the log what conflicts; `grass.offload.timeline` finds how long it takes.
+`bench.offload.order` finds in the log what conflicts; `bench.offload.timeline` finds how long it takes.
 """
 
 from collections import defaultdict
@@ -57,12 +57,12 @@ class Entry(NamedTuple):
     before: Clock
 
     def follows(self, other: "Entry") -> bool:
-        """Whether the other one is over when this one begins."""
+        """Return True if the other one is over when this one begins."""
         return self.before.get(other.queue, 0) >= other.position
 
 
 class Log(NamedTuple):
-    """What an engine was asked for, in the order in which it was.
+    """Operations that an engine was asked for, in that order.
 
     Args:
         entries: operations.
@@ -87,7 +87,7 @@ class Event:
 
 
 class RecordingEngine:
-    """Writes a log, and lets another engine do the work.
+    """Record a log, and pass the work on to another engine.
 
     Args:
         inner: the engine that copies; None for no copies at all, as with tensors on the meta device.

@@ -1,7 +1,7 @@
-"""Everything that needs a GPU, in one command: ``make gpu``, or ``python -m bench.gpu_suite --out DIR --minutes 9``.
+"""Everything that needs a GPU, in one command: ``make gpu``, or ``python -m bench gpu``.
 
 First the tests, then the benchmarks, the most important first, inside the time given. It runs from the source tree,
-installs nothing and needs no network. In DIR:
+installs nothing and needs no network. In the folder of the run:
 
     environment.json    the card, its driver, versions, the commit
     rows.jsonl          all rows, as they come
@@ -20,7 +20,6 @@ import os
 import platform
 import re
 import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,13 +27,15 @@ from typing import Any
 
 import torch
 
-from bench.gpu.process import Ended, RowTail, run
+from bench.gpu import process
+from bench.gpu.process import Ended, RowTail
 from bench.gpu.stages import ROOT, Stage, make_stages
 from bench.kernels.rows import describe_environment
+from grass.cli.values import UsageError, positive
+from grass.errors import GrassError
 
 LEAST = 10.0
 """Seconds without which no stage is begun; of a short run, half of what it may take."""
-STOPPED = 130
 _NO_TESTS = 5  # pytest's exit code where nothing was chosen, or all files were skipped
 _PACKAGES = (
     "numpy",
@@ -48,51 +49,46 @@ _PACKAGES = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the suite; the exit code."""
-    options = _parse(arguments)
-    device = torch.device("cuda") if torch.cuda.is_available() else None
-    out = options.out or ROOT / "bench" / "results" / _slug(
-        "gpu" if device is None else describe(device)["gpu"]
+def add_parser(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "gpu", help="on a machine with a GPU: its tests, then all benchmarks", description=__doc__
     )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder of the run; an earlier run there is replaced [bench/results/CARD]",
+    )
+    parser.add_argument("--minutes", type=_minutes, default=9.0, metavar="N", help="for the whole run [9]")
+    parser.add_argument("--list", action="store_true", help="list the stages, and run nothing")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    parser.set_defaults(run=run)
+
+
+def _minutes(text: str) -> float:
+    if positive(text) >= 24 * 60:
+        raise argparse.ArgumentTypeError(f"must be less than a day, not {text}")
+    return float(text)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the suite; 1 if a test failed."""
+    device = torch.device("cuda") if torch.cuda.is_available() else None
+    card = "gpu" if device is None else describe(device)["gpu"]
+    out = (arguments.output or ROOT / "bench" / "results" / _slug(card)).resolve()  # stages run in the root
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--output {out} is a file: pass a folder")
     stages = make_stages(out)
-    if options.dry_run:
-        print(_listing(stages, options.minutes))
+    if arguments.list:
+        print(_listing(stages, arguments.minutes, as_json=arguments.json))
         return 0
     if device is None:
-        print("bench.gpu_suite: no CUDA or ROCm device here; --dry-run lists what would run", file=sys.stderr)
-        return 1
+        raise GrassError("no CUDA or ROCm device here; --list shows what would run")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        print(f"bench.gpu_suite: --out {out}: {error.strerror}", file=sys.stderr)
-        return 2
-    return Suite(out, stages, options.minutes, describe(device)).run()
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu_suite",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="results; those of an earlier run are replaced [bench/results/CARD]",
-    )
-    parser.add_argument("--minutes", type=float, default=9.0, metavar="N", help="for all of it [9]")
-    parser.add_argument("--dry-run", action="store_true", help="list the stages, and run nothing")
-    options = parser.parse_args(arguments)
-    if not 0 < options.minutes < 24 * 60:
-        parser.error(f"--minutes must be more than 0 and less than a day, not {options.minutes:g}")
-    if options.out is not None:
-        options.out = options.out.resolve()  # stages run in the source root
-        if options.out.exists() and not options.out.is_dir():
-            parser.error(f"--out {options.out} is a file: give a folder")
-    return options
+        raise UsageError(f"--output {out} cannot be made: {error.strerror}") from None
+    return Suite(out, stages, arguments.minutes, describe(device), as_json=arguments.json).run()
 
 
 def _slug(name: str) -> str:
@@ -100,7 +96,13 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _listing(stages: Sequence[Stage], minutes: float) -> str:
+def _listing(stages: Sequence[Stage], minutes: float, *, as_json: bool) -> str:
+    if as_json:
+        listed = [
+            {"stage": s.name, "command": s.command, "limit": 60 * minutes * s.share, "missing": s.missing}
+            for s in stages
+        ]
+        return json.dumps(listed, indent=1)
     lines = [f"stages, in this order, {minutes:g} minutes in all:"]
     for stage in stages:
         limit = f"at most {60 * minutes * stage.share:.0f} s"
@@ -139,11 +141,19 @@ class Suite:
         stages: in their order.
         minutes: for all.
         environment: what is noted of the machine.
+        as_json: print the summary in place of a line for each stage.
     """
 
     def __init__(
-        self, out: Path, stages: Sequence[Stage], minutes: float, environment: Mapping[str, Any]
+        self,
+        out: Path,
+        stages: Sequence[Stage],
+        minutes: float,
+        environment: Mapping[str, Any],
+        *,
+        as_json: bool = False,
     ) -> None:
+        self._as_json = as_json
         self._out, self._stages, self._seconds = out, stages, 60 * minutes
         self._rows = out / "rows.jsonl"
         self._results: list[dict[str, Any]] = []
@@ -155,7 +165,7 @@ class Suite:
         """Run all stages; the exit code."""
         if self._environment.get("dirty") is True:
             commit = str(self._environment.get("commit"))[:10]
-            print(f"the tree has uncommitted changes beside {commit}: the rows will say so", flush=True)
+            self._say(f"the tree has uncommitted changes beside {commit}: the rows will say so")
         self._rows.write_text("")
         for stage in self._stages:
             if stage.rows is not None:
@@ -168,13 +178,12 @@ class Suite:
                 self._results.append(result)
                 self._summarise()
                 reason = f": {result['reason']}" if result["reason"] else ""
-                print(
-                    f"{stage.name:<12} {result['status']:<8} {result['seconds']:>6.1f} s{reason}", flush=True
-                )
+                self._say(f"{stage.name:<12} {result['status']:<8} {result['seconds']:>6.1f} s{reason}")
         except KeyboardInterrupt:
-            print("bench.gpu_suite: stopped; what was measured is in", self._out, file=sys.stderr)
-            return STOPPED
-        print(f"results are in {self._out}")
+            raise KeyboardInterrupt(f"stopped; what was measured is in {self._out}") from None
+        self._say(f"results are in {self._out}")
+        if self._as_json:
+            print((self._out / "summary.json").read_text(), end="")
         return 0 if self._passed(("tests", "check")) is not False else 1
 
     def _run_stage(self, stage: Stage, left: float) -> dict[str, Any]:
@@ -189,11 +198,11 @@ class Suite:
         if limit < min(LEAST, stage.share * self._seconds / 2):
             result["reason"] = "no time left"
             return result
-        print(f"{stage.name:<12} runs for at most {limit:.0f} s", flush=True)
+        self._say(f"{stage.name:<12} runs for at most {limit:.0f} s")
         # A benchmark imports, compiles and finishes its last case outside of the time it is told.
         seconds = max(1, int(limit - min(25.0, 0.3 * limit)))
         tail = RowTail(stage.rows, self._rows)
-        ended = run(
+        ended = process.run(
             [part.replace("{seconds}", str(seconds)) for part in stage.command],
             log=self._out / f"{stage.name}.log",
             limit=limit,
@@ -212,7 +221,7 @@ class Suite:
         return result
 
     def _passed(self, kinds: Sequence[str]) -> bool | None:
-        """Whether all stages of these kinds that ran passed; None if none ran. Of a killed check nothing is known."""
+        """True if all stages of these kinds that ran passed; None if none did. A killed check does not count."""
         chosen = [result for result in self._results if result["kind"] in kinds]
         bad = [
             r for r in chosen if r["status"] == "failed" or (r["status"] == "killed" and r["kind"] == "tests")
@@ -231,6 +240,10 @@ class Suite:
                 "stages": self._results,
             },
         )
+
+    def _say(self, line: str) -> None:
+        if not self._as_json:
+            print(line, flush=True)
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         (self._out / name).write_text(json.dumps(content, indent=1) + "\n")
@@ -251,7 +264,3 @@ def _variables(stage: Stage) -> dict[str, str]:
     paths = [str(ROOT), *filter(None, [variables.get("PYTHONPATH")])]
     fixed = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     return {**variables, **fixed, **stage.environment}
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Timeline: how long the operations of a log take, when each begins, and what no schedule could beat.
+"""Timeline: begin and end of each operation of a log, and the time that no schedule could beat.
 
 A simulation of queues, not of a device: an operation begins when its queue has come to it and what it waits for is
 over, and the host is always far enough ahead. Copies of the two directions slow each other down if the link says so.
@@ -8,11 +8,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from grass.offload.recording import Log
+from bench.offload.recording import Log
 from grass.offload.streams import D2H, H2D, Operation
 
 Seconds = Callable[[Operation], float]
-"""How long an operation takes that is not a copy, in seconds."""
+"""Time of an operation that is not a copy, in seconds."""
 
 _SAME_TIME = 1e-12  # of the shortest rest: sums of floats that mean the same moment
 
@@ -35,7 +35,7 @@ class Link(NamedTuple):
         return (self.h2d if queue == H2D else self.d2h) * (self.duplex_factor if both else 1.0)
 
     def least_seconds(self, h2d_bytes: float, d2h_bytes: float) -> float:
-        """What copies take at the least, however they are arranged."""
+        """Return the least time of copies, however they are arranged."""
         shorter, longer = sorted((h2d_bytes / self.h2d, d2h_bytes / self.d2h))
         if self.duplex_factor <= 0.5:
             return shorter + longer  # one after the other is as fast as both at once, or faster
@@ -43,7 +43,7 @@ class Link(NamedTuple):
 
 
 class Span(NamedTuple):
-    """When an operation ran.
+    """The time in which an operation ran.
 
     Args:
         queue: that did it.
@@ -58,7 +58,7 @@ class Span(NamedTuple):
 
 
 class Timeline(NamedTuple):
-    """When all operations of a log ran.
+    """The times in which all operations of a log ran.
 
     Args:
         spans: in the order of the log.
@@ -89,7 +89,7 @@ def busy_seconds(spans: Iterable[Span]) -> defaultdict[str, float]:
 
 
 def floor_seconds(operations: Iterable[tuple[str, Operation]], link: Link, seconds: Seconds) -> float:
-    """What no schedule of operations can beat: every queue does one thing at a time.
+    """Return the time that no schedule of operations can beat: every queue does one thing at a time.
 
     Args:
         operations: with their queues.

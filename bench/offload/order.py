@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from grass.offload.recording import Entry, Log
+from bench.offload.recording import Entry, Log
 
 
 class Conflict(NamedTuple):

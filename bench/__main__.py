@@ -1,0 +1,34 @@
+"""``python -m bench COMMAND``: one command for each benchmark, and the page of their results."""
+
+import sys
+from collections.abc import Sequence
+
+from bench import host, report
+from bench.gpu import measure, suite, training
+from bench.kernels import command as kernels
+from bench.offload import command as offload
+from grass.cli import Parser, run_command
+
+_EPILOG = """\
+figures and training are stages of gpu. The kernels' most telling cases in pytest-benchmark:
+
+  pytest bench/ --benchmark-only
+"""
+
+
+def make_parser() -> Parser:
+    """Return the parser of all benchmarks."""
+    parser = Parser(prog="python -m bench", description="Benchmarks of the source tree.", epilog=_EPILOG)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in (kernels, offload, host, suite, measure, training, report):
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a benchmark; the exit code, as of `grass.cli.run_command`."""
+    return run_command(make_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Results of a benchmark: a table or JSON on stdout, rows in a file, a picture."""
+
+import argparse
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from grass.cli.values import require_matplotlib, writable
+
+Row = dict[str, Any]
+
+
+def add_output_options(parser: argparse.ArgumentParser, *, plot: str | None = None) -> None:
+    """Add ``--out`` and ``--json``, and ``--plot`` with a help text."""
+    parser.add_argument("--out", metavar="FILE", help="write a JSON object a line, as soon as it is known")
+    parser.add_argument("--json", action="store_true", help="print the rows as a JSON list, not a table")
+    if plot is not None:
+        parser.add_argument("--plot", metavar="FILE", help=plot)
+
+
+class Output:
+    """Takes rows and lines of a table as they come.
+
+    Args:
+        file: for rows, if any.
+        as_json: whether rows are printed in place of lines.
+        plot: where to draw, if anywhere.
+    """
+
+    def __init__(self, file: IO[str] | None, as_json: bool, plot: Path | None) -> None:
+        self.rows: list[Row] = []
+        self.plot = plot
+        self._file, self._as_json = file, as_json
+
+    def write(self, row: Row) -> None:
+        """Add a row to the file, which is flushed: a run that is killed closes none."""
+        self.rows.append(row)
+        if self._file is not None:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+
+    def say(self, *lines: str) -> None:
+        """Print lines of a table, unless rows are printed."""
+        if not self._as_json:
+            print(*lines, sep="\n", flush=True)
+
+
+@contextlib.contextmanager
+def output_of(arguments: argparse.Namespace) -> Iterator[Output]:
+    """Open what was asked for; files are known to be writable before anything runs.
+
+    Raises:
+        UsageError: a file cannot be written.
+        MissingPackageError: nothing is installed that can draw.
+    """
+    plot = getattr(arguments, "plot", None)
+    path = None if plot is None else writable(plot, "--plot")
+    if path is not None:
+        require_matplotlib()
+    out = None if arguments.out is None else writable(arguments.out, "--out")
+    with contextlib.nullcontext() if out is None else out.open("w", encoding="utf-8") as file:
+        output = Output(file, arguments.json, path)
+        yield output
+    if arguments.json:
+        print(json.dumps(output.rows, allow_nan=False, indent=1))
