@@ -9,6 +9,14 @@ import torch.utils.deterministic
 
 pytest.register_assert_rewrite("tests.support")
 
+try:
+    from hypothesis import settings
+except ImportError:  # tests/gpu does without
+    pass
+else:
+    settings.register_profile("same in every run", deadline=None, derandomize=True, database=None)
+    settings.load_profile("same in every run")
+
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
