@@ -1,6 +1,7 @@
 """What every test starts from: the same random numbers, one thread, and memory that shows if it is read
 before it is written."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,16 @@ except ImportError:  # tests/gpu does without
 else:
     settings.register_profile("same in every run", deadline=None, derandomize=True, database=None)
     settings.load_profile("same in every run")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The interpreter's pass takes whole folders: what says that it is of the plain pass alone is skipped there."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    for item in items:
+        mark = item.get_closest_marker("plain_only")
+        if mark is not None:
+            item.add_marker(pytest.mark.skip(reason=f"plain pass only: {mark.kwargs['reason']}"))
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,8 @@ from tests.support.trainings import (
     train,
 )
 
+pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+
 
 def halve(opt: grass.GrassAdamW, p: Tensor) -> None:
     opt.state[p]["exp_avg"].mul_(0.5)

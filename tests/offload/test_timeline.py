@@ -12,6 +12,8 @@ from grass.offload.recording import RecordingEngine
 from grass.offload.streams import COMPUTE, D2H, H2D, HOST, Operation
 from grass.offload.timeline import Link, simulate
 
+pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+
 
 class Writer:
     """Makes logs: operations of given sizes, each waiting for events by name."""
