@@ -1,12 +1,13 @@
 """What every test starts from: the same random numbers, one thread, and memory that shows if it is read
 before it is written."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.utils.deterministic
+
+from grass_kernels import _triton
 
 pytest.register_assert_rewrite("tests.support")
 
@@ -19,9 +20,17 @@ else:
     settings.load_profile("same in every run")
 
 
+def pytest_configure() -> None:
+    """Make the interpreter's pass short."""
+    if _triton.INTERPRETING:
+        from tests.support.interpreter import patch_once_a_launch
+
+        patch_once_a_launch()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The interpreter's pass takes whole folders: what says that it is of the plain pass alone is skipped there."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    if not _triton.INTERPRETING:
         return
     for item in items:
         mark = item.get_closest_marker("plain_only")
