@@ -9,7 +9,11 @@ MINUTES ?= 9
 TRITONS := 3.6.0 3.9.0
 TRITON_DIRS := $(TRITONS:%=$(VENV)/triton-%)
 
-.PHONY: demo test lint types unit interpreter bench gpu performance format clean
+# A worker that waits for compilers gives its tests to the others.
+PARALLEL := -n $(WORKERS) --dist worksteal
+CORE := tests/kernels tests/optim
+
+.PHONY: demo test test-fast lint types unit interpreter registers bench gpu performance format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,7 +28,13 @@ $(VENV)/triton-%: | $(READY)
 demo: $(READY)
 	$(BIN)/grass finetune
 
+# Everything, in under 10 minutes on two cores.
 test: lint types unit interpreter
+
+# In under 2 minutes: what is marked slow, what stands around the core, and other Tritons are left out.
+test-fast: lint types
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(CORE) tests/test_*.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(CORE)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -35,13 +45,16 @@ types: $(READY)
 
 # The plain pass: CPU tensors take torch's own kernels; Triton kernels are compiled ahead of time.
 unit: $(READY) $(TRITON_DIRS)
-	GRASS_REQUIRE_TRITONS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	GRASS_REQUIRE_TRITONS=1 $(BIN)/python -m pytest $(PARALLEL)
 
-# The same kernels, tables and launchers that a GPU runs, in Triton's interpreter.
+# The same kernels, tables and launchers that a GPU runs, in Triton's interpreter. Every file of these folders is run
+# in both passes, but for what is marked plain_only.
 interpreter: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels tests/gpu tests/offload/test_exact_weights_in_store.py \
-		$(addprefix tests/optim/test_, \
-		torch_contract.py method_on_kernels.py exact_weights.py outside_writes.py checks.py clipping.py plans.py plans_states.py plan_runs.py watching.py counted_states.py odd_tensors.py)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(CORE) tests/gpu tests/offload
+
+# The table of registers, after a change of a kernel that was meant to change them.
+registers: $(READY) $(TRITON_DIRS)
+	$(BIN)/python -m tests.support.aot --write-registers
 
 bench: $(READY)
 	$(BIN)/python -m bench kernels

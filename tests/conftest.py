@@ -7,7 +7,35 @@ import pytest
 import torch
 import torch.utils.deterministic
 
+from grass_kernels import _triton
+
 pytest.register_assert_rewrite("tests.support")
+
+try:
+    from hypothesis import settings
+except ImportError:  # tests/gpu does without
+    pass
+else:
+    settings.register_profile("same in every run", deadline=None, derandomize=True, database=None)
+    settings.load_profile("same in every run")
+
+
+def pytest_configure() -> None:
+    """Make the interpreter's pass short."""
+    if _triton.INTERPRETING:
+        from tests.support.interpreter import patch_once_a_launch
+
+        patch_once_a_launch()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The interpreter's pass takes whole folders: what says that it is of the plain pass alone is skipped there."""
+    if not _triton.INTERPRETING:
+        return
+    for item in items:
+        mark = item.get_closest_marker("plain_only")
+        if mark is not None:
+            item.add_marker(pytest.mark.skip(reason=f"plain pass only: {mark.kwargs['reason']}"))
 
 
 @pytest.fixture(autouse=True)

@@ -67,11 +67,26 @@ def test_config_errors_are_value_errors_and_ours() -> None:
     assert issubclass(ConfigError, GrassError)
 
 
-def test_values_at_the_edge_are_accepted() -> None:
-    GrassConfig(active_layers=1, probe_steps=0, sample_interval=1, update_interval=1, ema=1, draw_ahead=0)
-    GrassConfig(min_probability=0), GrassConfig(min_probability=1)
-    GrassConfig(temperature=1e-300)
-    GrassConfig(sample_interval=5, update_interval=5, draw_ahead=4)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"active_layers": 1, "probe_steps": 0, "sample_interval": 1, "update_interval": 1, "draw_ahead": 0},
+        {"sample_interval": 5, "update_interval": 5, "draw_ahead": 4},
+        {"ema": 1},
+        {"min_probability": 0},
+        {"min_probability": 1},
+        {"temperature": 1e-300},
+        {"seed": 2**32 - 1},
+    ],
+    ids=str,
+)
+def test_values_at_the_edge_are_kept_as_they_are(options: dict) -> None:
+    """And those that are not given keep their defaults."""
+    config = GrassConfig(**options)
+    assert dataclasses.asdict(config) == {**dataclasses.asdict(GrassConfig()), **options}
+    assert (
+        config.effective_draw_ahead == config.draw_ahead == options.get("draw_ahead", GrassConfig.draw_ahead)
+    )
 
 
 def test_a_config_does_not_change_once_checked() -> None:

@@ -24,6 +24,8 @@ pytest.importorskip("triton", reason="no Triton on this platform")
 if _triton.INTERPRETING:
     pytest.skip("compiles for GPUs: run without TRITON_INTERPRET", allow_module_level=True)
 
+pytestmark = pytest.mark.slow
+
 # Five programs of 256 threads share an AMD multiprocessor's registers up to here.
 MAX_REGISTERS_AMD = 96
 FLAGS = list(product((False, True), repeat=2))  # running maxima, norms

@@ -180,8 +180,19 @@ def test_refuses_and_changes_nothing(case):
         assert all(same_bits(a, b) for a, b in zip(tensors, before[name], strict=True))
 
 
-def test_a_good_call_is_good():
-    masked_adamw_(**good())
+def test_a_good_call_updates_everything_it_is_given():
+    """The first step from zero moments: as long as lr, whatever the gradient."""
+    call = good()
+    call["grads"][1].mul_(-8)
+    masked_adamw_(**call)
+    for column, values in {
+        "params": (0.9, 1.1, 0.9),
+        "exp_avgs": (0.1, -0.8, 0.1),
+        "exp_avg_sqs": (0.001, 0.064, 0.001),
+        "steps": (1.0, 1.0, 1.0),
+    }.items():
+        for t, value in zip(call[column], values, strict=True):
+            torch.testing.assert_close(t, torch.full_like(t, value), rtol=1e-6, atol=0)
 
 
 def test_numbers_of_any_kind_are_taken():

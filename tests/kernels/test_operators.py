@@ -165,7 +165,7 @@ def test_fake_tensors_learn_what_a_launch_allocates(count):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
-@pytest.mark.parametrize("fused_by_inductor", [False, True])
+@pytest.mark.parametrize("fused_by_inductor", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_optimizer_steps_in_a_compiled_function(fused_by_inductor):
     """A graph break, and the same numbers."""
     backend = "inductor" if fused_by_inductor else "aot_eager"

@@ -52,20 +52,6 @@ SAMPLES = {f"{lower:04x}": all_upper(lower) for lower in LOWER} | {"random": ran
 # Exact weights
 
 
-@pytest.mark.skipif(_triton.INTERPRETING, reason="plain torch, and long: the plain pass has done it")
-@pytest.mark.parametrize("part", range(8))
-def test_every_fp32_survives_bit_by_bit(part):
-    """All 2^32 patterns: one upper half at a time with all its lower halves."""
-    lower = torch.arange(N)
-    for upper in range(part * N // 8, (part + 1) * N // 8):
-        x = from_bits((upper << 16) + lower)
-        back = rounding.join_fp32(*rounding.split_fp32(x))
-        if upper & 0x7F80 == 0x7F80:  # infinities and NaN
-            assert same_bits(back, x), f"upper half {upper:04x}"
-        else:
-            assert torch.equal(bits(back), bits(x)), f"upper half {upper:04x}"
-
-
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_the_visible_half_is_the_nearest(sample):
     """torch rounds to the nearest too, ties to even: there, and only there, it may take the smaller neighbour."""
@@ -91,14 +77,19 @@ def _split_and_join_kernel(x_ptr, upper_ptr, remainder_ptr, joined_ptr, N: tl.co
     tl.store(joined_ptr + index, join_fp32(upper, remainder))
 
 
-def check_split_and_join_of_kernels(x: Tensor) -> None:
-    """Both halves are the reference's, and together `x` again to the bit (a NaN stays one)."""
+def check_split_and_join(x: Tensor) -> None:
+    """The halves give `x` again to the bit (a NaN stays one); those of the kernels are the reference's."""
+    visible, expected = rounding.split_fp32(x)
+    back = rounding.join_fp32(visible, expected)
+    assert same_bits(back, x)
+    assert back.isnan().equal(x.isnan())
+    if not _triton.INTERPRETING:
+        return
     upper, remainder = torch.empty(N, dtype=torch.int16), torch.empty(N, dtype=torch.int16)
     joined = torch.full((N,), torch.nan)
     launch(
         _split_and_join_kernel, 1, CPU, x_ptr=x, upper_ptr=upper, remainder_ptr=remainder, joined_ptr=joined, N=N
     )  # fmt: skip
-    visible, expected = rounding.split_fp32(x)
     assert same_bits(upper.view(BF16), visible)
     assert torch.equal(remainder, expected)
     # where no finite bf16 is nearest, the value is infinite
@@ -106,15 +97,13 @@ def check_split_and_join_of_kernels(x: Tensor) -> None:
     assert joined.isnan().equal(x.isnan())
 
 
-@interpreter_only
 @pytest.mark.parametrize("sample", SAMPLES)
-def test_kernels_split_and_join_as_the_reference(sample):
-    check_split_and_join_of_kernels(SAMPLES[sample])
+def test_a_sample_survives_bit_by_bit(sample):
+    check_split_and_join(SAMPLES[sample])
 
 
-@interpreter_only
 @pytest.mark.parametrize("bit", range(16))
-def test_kernels_split_and_join_every_upper_half(bit):
+def test_every_upper_half_survives_bit_by_bit(bit):
     """All 65,536, with the lower halves around a bit, around it off the tie, and below the end of the range."""
     step = 1 << bit
     lower = {step + d for d in (-1, 0, 1)} | {
@@ -122,7 +111,7 @@ def test_kernels_split_and_join_every_upper_half(bit):
     }
     lower |= {0xFFFF - step, 0x10000 - step}
     for half in sorted(half for half in lower if 0 <= half < N):
-        check_split_and_join_of_kernels(all_upper(half))
+        check_split_and_join(all_upper(half))
 
 
 # Zeros, denormals (smallest, largest), the smallest normal, the two below one and one, the largest, infinities
@@ -134,10 +123,9 @@ UPPER = [
 ]
 
 
-@interpreter_only
 @pytest.mark.parametrize("upper", UPPER, ids=lambda upper: f"{upper:04x}")
-def test_kernels_split_and_join_every_lower_half(upper):
-    check_split_and_join_of_kernels(from_bits((upper << 16) + torch.arange(N)))
+def test_every_lower_half_survives_bit_by_bit(upper):
+    check_split_and_join(from_bits((upper << 16) + torch.arange(N)))
 
 
 @jit()

@@ -121,7 +121,9 @@ CASES = pairwise(
 )
 
 
-@pytest.mark.parametrize(("param", "grad", "moments", "rounding", "shift", "amsgrad", "norms"), CASES)
+@pytest.mark.parametrize(
+    ("param", "grad", "moments", "rounding", "shift", "amsgrad", "norms"), CASES, ids=str
+)
 def test_an_update_touches_every_byte_once(
     buffers: Buffers, param, grad, moments, rounding, shift, amsgrad, norms
 ):

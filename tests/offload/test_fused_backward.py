@@ -23,6 +23,8 @@ from grass.integrations.transformers import trainer_optimizer
 from tests.support import tiny
 from tests.support.fused import FUSED, MODES, STEPS, backward, compare, stack, watch
 
+pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate() -> Iterator[None]:

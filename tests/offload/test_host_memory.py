@@ -9,6 +9,8 @@ import pytest
 
 from grass.offload.host import available_bytes
 
+pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+
 GROUPS = "sys/fs/cgroup"
 
 

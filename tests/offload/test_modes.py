@@ -17,6 +17,8 @@ import grass
 from tests.support import ragged, tiny
 from tests.support.ragged import MEBIBYTE, Ragged
 
+pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+
 STEPS = 11
 
 STREAMED = {"offload": "streamed"}  # with the smallest buffers that there can be

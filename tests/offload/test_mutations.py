@@ -25,6 +25,8 @@ from grass.optim.offload_manager import OffloadManager
 from grass_kernels.table import CHUNK
 from tests.support import tiny
 
+pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+
 KINDS = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
 ONE_CHUNK = 8 * CHUNK + 2 * ALIGNMENT  # bytes of a buffer
 

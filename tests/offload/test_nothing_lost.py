@@ -24,6 +24,8 @@ from grass_kernels import KernelArgumentError
 from tests.support import ragged, tiny
 from tests.support.trainings import EXACT, MODES, OFFLOADED, STEPS, outcome, start, train
 
+pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+
 # -- data of another size --------------------------------------------------------------------------
 
 

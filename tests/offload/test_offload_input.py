@@ -16,6 +16,8 @@ from grass.offload import host
 from grass.offload.host import available_bytes, check_host_memory
 from tests.support import ragged, tiny
 
+pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+
 STREAMED, RESIDENT = {"offload": "streamed"}, {"offload": "resident"}
 OFFLOADS = [STREAMED, RESIDENT]
 

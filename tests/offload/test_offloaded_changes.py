@@ -24,6 +24,8 @@ from tests.support.trainings import (
     train,
 )
 
+pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+
 
 def replace_moment(opt: grass.GrassAdamW, p: Tensor) -> None:
     opt.state[p]["exp_avg"] = opt.state[p]["exp_avg"] * 0.5

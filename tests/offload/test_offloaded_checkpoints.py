@@ -34,6 +34,8 @@ from tests.support.trainings import (
     whole,
 )
 
+pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+
 # -- saved in one mode, resumed in another -------------------------------------------------------------------------
 
 

@@ -14,6 +14,8 @@ from bench.offload.order import conflicts
 from bench.offload.recording import RecordingEngine
 from grass.offload.streams import COMPUTE, D2H, H2D, HOST, Operation
 
+pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+
 QUEUES = (H2D, D2H, COMPUTE, HOST, "another stream")
 
 

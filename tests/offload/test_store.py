@@ -21,6 +21,8 @@ from grass.errors import OffloadError
 from grass.offload.store import ALIGNMENT, Bucket, Slab, Store, allocating, place
 from tests.support import ragged, tiny
 
+pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+
 F32, BF16, I16 = torch.float32, torch.bfloat16, torch.int16
 KINDS = [
     {"exp_avg": F32, "exp_avg_sq": F32},

@@ -12,6 +12,8 @@ from bench.offload.recording import RecordingEngine
 from bench.offload.timeline import Link, simulate
 from grass.offload.streams import COMPUTE, D2H, H2D, HOST, Operation
 
+pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+
 
 class Writer:
     """Makes logs: operations of given sizes, each waiting for events by name."""

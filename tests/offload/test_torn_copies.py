@@ -12,6 +12,8 @@ import pytest
 from tests.support import tiny
 from tests.support.fused import MODES, STEPS, compare, stack, torn
 
+pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+
 
 def pickled(both: Any) -> Any:
     return pickle.loads(pickle.dumps(both))

@@ -17,6 +17,8 @@ from grass.errors import BackwardError
 from tests.support import tiny
 from tests.support.fused import FUSED, MODES, STEPS, backward, compare, failing, stack, torn
 
+pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+
 
 @pytest.mark.parametrize("offload", MODES)
 def test_a_bad_setting_of_a_later_group_tears_nothing(offload: str) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import grass
 from tests.support.ragged import MEBIBYTE
 
+pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+
 
 class Even(nn.Module):
     """Layers whose parameters have multiples of 128 elements: no bytes between them, so sums are easy."""

@@ -17,6 +17,8 @@ from grass.offload.store import ALIGNMENT, Slab
 from grass.offload.units import Unit, cut, elements_in
 from grass_kernels.table import CHUNK
 
+pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+
 F32, BF16, I16 = torch.float32, torch.bfloat16, torch.int16
 KINDS = {
     "float32": {"exp_avg": F32, "exp_avg_sq": F32},

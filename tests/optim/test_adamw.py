@@ -28,6 +28,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import grass
 import grass_kernels
 
+pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 SHAPES = ((4, 5), (17,), ())
 

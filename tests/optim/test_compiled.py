@@ -12,6 +12,7 @@ from tests.support import tiny
 
 # the compiler itself looks at the gradients of activations
 pytestmark = [
+    pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
 

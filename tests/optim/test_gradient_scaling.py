@@ -10,6 +10,8 @@ from torch import Tensor, nn
 import grass
 from tests.support import tiny
 
+pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+
 
 class Overflow(nn.Module):
     """A block whose output's gradient is multiplied by a factor that a test sets."""

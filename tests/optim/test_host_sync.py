@@ -17,6 +17,8 @@ import grass
 import grass_kernels
 from tests.support import tiny
 
+pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+
 WAITS = (
     "_local_scalar_dense",
     "item",

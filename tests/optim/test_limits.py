@@ -11,6 +11,8 @@ from torch import nn
 import grass
 from tests.support import tiny
 
+pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+
 LR, DECAY = 1e-2, 0.1
 
 

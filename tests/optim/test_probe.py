@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import grass
 from tests.support import tiny
 
+pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+
 PROBE = 3
 
 

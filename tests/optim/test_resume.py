@@ -16,6 +16,8 @@ from torch import nn
 import grass
 from tests.support import tiny
 
+pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+
 STEPS = 16  # 3 of the probe, then more than two windows of two periods of three
 
 

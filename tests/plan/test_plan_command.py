@@ -19,6 +19,17 @@ KEYS = [
     "h2d_gib_per_step", "d2h_gib_per_step", "step_floor_ms", "fits",
 ]  # fmt: skip
 SMALL = ("--batch", "1", "--seq", "16")
+SMALL_MODEL = {**SIZES, "num_hidden_layers": 3, "max_position_embeddings": 16}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with fewer layers and positions than that of the other tests: here rows are not the subject."""
+    from transformers import LlamaConfig
+
+    path = tmp_path_factory.mktemp("model")
+    LlamaConfig(**SMALL_MODEL).save_pretrained(path)
+    return path
 
 
 def grass(*arguments):
@@ -96,8 +107,8 @@ def test_a_configuration_that_its_own_class_refuses(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("option", "told"),
     [
-        (("--seq", "513"), "512 positions"),
-        (("--active-layers", "9"), "only 5 layers"),
+        (("--seq", "17"), "16 positions"),
+        (("--active-layers", "9"), "only 3 layers"),
         (("--buffer-mb", "0.01"), "buffer_mb"),
         (("--buffer-mb", "0.0001"), "buffer_mb"),
     ],
@@ -122,7 +133,9 @@ def test_a_buffer_that_holds_a_chunk_of_small_moments_only(folder, capsys):
 @pytest.fixture
 def capped(tmp_path):
     """A model that transformers trains with eager attention, and whose logits no linear layer gives."""
-    config = pytest.importorskip("transformers").Gemma2Config(**SIZES, head_dim=32, sliding_window=8)
+    config = pytest.importorskip("transformers").Gemma2Config(
+        **{**SIZES, "num_hidden_layers": 3}, head_dim=32, sliding_window=8
+    )
     config.save_pretrained(tmp_path)
     return tmp_path
 

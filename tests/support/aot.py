@@ -46,7 +46,7 @@ DEVELOPMENT = SUPPORTED[1]
 INSTALLED = importlib.metadata.version("triton") if _triton.INSTALLED else None
 ROOT = Path(__file__).resolve().parents[2]
 REGISTERS = ROOT / "tests" / "kernels" / "registers.json"
-WRITE_REGISTERS = "python -m tests.support.aot --write-registers"
+WRITE_REGISTERS = "make registers"
 
 NVIDIA = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 TARGETS = (*NVIDIA, "gfx942")
