@@ -170,6 +170,10 @@ class Store:
         """The number of the bucket a parameter is in."""
         return self._bucket[p]
 
+    def kinds(self, p: Tensor) -> list[str]:
+        """Kinds of states that a parameter has a place for."""
+        return list(self._buckets[self._bucket[p]].dtypes)
+
     def has_room_for(self, buckets: Sequence[Bucket]) -> bool:
         """Whether it holds these parameters, none else, and has a place for each kind of their states."""
         if {p: number for number, bucket in enumerate(buckets) for p in bucket.params} != self._bucket:
@@ -190,6 +194,12 @@ class Store:
     def view(self, p: Tensor, kind: str) -> Tensor:
         """Where a parameter's state lives."""
         return self.slab(self._bucket[p]).view(p, kind)
+
+    def holds(self, t: Tensor) -> bool:
+        """Return if a tensor is a view of a slab."""
+        address = t.untyped_storage().data_ptr()
+        sections = (section for slab in self._slabs.values() for section in slab.sections.values())
+        return any(address == section.untyped_storage().data_ptr() for section in sections)
 
     def pin(self) -> None:
         """Pin what there is and what is to come: the parameters have moved to a GPU."""

@@ -53,8 +53,8 @@ class AdamW(torch.optim.AdamW):
     Between steps parameters, gradients and states may be moved, replaced, loaded or dropped. Not detected: a parameter
     or state replaced by a negative view of itself.
 
-    Complex and float64 parameters, tensor betas and groups with ``decoupled_weight_decay=False`` take torch's own
-    functional AdamW. Gradients are read-only: with ``fused=True`` and a GradScaler they are unscaled inside the step,
+    Complex and float64 parameters, betas in tensors on a device and groups with ``decoupled_weight_decay=False`` take
+    torch's own functional AdamW. Gradients are read-only: with ``fused=True`` and a GradScaler they are unscaled inside the step,
     not rewritten.
 
     Raises:
@@ -228,12 +228,12 @@ class AdamW(torch.optim.AdamW):
         entries, num_layers = self._entries_with_grads(bucket)
         if not entries:
             return None
-        check_entries(entries)
+        check_entries(entries, self.param_groups, self._options)
+        check_states(entries, self.param_groups, self.state, self._options)
         for entry in entries:
             group, state = self.param_groups[entry.group], self.state[entry.param]
             self._states.allocate(state, group, entry.param)
             self._states.follow(state, group, entry.param)
-        check_states(entries, self.param_groups, self.state, self._options)
         reading = read_step(params, self.state, self._other_kinds())
         buckets = self._buckets_of(entries)
         plan = StepPlan(
@@ -292,8 +292,11 @@ class AdamW(torch.optim.AdamW):
     def _without_states(self, given: dict[str, Any], seen: list[dict[str, Any]]) -> dict[str, Any]:
         """Keep the dict, and leave to torch what is not ours: it would cast states, and share the dict's memory."""
         seen.append(given)
+        params = {key for group in given["param_groups"] for key in group["params"]}
         theirs = {
-            key: {k: v for k, v in entry.items() if k not in STATE_KEYS} if isinstance(entry, dict) else entry
+            key: {k: v for k, v in entry.items() if k not in STATE_KEYS}
+            if key in params and isinstance(entry, dict)
+            else entry
             for key, entry in given["state"].items()
         }
         return {

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 import grass_kernels
-from grass.optim.hyperparameters import has_tensor, hyperparameters_of, settings_of
+from grass.optim.hyperparameters import check_settings
 from grass_kernels import reference
 
 
@@ -30,10 +30,8 @@ class Fallback:
         self.device = device
 
     def prepare(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Refuse hyperparameters that are no numbers, before any group is updated; torch reads tensors."""
-        group = groups[self._index]
-        if not has_tensor(settings_of(group)):
-            hyperparameters_of(group, self.device)
+        """Refuse hyperparameters that are no numbers, before any group is updated."""
+        check_settings(groups[self._index], self.device)
 
     def upload(self, reading: Any, groups: Sequence[dict[str, Any]]) -> None:
         """Take the tensors of a step, until `finish`."""

@@ -37,6 +37,7 @@ from grass.optim.param_entry import (
 )
 from grass.optim.probe import Probe
 from grass.optim.requires_grad import RequiresGradLease, trainable_flags
+from grass.optim.states import takes_kernel
 from grass.optim.step_plan import Reading, StepPlan
 
 _logger = logging.getLogger(__name__)
@@ -503,6 +504,16 @@ class GrassAdamW(AdamW):
 
     def _build_plan(self, params: Sequence[Tensor], bucket: int | None) -> tuple[StepPlan, Reading] | None:
         self._ensure_capacity()
+        if self._offload is not None:
+            for entry in self._entries:
+                group = self.param_groups[entry.group]
+                if entry.param in self._offload and not takes_kernel(group, entry.param, self._options):
+                    raise ConfigError(
+                        f"parameter {entry.index} is in a group whose settings only torch's AdamW knows "
+                        "(differentiable, capturable, decoupled_weight_decay=False, or betas in tensors on a device), and states "
+                        "in host memory are for the kernels: use offload='none', or other settings"
+                    )
+            self._offload.clone_misplaced({p: self.state[p] for _, p in self._members() if p in self.state})
         return super()._build_plan(params, bucket)
 
     def _restore(self, saved: dict[str, Any]) -> None:

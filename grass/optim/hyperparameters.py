@@ -52,6 +52,27 @@ def hyperparameters_of(
     )
 
 
-def has_tensor(settings: tuple[Any, ...]) -> bool:
-    """Return if a setting is a tensor. Those are not compared, which would be a device sync."""
-    return any(type(value) is not float and isinstance(value, Tensor) for value in settings)
+def check_settings(group: dict[str, Any], device: torch.device) -> None:
+    """Refuse hyperparameters that torch cannot be given; tensors on a device are not read, which would be a sync.
+
+    Raises:
+        KernelArgumentError: with the hyperparameter's name.
+    """
+    settings = settings_of(group)
+    if are_plain(settings):
+        hyperparameters_of(group, device)
+        return
+    for name, value in zip(("lr", "betas[0]", "betas[1]", "eps", "weight_decay"), settings, strict=False):
+        if (
+            isinstance(value, Tensor)
+            and value.device.type != "cpu"
+            and value.numel() == 1
+            and not value.is_complex()
+        ):
+            continue
+        to_number(name, value)
+
+
+def are_plain(settings: tuple[Any, ...]) -> bool:
+    """Return if settings are numbers of Python's, which can be compared without a device sync."""
+    return all(type(value) in (float, int, bool) for value in settings)

@@ -184,6 +184,21 @@ class OffloadManager:
     def __contains__(self, p: Tensor) -> bool:
         return p in self.store
 
+    def clone_misplaced(self, states: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Copy states that lie in another parameter's place out of the store, before that place is written."""
+        misplaced = []
+        for p, state in states.items():
+            for kind in self.store.kinds(p) if p in self.store else ():
+                value = state.get(kind)
+                if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+                    continue
+                if self.store.holds(value) and value.data_ptr() != self.store.view(p, kind).data_ptr():
+                    misplaced.append((state, kind))
+        if misplaced:
+            self.drain()
+        for state, kind in misplaced:
+            state[kind] = state[kind].clone()
+
     def place(self, p: Tensor, kind: str) -> Tensor:
         """See `grass.optim.states.Home`."""
         return self.store.view(p, kind)

@@ -36,11 +36,12 @@ def split_method(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
         raise StateMismatchError('not an optimizer\'s state dict: it lacks "state" or "param_groups"')
     groups = [dict(group) for group in state_dict["param_groups"]]
     method = groups[0].pop("grass", None) if groups else None
+    params = {key for group in groups for key in group["params"]}
     entries = {
-        key: _without_zeros(entry) if isinstance(entry, dict) else entry
+        key: _without_zeros(entry) if key in params and isinstance(entry, dict) else entry
         for key, entry in state_dict["state"].items()
     }
-    kept = {key: entry for key, entry in entries.items() if not (isinstance(entry, dict) and not entry)}
+    kept = {key: entry for key, entry in entries.items() if key not in params or entry}
     return {**state_dict, "state": kept, "param_groups": groups}, method
 
 

@@ -52,11 +52,18 @@ class Options(NamedTuple):
         Raises:
             ValueError: with the setting's name.
         """
+        if not uses_torch(group):
+            return
         setting = "differentiable=True" if group["differentiable"] else "decoupled_weight_decay=False"
-        if uses_torch(group) and (self.state_dtype, *self[1:3]) != (None, False, False):
+        if (self.state_dtype, *self[1:3]) != (None, False, False):
             raise ValueError(
                 f"a group with {setting} is updated by torch, which knows no state_dtype, master_weights or "
                 "stochastic_rounding: leave them out, or the setting"
+            )
+        if not group["differentiable"] and any(p.dtype in LOW_PRECISION for p in group["params"]):
+            raise ValueError(
+                f"a group with {setting} has bfloat16 or float16 parameters, whose moments are float32 here and would "
+                "not be in torch, which updates it: use torch.optim.Adam, or decoupled weight decay"
             )
 
     def check_param(self, p: Tensor, name: str) -> None:
@@ -86,7 +93,8 @@ def takes_kernel(group: dict[str, Any], p: Tensor, options: Options) -> bool:
         return True  # torch has no path for moments of another dtype
     if group["capturable"] and not (p.device.type == "cuda" and grass_kernels.runs_triton(p.device)):
         return False
-    return not any(isinstance(beta, Tensor) for beta in group["betas"])
+    # to read them would be a device sync
+    return not any(isinstance(beta, Tensor) and beta.device.type != "cpu" for beta in group["betas"])
 
 
 def moment_keys(group: dict[str, Any]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import grass_kernels
 from grass.optim.fallback import Fallback
-from grass.optim.hyperparameters import has_tensor, hyperparameters_of, settings_of
+from grass.optim.hyperparameters import are_plain, hyperparameters_of, settings_of
 from grass.optim.param_entry import ParamEntry
 from grass.optim.states import Options, takes_kernel
 from grass_kernels import AdamWPlan, Hyperparameters, Part, TensorLists, TorchPlan, layout
@@ -75,7 +75,7 @@ def read_step(
     key = (
         present,
         list(map(Tensor.data_ptr, [*rows, *moments, *steps])),
-        list(map(Tensor.stride, [*rows, *grads])),
+        list(map(Tensor.stride, [*rows, *grads, *moments])),
         list(map(_dtype, rows)),
         list(map(_nbytes, [*rows, *grads, *moments])),
     )
@@ -328,7 +328,7 @@ class _Kernels:
     def prepare(self, groups: Sequence[dict[str, Any]]) -> None:
         """Take the hyperparameters of the groups, checked."""
         settings = [settings_of(groups[index]) for index in self._used]
-        if settings == self._settings and not any(map(has_tensor, settings)):
+        if all(map(are_plain, settings)) and settings == self._settings:
             return
         unused = Hyperparameters(0.0, 0, False, (0.0, 0.0), 0.0, 0.0)
         hyperparameters = [unused] * len(groups)

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from grass_kernels import masked_adamw_, reference
-
-from .conftest import Buffers
-from .oracle import BF16, F32
+from tests.support.buffers import Buffers
+from tests.support.oracle import BF16, F32
 
 N = 1 << 16
 REMAINDERS = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)

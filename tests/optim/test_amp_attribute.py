@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from twins import BF16, F16, F32, F64, KINDS, Model, method, normal
 
 import grass
 from grass_kernels import _triton
 from tests.support import tiny
+from tests.support.twins import BF16, F16, F32, F64, KINDS, Model, method, normal
 
 FLAGS = (None, False, True)
 BOTH = (torch.optim.AdamW, grass.AdamW)

@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
-from twins import BF16, F32, F64, KINDS, Twins, assert_unchanged, refusal, snapshot
 
 import grass
+from tests.support.twins import BF16, F32, F64, KINDS, Twins, assert_unchanged, refusal, snapshot
 
 numpy = pytest.importorskip("numpy")
 DTYPES = [F32, BF16, F64]

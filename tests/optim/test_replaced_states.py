@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from twins import BF16, F16, F32, F64, KINDS, MAXIMA, Twins, normal
+
+from tests.support.twins import BF16, F16, F32, F64, KINDS, MAXIMA, Twins, normal
 
 MOMENTS = ("exp_avg", "exp_avg_sq", MAXIMA)
 PLACES = range(3)
@@ -154,7 +155,7 @@ def test_a_moved_moment_is_used_in_every_mode(kind, change):
 
 REALLOCATED = """
 import torch
-from twins import Twins, normal
+from tests.support.twins import Twins, normal
 
 def longer_storage(t):
     t.untyped_storage().resize_(1 << 22)
@@ -178,7 +179,7 @@ print("done")
 def test_memory_that_was_reallocated_is_not_written():
     """In a process of its own: a step that writes to memory that was freed may end it."""
     ended = subprocess.run(
-        [sys.executable, "-c", REALLOCATED], cwd=Path(__file__).parent, capture_output=True, text=True
+        [sys.executable, "-c", REALLOCATED], cwd=Path(__file__).parents[2], capture_output=True, text=True
     )
     assert ended.stdout == "done\n", ended.stderr
 

@@ -15,11 +15,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from twins import BF16, F32, KINDS, Model, normal
 
 import grass
 from grass_kernels import _triton
 from tests.support import tiny
+from tests.support.twins import BF16, F32, KINDS, Model, normal
 
 LARGEST = torch.finfo(BF16).max
 SMALLEST_NORMAL = torch.finfo(BF16).tiny

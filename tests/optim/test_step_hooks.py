@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from twins import F32, KINDS, Model, Twins, method, normal
 
 import grass
 from tests.support import tiny
+from tests.support.twins import F32, KINDS, Model, Twins, method, normal
 
 Calls = list[tuple[str, tuple, dict]]
 MAKES: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from twins import BF16, F32, KEYS, KINDS, Twins, close, refusal
 
 import grass
 from grass_kernels import _triton
 from tests.support import tiny
+from tests.support.twins import BF16, F32, KEYS, KINDS, Twins, close, refusal
 
 
 def extras(p: Tensor) -> dict[Any, Any]:
