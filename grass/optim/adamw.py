@@ -54,8 +54,8 @@ class AdamW(torch.optim.AdamW):
     or state replaced by a negative view of itself.
 
     Complex and float64 parameters, betas in tensors on a device and groups with ``decoupled_weight_decay=False`` take
-    torch's own functional AdamW. Gradients are read-only: with ``fused=True`` and a GradScaler they are unscaled inside the step,
-    not rewritten.
+    torch's own functional AdamW. Gradients are read-only: with ``fused=True`` and a GradScaler they are unscaled
+    inside the step, not rewritten.
 
     Raises:
         ValueError, RuntimeError, TypeError: as `torch.optim.AdamW` does for the same mistake; ValueError for
@@ -301,9 +301,7 @@ class AdamW(torch.optim.AdamW):
         }
         return {
             **given,
-            "state": {
-                key: entry for key, entry in theirs.items() if not (isinstance(entry, dict) and not entry)
-            },
+            "state": {key: entry for key, entry in theirs.items() if key not in params or entry},
         }
 
     def _restore(self, saved: dict[str, Any]) -> None:
