@@ -124,7 +124,7 @@ class Tensors(NamedTuple):
 
     def pieces(self) -> Iterator["Tensors"]:
         """Equal runs of all, small enough for a cache."""
-        if len(self.param) <= PIECE:
+        if self.param.numel() <= PIECE:
             return iter([self])
         columns = [repeat(None) if t is None else t.split(PIECE) for t in self]
         return (Tensors(*row) for row in zip(*columns, strict=False))  # a None goes on for ever

@@ -4,7 +4,7 @@ torch's takes one dtype and gradients as they are. What needs more (another dtyp
 a remainder, stochastic rounding) goes through it in pieces, by way of fp32 copies that fit a cache.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -43,7 +43,7 @@ class TorchPlan:
         count = len(lists.params)
         self.device, self._num_layers = device, num_layers
         self._groups = list(groups) if groups is not None else [0] * count
-        self._layers = torch.tensor(lists.layers, dtype=torch.int64, device="cpu").to(device)
+        self._layers = lists.layers
         self._parts = None if units is None else [unit.parts for unit in units]
         self._plain = [  # torch's fused AdamW is the same function
             device.type == "cpu" and maximum is None and remainder is None and len({p.dtype, g.dtype, m.dtype}) == 1
@@ -119,8 +119,9 @@ class TorchPlan:
         by_hyper: dict[Hyperparameters, list[_Row]] = {}
         for row, group in self._rows(unit, views):
             by_hyper.setdefault(self._hyperparameters[group], []).append(row)
+        scratch = torch.empty(4, reference.PIECE, dtype=torch.float32, device="cpu").unbind()
         for hyper, rows in by_hyper.items():
-            _update_rows(rows, hyper, self._factors[hyper.maximize, hyper.max_grad_norm])
+            _update_rows(rows, hyper, self._factors[hyper.maximize, hyper.max_grad_norm], scratch)
 
     def _rows(self, unit: int, views: Mapping[str, Tensor] | None) -> Iterator[tuple["_Row", int]]:
         lists = self._lists
@@ -169,7 +170,7 @@ class _Row(NamedTuple):
         start = self.start
         for piece in self.tensors.pieces():
             yield self._replace(tensors=piece, start=start)
-            start += len(piece.param)
+            start += piece.param.numel()
 
     def random(self) -> Tensor | None:
         """16 random bits an element, where the parameter is rounded stochastically."""
@@ -179,11 +180,17 @@ class _Row(NamedTuple):
         return rounding.random_16_bits(self.seed, int(self.step), self.start, len(param), param.device)
 
 
-def _update_rows(rows: Sequence[_Row], hyper: Hyperparameters, factor: Tensor | None) -> None:
-    """Update parameters, or pieces of them, whose counters have been advanced."""
-    as_they_are = factor is None
-    if factor is None:
-        factor = reference.grad_factor(hyper.maximize, None, None)
+def _update_rows(
+    rows: Sequence[_Row], hyper: Hyperparameters, factor: Tensor | None, scratch: Sequence[Tensor]
+) -> None:
+    """Update parameters, or pieces of them, whose counters have been advanced.
+
+    Args:
+        rows: of equal hyperparameters.
+        hyper: of all.
+        factor: fp32 scalar that gradients are multiplied with, sign included; None is 1, or -1 to maximize.
+        scratch: four of fp32 [PIECE] on the CPU.
+    """
     whole: dict[torch.dtype, list[_Row]] = {}
     in_fp32: list[_Row] = []
     for row in rows:
@@ -191,27 +198,46 @@ def _update_rows(rows: Sequence[_Row], hyper: Hyperparameters, factor: Tensor | 
         if t.param.device.type != "cpu" or t.max_exp_avg_sq is not None:
             # torch's fused kernel forgets a NaN in the running maximum.
             _update_by_reference(row, factor, hyper)
-        elif as_they_are and row.plain:
+        elif factor is None and row.plain:
             whole.setdefault(t.param.dtype, []).append(row)
         else:
             in_fp32.append(row)
-    _update_in_fp32(in_fp32, factor, hyper)
     for members in whole.values():
-        _fused_adamw(members, hyper, hyper.maximize)
+        params, grads, exp_avgs, exp_avg_sqs = map(
+            list, zip(*(row.tensors[:4] for row in members), strict=True)
+        )
+        steps = [row.step for row in members]
+        _fused_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, hyper, hyper.maximize)
+    batch: list[_Row] = []
+    held = 0
+    for piece in chain.from_iterable(row.pieces() for row in in_fp32):
+        numel = piece.tensors.param.numel()
+        if held + numel > reference.PIECE and batch:
+            _update_in_fp32(batch, factor, hyper, scratch)
+            batch, held = [], 0
+        batch.append(piece)
+        held += numel
+    if batch:
+        _update_in_fp32(batch, factor, hyper, scratch)
 
 
-def _fused_adamw(rows: Sequence[_Row], hyper: Hyperparameters, maximize: bool = False) -> None:
-    """Run torch's fused AdamW on all rows."""
-    params, grads, exp_avgs, exp_avg_sqs = (
-        list(column) for column in zip(*(row.tensors[:4] for row in rows), strict=True)
-    )
+def _fused_adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    hyper: Hyperparameters,
+    maximize: bool,
+) -> None:
+    """Run torch's fused AdamW on tensors of one dtype."""
     torch._fused_adamw_(
         params,
         grads,
         exp_avgs,
         exp_avg_sqs,
         [],
-        [row.step for row in rows],
+        steps,
         lr=hyper.lr,
         beta1=hyper.betas[0],
         beta2=hyper.betas[1],
@@ -222,44 +248,63 @@ def _fused_adamw(rows: Sequence[_Row], hyper: Hyperparameters, maximize: bool = 
     )
 
 
-def _update_in_fp32(rows: Iterable[_Row], factor: Tensor, hyper: Hyperparameters) -> None:
-    """By way of fp32 copies of some pieces at a time, which fit a cache."""
-    batch: list[_Row] = []
-    held = 0
-    for piece in chain.from_iterable(row.pieces() for row in rows):
-        batch.append(piece)
-        held += len(piece.tensors.param)
-        if held >= reference.PIECE:
-            _update_batch_in_fp32(batch, factor, hyper)
-            batch, held = [], 0
-    if batch:
-        _update_batch_in_fp32(batch, factor, hyper)
-
-
-def _update_batch_in_fp32(batch: Sequence[_Row], factor: Tensor, hyper: Hyperparameters) -> None:
-    wide = []
-    for row in batch:
-        t = row.tensors
-        param = t.param.float() if t.remainder is None else rounding.join_fp32(t.param, t.remainder)
-        tensors = Tensors(param, t.grad.float() * factor, t.exp_avg.float(), t.exp_avg_sq.float())
-        wide.append(row._replace(tensors=tensors))
-    _fused_adamw(wide, hyper)
+def _update_in_fp32(
+    batch: Sequence[_Row], factor: Tensor | None, hyper: Hyperparameters, scratch: Sequence[Tensor]
+) -> None:
+    """Update by way of fp32 copies, which fit a cache."""
+    params, grads, exp_avgs, exp_avg_sqs, _, remainders = map(
+        list, zip(*(row.tensors for row in batch), strict=True)
+    )
+    wide_params = _widen(params, scratch[0])
+    for param, remainder, wide in zip(params, remainders, wide_params, strict=True):
+        if remainder is not None:
+            wide.copy_(rounding.join_fp32(param, remainder))
+    wide_grads = _widen(grads, scratch[1], copy=factor is not None)
+    if factor is not None:
+        torch._foreach_mul_(wide_grads, factor)
+    wide_exp_avgs, wide_exp_avg_sqs = _widen(exp_avgs, scratch[2]), _widen(exp_avg_sqs, scratch[3])
+    steps = [row.step for row in batch]
+    maximize = hyper.maximize and factor is None
+    _fused_adamw(wide_params, wide_grads, wide_exp_avgs, wide_exp_avg_sqs, steps, hyper, maximize)
     stored, updated = [], []
-    for row, (new, *_) in zip(batch, wide, strict=True):
-        t, random = row.tensors, row.random()
-        if t.remainder is None and random is None:
-            stored.append(t.param)
-            updated.append(new.param)
+    for row, param, wide in zip(batch, params, wide_params, strict=True):
+        if row.tensors.remainder is not None or row.seed is not None:
+            reference.store_param(row.tensors, wide, row.random())
+        elif param is not wide:
+            stored.append(param)
+            updated.append(wide)
+    for column, wides in ((exp_avgs, wide_exp_avgs), (exp_avg_sqs, wide_exp_avg_sqs)):
+        for old, new in zip(column, wides, strict=True):
+            if old is not new:
+                stored.append(old)
+                updated.append(new)
+    if stored:
+        torch._foreach_copy_(stored, updated)
+
+
+def _widen(tensors: list[Tensor], scratch: Tensor, copy: bool = False) -> list[Tensor]:
+    """The tensors in fp32: themselves, or copies in `scratch`, one after another."""
+    if not copy and all(t.dtype == torch.float32 for t in tensors):
+        return tensors
+    wide, sources, start = [], [], 0
+    for t in tensors:
+        if copy or t.dtype != torch.float32:
+            stop = start + t.numel()
+            wide.append(scratch[start:stop])
+            sources.append(t)
+            start = stop
         else:
-            reference.store_param(t, new.param, random)
-        stored += [t.exp_avg, t.exp_avg_sq]
-        updated += [new.exp_avg, new.exp_avg_sq]
-    changed = [(old, new) for old, new in zip(stored, updated, strict=True) if old is not new]
-    if changed:
-        torch._foreach_copy_([old for old, _ in changed], [new for _, new in changed])
+            wide.append(t)
+    targets = (
+        wide if len(sources) == len(wide) else [w for w, t in zip(wide, tensors, strict=True) if w is not t]
+    )
+    torch._foreach_copy_(targets, sources)
+    return wide
 
 
-def _update_by_reference(row: _Row, factor: Tensor, hyper: Hyperparameters) -> None:
+def _update_by_reference(row: _Row, factor: Tensor | None, hyper: Hyperparameters) -> None:
+    if factor is None:
+        factor = reference.grad_factor(hyper.maximize, None, None)
     c = reference.coefficients(
         row.step.item(), lr=hyper.lr, betas=hyper.betas, eps=hyper.eps, weight_decay=hyper.weight_decay
     )

@@ -510,8 +510,8 @@ class GrassAdamW(AdamW):
                 if entry.param in self._offload and not takes_kernel(group, entry.param, self._options):
                     raise ConfigError(
                         f"parameter {entry.index} is in a group whose settings only torch's AdamW knows "
-                        "(differentiable, capturable, decoupled_weight_decay=False, or betas in tensors on a device), and "
-                        "states in host memory are for the kernels: use offload='none', or other settings"
+                        "(differentiable, capturable, decoupled_weight_decay=False, or betas in tensors on a device), "
+                        "and states in host memory are for the kernels: use offload='none', or other settings"
                     )
             self._offload.clone_misplaced({p: self.state[p] for _, p in self._members() if p in self.state})
         return super()._build_plan(params, bucket)
