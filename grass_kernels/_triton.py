@@ -16,7 +16,6 @@ Without Triton the package still imports: kernels are then plain functions that 
 import contextlib
 import functools
 import os
-import sysconfig
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -92,20 +91,6 @@ def compile_options(backend: str, warp_size: int, threads: int, max_registers: i
     """
     options = {"num_warps": max(1, threads // warp_size), "enable_fp_fusion": False}
     return {**options, "maxnreg": max_registers} if backend == "cuda" and max_registers else options
-
-
-def compile_c(name: str, source: str) -> Any:
-    """A Python module written in C, built as Triton builds its launchers: once a machine, by its compiler.
-
-    Raises:
-        ImportError, RuntimeError, OSError, subprocess.SubprocessError: there is no Triton or no compiler, or it failed.
-    """
-    from triton.runtime.build import compile_module_from_src
-
-    header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
-    if not os.path.exists(header):  # the compiler would say so, in every process
-        raise OSError(f"{header} is missing: install Python's headers")
-    return compile_module_from_src(source, name)
 
 
 def launch(

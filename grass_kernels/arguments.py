@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from grass_kernels import layout
 from grass_kernels.errors import KernelArgumentError
@@ -27,6 +26,11 @@ def is_supported(param_dtype: torch.dtype, grad_dtype: torch.dtype, state_dtype:
     """
     grads = (param_dtype, torch.float32)
     return param_dtype in DTYPES and grad_dtype in grads and state_dtype in STATE_DTYPES
+
+
+def is_fake(t: Any) -> bool:
+    """Return if a tensor holds nothing, as those of planners and compilers."""
+    return isinstance(t, FakeTensor)
 
 
 def common_device(lists: Mapping[str, Sequence[Tensor]]) -> torch.device:
@@ -74,7 +78,7 @@ def check_addressable(name: str, t: Any) -> None:
         return
     if not isinstance(t, Tensor):
         raise KernelArgumentError(f"{name} is {t!r}: give a tensor")
-    if is_traceable_wrapper_subclass(t):
+    if hasattr(t, "__tensor_flatten__"):
         raise KernelArgumentError(
             f"{name} is a {type(t).__name__}, which keeps its elements in other tensors: give those (of a DTensor its "
             "to_local()), or use torch.optim.AdamW"
@@ -103,7 +107,7 @@ def check_memory(lists: Mapping[str, Sequence[Tensor]]) -> None:
 
 def check_has_memory(name: str, t: Tensor) -> None:
     """Not of fake and functional tensors: memory is a compiler's matter there."""
-    if isinstance(t, FakeTensor) or torch._is_functional_tensor(t):
+    if is_fake(t) or torch._is_functional_tensor(t):
         return
     try:
         nowhere = t.numel() > 0 and t.data_ptr() == 0

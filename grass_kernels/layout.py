@@ -56,6 +56,12 @@ def flat(t: Tensor) -> Tensor:
     return t if t.dim() == 1 and t.is_contiguous() else t.as_strided((t.numel(),), (1,))
 
 
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy tensors of equal sizes, of any dtypes, in one call."""
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
 class Layout:
     """Lists of tensors brought to one layout: that of each parameter, or contiguous if it has gaps.
 

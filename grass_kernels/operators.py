@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from grass_kernels.arguments import is_fake
 from grass_kernels.inputs import WORDS
 from grass_kernels.table import CHUNK, COEFFICIENTS, COLUMNS
 
@@ -30,9 +31,7 @@ _LIBRARY.define(
 
 def is_needed(tensors: Sequence[Tensor]) -> bool:
     """Whether a call must go through the dispatcher."""
-    return torch.compiler.is_compiling() or any(
-        isinstance(t, torch._subclasses.FakeTensor) for t in tensors[:1]
-    )
+    return torch.compiler.is_compiling() or any(map(is_fake, tensors[:1]))
 
 
 def implement(layer_sq_norms: Callable[..., Tensor], masked_adamw_: Callable[..., None]) -> None:

@@ -175,43 +175,44 @@ def torch_sq_norms(
     Of a low-precision gradient torch would make a whole fp32 copy: it is taken in pieces that fit a cache.
     """
     device = grads[0].device if grads else torch.device("cpu")
+    whole: list[Tensor] = []
+    index: list[int] = []
+    pieces: list[Tensor] = []
+    index_of_pieces: list[int] = []
+    for grad, layer in zip(grads, layers, strict=True):
+        if grad.dtype == torch.float32:
+            whole.append(grad)
+            index.append(layer)
+        else:
+            split = layout.flat(grad).split(reference.PIECE)
+            pieces += split
+            index_of_pieces += [layer] * len(split)
+    norms = [*_norms(whole), *_norms_in_fp32(pieces, device)]
     sq_norms = torch.zeros(num_layers, dtype=torch.float32, device=device)
-    wide = [g.dtype == torch.float32 for g in grads]
-    norms = (
-        torch._foreach_norm([g for g, is_wide in zip(grads, wide, strict=True) if is_wide], 2)
-        if any(wide)
-        else ()
-    )
-    index = [layer for layer, is_wide in zip(layers, wide, strict=True) if is_wide]
-    found = list(norms)
-    if not all(wide):
-        pieces, sources = [], []
-        for grad, layer, is_wide in zip(grads, layers, wide, strict=True):
-            for piece in () if is_wide else layout.flat(grad).split(reference.PIECE):
-                pieces.append(piece)
-                sources.append(layer)
-        found += _norms_in_fp32(pieces, device)
-        index += sources
-    if found:
-        places = torch.tensor(index, dtype=torch.int64, device="cpu").to(device)
-        sq_norms.index_add_(0, places, torch.stack(found).square())
+    if norms:
+        places = torch.tensor(index + index_of_pieces, dtype=torch.int64, device="cpu").to(device)
+        sq_norms.index_add_(0, places, torch.stack(norms).square())
     if grad_scale is not None:
         inverse = 1 / grad_scale
         sq_norms = sq_norms * inverse * inverse
     return sq_norms
 
 
+def _norms(tensors: list[Tensor]) -> Sequence[Tensor]:
+    return torch._foreach_norm(tensors, 2) if tensors else ()
+
+
 def _norms_in_fp32(pieces: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Norms of 1-D tensors of at most `PIECE` elements, by way of fp32 copies of some at a time."""
-    scratch = torch.empty(reference.PIECE, dtype=torch.float32, device=device)
+    scratch = torch.empty(reference.PIECE if pieces else 0, dtype=torch.float32, device=device)
     norms: list[Tensor] = []
     batch: list[Tensor] = []
     copies: list[Tensor] = []
     held = 0
     for piece in (*pieces, None):
         if piece is None or held + piece.numel() > reference.PIECE:
-            torch._foreach_copy_(copies, batch)
-            norms += torch._foreach_norm(copies, 2)
+            layout.copy_all(copies, batch)
+            norms += _norms(copies)
             batch, copies, held = [], [], 0
         if piece is not None:
             batch.append(piece)

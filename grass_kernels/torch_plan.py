@@ -261,7 +261,7 @@ def _update_in_fp32(
             wide.copy_(rounding.join_fp32(param, remainder))
     wide_grads = _widen(grads, scratch[1], copy=factor is not None)
     if factor is not None:
-        torch._foreach_mul_(wide_grads, factor)
+        scratch[1][: sum(g.numel() for g in grads)].mul_(factor)
     wide_exp_avgs, wide_exp_avg_sqs = _widen(exp_avgs, scratch[2]), _widen(exp_avg_sqs, scratch[3])
     steps = [row.step for row in batch]
     maximize = hyper.maximize and factor is None
@@ -278,8 +278,7 @@ def _update_in_fp32(
             if old is not new:
                 stored.append(old)
                 updated.append(new)
-    if stored:
-        torch._foreach_copy_(stored, updated)
+    layout.copy_all(stored, updated)
 
 
 def _widen(tensors: list[Tensor], scratch: Tensor, copy: bool = False) -> list[Tensor]:
@@ -298,7 +297,7 @@ def _widen(tensors: list[Tensor], scratch: Tensor, copy: bool = False) -> list[T
     targets = (
         wide if len(sources) == len(wide) else [w for w, t in zip(wide, tensors, strict=True) if w is not t]
     )
-    torch._foreach_copy_(targets, sources)
+    layout.copy_all(targets, sources)
     return wide
 
 

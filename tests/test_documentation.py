@@ -64,10 +64,15 @@ def test_examples_run(page, names):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "sh")], ids=lambda page: page.stem)
-def test_commands_have_the_options_that_are_shown(page):
+def test_commands_have_the_options_that_are_shown(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for line in "".join(blocks(page, "sh")).splitlines():
         command = shlex.split(line, comments=True)
         if command[:1] == ["grass"]:
+            for file in (word for word in command if word.endswith((".json", ".jsonl"))):
+                Path(file).touch()
+            for folder in (word for word in command if word in ("MODEL", "RUN_DIR")):
+                Path(folder).mkdir(exist_ok=True)
             make_parser().parse_args(command[1:])
 
 
