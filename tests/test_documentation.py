@@ -73,6 +73,7 @@ def test_commands_have_the_options_that_are_shown(page, tmp_path, monkeypatch):
                 Path(file).touch()
             for folder in (word for word in command if word in ("MODEL", "RUN_DIR")):
                 Path(folder).mkdir(exist_ok=True)
+                Path(folder, "config.json").touch()
             make_parser().parse_args(command[1:])
 
 
