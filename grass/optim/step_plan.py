@@ -72,12 +72,15 @@ def read_step(
     )
     others = {kind: [s.get(kind) for s in states] for kind in kinds}
     moments = [*exp_avgs, *exp_avg_sqs, *(t for column in others.values() for t in column if t is not None)]
+    tensors = [*rows, *grads, *moments]
+    contiguous = list(map(Tensor.is_contiguous, tensors))
     key = (
         present,
+        contiguous,
+        [] if all(contiguous) else list(map(Tensor.stride, tensors)),
         list(map(Tensor.data_ptr, [*rows, *moments, *steps])),
-        list(map(Tensor.stride, [*rows, *grads, *moments])),
         list(map(_dtype, rows)),
-        list(map(_nbytes, [*rows, *grads, *moments])),
+        list(map(_nbytes, tensors)),
     )
     return Reading(
         rows,
