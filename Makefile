@@ -41,7 +41,8 @@ unit: $(READY) $(TRITON_DIRS)
 interpreter: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels tests/gpu tests/offload/test_exact_weights_in_store.py \
 		$(addprefix tests/optim/test_, \
-		torch_contract.py method_on_kernels.py exact_weights.py outside_writes.py checks.py clipping.py plans.py plans_states.py plan_runs.py watching.py counted_states.py odd_tensors.py)
+		torch_contract.py method_on_kernels.py exact_weights.py outside_writes.py checks.py clipping.py plans.py plans_states.py plan_runs.py watching.py counted_states.py odd_tensors.py \
+		stale_remainders.py replaced_states.py users_state.py group_settings.py step_hooks.py ownership.py amp_attribute.py)
 
 bench: $(READY)
 	$(BIN)/grass bench kernels
