@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tests.support import tiny
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
@@ -319,6 +320,32 @@ def test_coupled_weight_decay_comes_and_goes(kind):
             assert not value
             twins.both(set_in_second("decoupled_weight_decay", True))
             twins.step()
+
+
+@pytest.mark.parametrize("offload", ["none", "streamed"])
+@pytest.mark.parametrize("key", ["decoupled_weight_decay", "weight_decay", "eps"])
+def test_settings_are_read_or_refused_inside_backward(key, offload):
+    """Where a layer is updated with its last gradient: a refusal comes before any layer is."""
+    value = {"decoupled_weight_decay": False, "weight_decay": torch.tensor(0.25), "eps": torch.tensor(1e-3)}[
+        key
+    ]
+    model, twin = tiny.stack(layers=2), tiny.stack(layers=2)
+    config = tiny.config(active_layers=2, probe_steps=0, offload=offload, fused_backward=True)
+    ours = grass.GrassAdamW(model, lr=0.01, config=config, pattern="blocks.*")
+    theirs = torch.optim.AdamW(twin.parameters(), lr=0.01, foreach=False)
+    for step in range(3):
+        before = tiny.weights(model)
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[0][key] = value if step else optimizer.defaults[key]
+        error = refusal(lambda i=step: tiny.train(model, ours, i, i + 1))
+        if error is not None:
+            assert key == "decoupled_weight_decay", f"torch takes it, and we raise {error!r}"
+            assert key in str(error)
+            tiny.assert_identical(tiny.weights(model), before)
+            return
+        tiny.train(twin, theirs, step, step + 1)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
 
 
 def test_coupled_weight_decay_of_a_group_added_later():

@@ -16,10 +16,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.support import tiny
 import torch
 from torch import Tensor, nn
 
 from tests.support.twins import BF16, F16, F32, F64, KINDS, MAXIMA, Twins, normal
+
+import grass
 
 MOMENTS = ("exp_avg", "exp_avg_sq", MAXIMA)
 PLACES = range(3)
@@ -378,6 +381,32 @@ def test_replaced_states_are_used(event, kind):
     twins.go(2)
     twins.compare_states()
     del kept
+
+
+FUSED = [{"offload": "none"}, {"offload": "resident"}, {"offload": "streamed", "buffer_mb": 0.25}]
+
+
+def run_with_replaced_states(**mode) -> dict[str, Tensor]:
+    """The weights of a run of the method whose states of some parameters are replaced before two steps."""
+    model = tiny.stack(layers=2)
+    config = tiny.config(active_layers=2, probe_steps=0, sample_interval=3, update_interval=3, **mode)
+    opt = grass.GrassAdamW(model, lr=1e-2, config=config, pattern="blocks.*")
+    kept = []
+    for step in range(5):
+        if step in (2, 3):
+            opt.state_dict()  # waits for copies
+            for p in list(model.parameters())[step::3]:
+                kept.append(opt.state[p]["exp_avg"])
+                new_tensor(opt.state[p], "exp_avg")
+        tiny.train(model, opt, step, step + 1)
+    return tiny.weights(model)
+
+
+@pytest.mark.parametrize("mode", FUSED, ids=lambda mode: mode["offload"])
+def test_replaced_states_are_used_inside_backward(mode):
+    """Where the update of a layer comes with its last gradient."""
+    found = run_with_replaced_states(**mode, fused_backward=True)
+    tiny.assert_identical(found, run_with_replaced_states(offload="none"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
