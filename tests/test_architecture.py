@@ -107,6 +107,7 @@ def test_core_does_not_need_transformers(name):
 
 
 @pytest.mark.parametrize("blocked", ["transformers", "triton", "matplotlib"])
+@pytest.mark.slow
 def test_library_imports_without_optional_packages(blocked):
     script = f"import sys; sys.modules['{blocked}'] = None; import grass, grass_kernels, grass.cli"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.slow
 def test_every_benchmark_runs_at_tiny_size_and_computes_what_it_should():
     # 5,000 parameters are the fewest for the case of 5,000 tensors. Each benchmark asserts its error column.
     result = subprocess.run(

@@ -16,6 +16,7 @@ from tests.support import tiny
 
 # torch's advice about inputs without grad is the very case these tests make on purpose
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter"),
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning"),
 ]

@@ -24,6 +24,7 @@ from tests.support import tiny
 
 # The library's own remarks about one process, and its own use of names that torch deprecates
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter"),
     pytest.mark.filterwarnings("ignore:.*torch.distributed is (disabled, )?unavailable:UserWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning:torch.*"),

@@ -21,7 +21,10 @@ from grass.optim import probe
 from grass.optim.probe import Probe
 from tests.support import tiny
 
-pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter"),
+]
 
 BIG = 4096  # ids of the vocabulary: the embedding is larger than all layers together
 

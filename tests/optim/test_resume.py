@@ -44,6 +44,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("case", "micro_batches"), [*((c, 1) for c in CASES), ("adaptive", 2)])
+@pytest.mark.slow
 def test_stopped_anywhere_a_run_continues_bit_by_bit(case: str, micro_batches: int) -> None:
     config = tiny.config(**CASES[case])
     whole = tiny.stack(layers=4)
