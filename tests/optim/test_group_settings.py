@@ -14,12 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.support import tiny
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import grass
+from tests.support import tiny
 from tests.support.twins import BF16, F32, F64, KINDS, Twins, assert_unchanged, refusal, snapshot
 
 numpy = pytest.importorskip("numpy")

@@ -23,9 +23,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from tests.support.twins import BF16, F32, F64, KINDS, Model, Twins, assert_unchanged, method, normal, refusal, snapshot
 
 import grass
+from tests.support.twins import (
+    BF16,
+    F32,
+    F64,
+    KINDS,
+    Model,
+    Twins,
+    assert_unchanged,
+    method,
+    normal,
+    refusal,
+    snapshot,
+)
 
 METHODS = [kind for kind in KINDS if kind != "AdamW"]
 

@@ -16,13 +16,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.support import tiny
 import torch
 from torch import Tensor, nn
 
-from tests.support.twins import BF16, F16, F32, F64, KINDS, MAXIMA, Twins, normal
-
 import grass
+from tests.support import tiny
+from tests.support.twins import BF16, F16, F32, F64, KINDS, MAXIMA, Twins, normal
 
 MOMENTS = ("exp_avg", "exp_avg_sq", MAXIMA)
 PLACES = range(3)
