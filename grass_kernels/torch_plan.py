@@ -58,6 +58,7 @@ class TorchPlan:
             operators.workspace(lists.params, num_layers, 1) if operators.is_needed(lists.params) else None
         )
         self._lists: TensorLists | None = None
+        self._factors: dict[tuple[bool, float], Tensor | None] = {}
 
     def upload(
         self,
@@ -94,7 +95,7 @@ class TorchPlan:
         if self._skips:
             return
         skip = [] if found_inf is None else [found_inf != 0]
-        self._factors: dict[tuple[bool, float], Tensor | None] = {}
+        self._factors = {}
         for hyper in self._hyperparameters:
             kind = hyper.maximize, hyper.max_grad_norm
             if kind not in self._factors:
@@ -143,6 +144,7 @@ class TorchPlan:
         if sq_norms is not None:
             self.measure(sq_norms, grad_scale)
         self._lists = None
+        self._factors = {}
 
 
 def _part_of(lists: TensorLists, part: Part, views: Mapping[str, Tensor]) -> Tensors:

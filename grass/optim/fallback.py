@@ -1,6 +1,7 @@
 """Fallback: parameters that only torch's functional AdamW can update (complex, float64, tensor betas, ...)."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -73,9 +74,11 @@ class Fallback:
 
     def finish(self) -> Tensor | None:
         """Update; returns the squared norms if `begin` was asked for them."""
-        if not self._skips:
-            self._update()
-        del self._tensors, self._maxima
+        has_inference_tensors = any(t.is_inference() for column in self._tensors for t in column)
+        with torch.inference_mode() if has_inference_tensors else nullcontext():
+            if not self._skips:
+                self._update()
+        del self._tensors, self._maxima, self._group, self._factor, self._found_inf
         return self._sq_norms
 
     def _update(self) -> None:

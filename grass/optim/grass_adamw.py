@@ -289,6 +289,7 @@ class GrassAdamW(AdamW):
                 self._take_probe_step(self._probe)
             else:
                 self._take_adapt_step()
+        self._drop_removed_params()
         return loss
 
     def _refuse_if_ended(self) -> None:
@@ -461,6 +462,19 @@ class GrassAdamW(AdamW):
                 entry.group, entry.index = index, place
                 self._entries.append(entry)
         return self._entries
+
+    def _drop_removed_params(self) -> None:
+        """Forget parameters that the user has taken out of the groups."""
+        entries = self._current_entries()
+        if len(entries) == len(self._lease.params):
+            return
+        kept = {entry.param for entry in entries}
+        for p in [p for p in self._lease.params if p not in kept]:
+            self._lease.drop(p)
+        self._tied_params &= kept
+        self._scheduler.recount(count_elements(params_by_layer(self._entries, len(self._layers))))
+        self._rebuild_store()
+        self._switch_parameters()
 
     def _entries_with_grads(self, bucket: int | None) -> tuple[list[ParamEntry], int]:
         entries = []

@@ -4,9 +4,11 @@ One optimizer at a time sets ``requires_grad`` of a parameter. A newer one takes
 removed and ``requires_grad`` is first restored. The same happens on `release`, and when the optimizer is collected.
 """
 
+import contextlib
 import weakref
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -48,13 +50,23 @@ class RequiresGradLease:
         for p, trainable in self._original.items():
             if trainable:
                 on = is_on(p)
-                p.requires_grad_(on)
+                _set_requires_grad(p, on)
                 if not on:
                     p.grad = None
 
     def original_requires_grad(self, p: Tensor) -> bool:
         """``requires_grad`` of a parameter before the lease."""
         return self._original[p]
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The parameters."""
+        return list(self._original)
+
+    def drop(self, p: Tensor) -> None:
+        """Restore ``requires_grad`` of one parameter and forget it."""
+        _set_requires_grad(p, self._original.pop(p))
+        _LEASES.pop(p, None)
 
     def end(self) -> None:
         """Restore ``requires_grad`` and remove the hooks; once."""
@@ -64,7 +76,7 @@ class RequiresGradLease:
         for handle in self.handles:
             handle.remove()
         for p, trainable in self._original.items():
-            p.requires_grad_(trainable)
+            _set_requires_grad(p, trainable)
             _LEASES.pop(p, None)
 
 
@@ -85,3 +97,8 @@ def end_leases(params: Sequence[Tensor]) -> None:
         lease = None if ref is None else ref()
         if lease is not None:
             lease.end()
+
+
+def _set_requires_grad(p: Tensor, value: bool) -> None:
+    with torch.inference_mode() if p.is_inference() else contextlib.nullcontext():
+        p.requires_grad_(value)

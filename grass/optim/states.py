@@ -147,6 +147,7 @@ class StateMaker:
     def __init__(self, options: Options, home: Home | None = None) -> None:
         self.options, self.home = options, home
 
+    @torch.inference_mode(False)  # states outlive the mode
     def allocate(self, state: dict[str, Any], group: dict[str, Any], p: Tensor) -> None:
         """Add to a state what it lacks, in torch's layout."""
         options = self.options
@@ -174,6 +175,7 @@ class StateMaker:
         for key in ("step", *KINDS):
             state.pop(key, None)
 
+    @torch.inference_mode(False)
     def follow(self, state: dict[str, Any], group: dict[str, Any], p: Tensor) -> None:
         """Move a state to where its parameter is: a model may be moved after its optimizer has stepped.
 
@@ -194,6 +196,7 @@ class StateMaker:
             elif value.device != p.device:
                 state[key] = value.to(p.device)
 
+    @torch.inference_mode(False)
     def restore(self, state: dict[str, Any], group: dict[str, Any], p: Tensor, saved: dict[str, Any]) -> None:
         """Copy moments, remainder and counter from a saved state, in their own precision."""
         options = self.options

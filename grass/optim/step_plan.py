@@ -75,6 +75,7 @@ def read_step(
     tensors = [*rows, *grads, *moments]
     contiguous = list(map(Tensor.is_contiguous, tensors))
     key = (
+        torch.is_inference_mode_enabled(),
         present,
         contiguous,
         [] if all(contiguous) else list(map(Tensor.stride, tensors)),
@@ -279,11 +280,11 @@ class _Kernels:
             )
             for unit in unit_numbers
         ]
-        capturable = any(group["capturable"] for group in groups)
+        capturable, num_groups = any(group["capturable"] for group in groups), len(groups)
 
         def make(lists: TensorLists) -> AdamWPlan | TorchPlan:
             plan = grass_kernels.make_plan(
-                lists, num_layers, device, self._groups, len(groups), capturable, units or None
+                lists, num_layers, device, self._groups, num_groups, capturable, units or None
             )
             if isinstance(plan, AdamWPlan):
                 plan.buffers.append(self.sq_norms)
@@ -291,7 +292,7 @@ class _Kernels:
 
         lists = self._lists(reading)
         self._has_inference_tensors = any(
-            t.is_inference() for column in lists.tensors() for t in column if t is not None
+            t.is_inference() for column in (*lists.tensors(), lists.steps) for t in column if t is not None
         )
         # Tensors that cannot be walked in storage order together go through copies, made anew in every step.
         self._is_regular = lists.is_regular()
@@ -367,17 +368,20 @@ class _Kernels:
         """See `AdamWPlan.begin`."""
         assert self._plan is not None
         self._norms, self._grad_scale = norms, grad_scale
-        self._plan.begin(norms=norms, clip_by=clip_by, grad_scale=grad_scale, found_inf=found_inf)
+        with torch.inference_mode() if self._has_inference_tensors else nullcontext():
+            self._plan.begin(norms=norms, clip_by=clip_by, grad_scale=grad_scale, found_inf=found_inf)
 
     def run(self, unit: int, views: dict[str, Tensor] | None) -> None:
         """See `AdamWPlan.run`."""
         assert self._plan is not None
-        self._plan.run(unit, views)
+        with torch.inference_mode() if self._has_inference_tensors else nullcontext():
+            self._plan.run(unit, views)
 
     def finish(self) -> Tensor | None:
         """See `AdamWPlan.finish`; returns the squared norms if `begin` was asked for them."""
         assert self._plan is not None
         self._plan.finish(self.sq_norms if self._norms else None, self._grad_scale)
+        self._grad_scale = None
         if not self._is_regular:
             self._copied[0].write_back()
             del self._copied
