@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import grass
 from tests.support.device_problem import BF16, F32, assert_same_snapshot, gradients, parameters, snapshot
 
-REPLAYS = 5 if torch.cuda.is_available() else 2
+REPLAYS = 5
 
 # torch says it of every step outside of a graph, the one that must come before a capture too
 pytestmark = pytest.mark.filterwarnings(

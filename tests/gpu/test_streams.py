@@ -15,10 +15,7 @@ from torch import nn
 import grass
 from tests.support.device_problem import F32, assert_same_snapshot, gradients, parameters, snapshot
 
-
-def num_steps(device: torch.device) -> int:
-    """Three times the eight staging buffers; in the interpreter, where no copy is late, a little more than once."""
-    return 24 if device.type == "cuda" else 10
+STEPS = 24  # three times the staging slots
 
 
 def sleep(device: torch.device) -> None:
@@ -36,7 +33,7 @@ def reference_run(device: torch.device, options: dict) -> tuple[list[nn.Paramete
     """All steps on the default stream, the host waiting after each."""
     params = parameters(device)
     opt = grass.AdamW(params, **options)
-    for index in range(num_steps(device)):
+    for index in range(STEPS):
         set_step(params, opt, index)
         opt.step()
         synchronize(device)
@@ -54,8 +51,7 @@ def test_the_host_may_be_many_steps_ahead(device: torch.device, options: dict) -
     """The device sleeps while the host prepares all steps, each with its learning rate and its gradients."""
     params = parameters(device)
     opt = grass.AdamW(params, **options)
-    # all alive, so at addresses of their own
-    prepared = [gradients(params, index) for index in range(num_steps(device))]
+    prepared = [gradients(params, index) for index in range(STEPS)]  # all alive, so at addresses of their own
     synchronize(device)
     for index, grads in enumerate(prepared):
         if index % 10 == 1:  # the first step compiles: sleep after it
@@ -74,7 +70,7 @@ def test_the_host_may_be_ahead_with_the_learning_rate_alone(device: torch.device
         params = parameters(device)
         opt = grass.AdamW(params)
         grads = gradients(params, 0)
-        for index in range(num_steps(device)):
+        for index in range(STEPS):
             if ahead and index == 1:
                 sleep(device)
             for p, g in zip(params, grads, strict=True):
@@ -116,11 +112,11 @@ def test_steps_on_streams_of_their_own(
         pytest.skip("a CPU has no streams: this is the body of the case with one")
     params = parameters(device)
     opt = grass.AdamW(params, **options)
-    prepared = [gradients(params, index) for index in range(num_steps(device))]
+    prepared = [gradients(params, index) for index in range(STEPS)]
     kept = []  # no gradient's memory is reused while another stream may read it
     synchronize(device)
     lanes = Lanes(device, 3)
-    for index in range(num_steps(device)):
+    for index in range(STEPS):
         with lanes.take(0):
             if index % 10 == 1:
                 sleep(device)
@@ -161,7 +157,7 @@ def test_the_current_device_need_not_be_the_parameters_own(cuda: torch.device) -
     params = parameters(other)
     opt = grass.AdamW(params)
     with torch.cuda.device(cuda):
-        for index in range(num_steps(other)):
+        for index in range(STEPS):
             set_step(params, opt, index)
             opt.step()
             assert torch.cuda.current_device() == cuda.index
@@ -177,7 +173,7 @@ def test_parameters_of_two_devices(cuda: torch.device, options: dict) -> None:
     twins = [parameters(where, F32, seed=seed) for seed, where in enumerate(devices)]
     opt = grass.AdamW([*halves[0], *halves[1]], **options)
     alone = [grass.AdamW(part, **options) for part in twins]
-    for index in range(num_steps(cuda)):
+    for index in range(STEPS):
         for part, twin, optimizer in zip(halves, twins, alone, strict=True):
             set_step(part, opt, index)
             set_step(twin, optimizer, index)

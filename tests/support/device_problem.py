@@ -1,15 +1,14 @@
 """What the tests of this room work on: guarded lists of tensors for the kernels, parameters for the optimizers."""
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from grass_kernels import _triton, rounding
+from grass_kernels import rounding
 from grass_kernels.table import BLOCK, CHUNK
 from tests.support.oracle import BF16, COMBINATIONS, F16, F32
-from tests.support.pairwise import pairwise
 
 SIZES = (0, 1, 7, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK + 77)
 HYPER = {"lr": 3e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
@@ -42,15 +41,6 @@ MIXTURES = [Mixture(*dtypes) for dtypes in COMBINATIONS] + [
     for dtypes in COMBINATIONS
     if dtypes[0] == BF16
 ]
-
-
-Row = TypeVar("Row", bound=tuple[Hashable, ...])
-
-
-def every_or_pairwise(rows: Iterable[Row]) -> list[Row]:
-    """Return all rows for a GPU, which has a kernel of its own for each; for the interpreter every pair of values."""
-    every = list(rows)
-    return every if torch.cuda.is_available() and not _triton.INTERPRETING else pairwise(every)
 
 
 def bits(t: Tensor) -> Tensor:
