@@ -4,6 +4,7 @@ What a swapper sees differs in one thing: moments of bfloat16 and float16 parame
 stay float32 through `load_state_dict` (torch casts them to the parameter's dtype).
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -189,7 +190,7 @@ class AdamW(torch.optim.AdamW):
     _residency: Residency = InPlace()
 
     def _update(self, bucket: int | None = None) -> Tensor | None:
-        """Update all parameters that have gradients, or those of a bucket.
+        """Update the parameters of a bucket that have gradients; None is all.
 
         Returns:
             float32 [layers], squared norms of the gradients by layer; None without any gradient.
@@ -197,15 +198,9 @@ class AdamW(torch.optim.AdamW):
         params = self._params_of(bucket)
         plan, reading = self._plans.get(bucket), None
         if plan is not None:
-            try:
+            # what cannot be read is checked, and refused by name, when the plan is built
+            with contextlib.suppress(KeyError, TypeError, RuntimeError, AttributeError):
                 reading = read_step(params, self.state, self._other_kinds())
-            except (
-                KeyError,
-                TypeError,
-                RuntimeError,
-                AttributeError,
-            ):  # a state or gradient that needs a closer look
-                reading = None
         if plan is None or reading is None or not plan.is_valid(reading, self.param_groups):
             self._plans.pop(bucket, None)
             built = self._build_plan(params, bucket)
@@ -250,7 +245,7 @@ class AdamW(torch.optim.AdamW):
         return kinds
 
     def _params_of(self, bucket: int | None) -> list[Tensor]:
-        """All parameters; in subclasses that have buckets, those of one."""
+        """Parameters of a bucket; None is all. There is one bucket here."""
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
     def _entries_with_grads(self, bucket: int | None) -> tuple[list[ParamEntry], int]:
