@@ -1,4 +1,4 @@
-"""``python -m bench COMMAND``: one command for each benchmark, and the page of their results."""
+"""``python -m bench COMMAND``: a command per benchmark, and one that writes the page of results."""
 
 import sys
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from bench.offload import command as offload
 from grass.cli import Parser, run_command
 
 _EPILOG = """\
-figures and training are stages of gpu. The kernels' most telling cases in pytest-benchmark:
+figures and training are stages of gpu. The most important cases of kernels, in pytest-benchmark:
 
   pytest bench/ --benchmark-only
 """
@@ -26,7 +26,7 @@ def make_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a benchmark; the exit code, as of `grass.cli.run_command`."""
+    """Run a benchmark, and return the exit code of `grass.cli.run_command`."""
     return run_command(make_parser(), argv)
 
 

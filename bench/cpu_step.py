@@ -1,7 +1,7 @@
-"""Steps on the CPU: `grass.AdamW` against torch's fused AdamW, one thread, nothing stood in for.
+"""Steps on the CPU: `grass.AdamW` and torch's fused AdamW, in one thread, without mocks.
 
-Clipping is ``max_grad_norm`` on one side, ``clip_grad_norm_`` before the step on the other. Groups of 300 hold one
-tensor each, as libraries make them that give every parameter its own settings.
+Clipping is ``max_grad_norm`` for `grass.AdamW`, and ``clip_grad_norm_`` before the step for torch. In cases with 300
+groups each has one tensor, as in libraries with settings per parameter.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,13 +22,14 @@ class CpuCase(NamedTuple):
     """A step on the CPU.
 
     Args:
-        name: of rows and figures.
-        tensors, numel: how many, and the elements of each.
-        most: ratio to torch fused's time that is the target.
-        dtype: of parameters and gradients.
-        state_dtype: for `grass.AdamW`; None is its default.
-        groups: whether each tensor has a group of its own.
-        own_lr: whether each group has a learning rate of its own.
+        name: name in rows and figures.
+        tensors: number of parameters.
+        numel: elements of each parameter.
+        most: target: the maximum ratio to the time of torch fused.
+        dtype: dtype of parameters and gradients.
+        state_dtype: argument of `grass.AdamW`; None is its default.
+        groups: whether each parameter has its own group.
+        own_lr: whether each group has its own learning rate.
     """
 
     name: str
@@ -53,12 +54,12 @@ CASES = (
 def make_step(
     case: CpuCase, variant: str, *, clip: bool
 ) -> tuple[torch.optim.Optimizer, Callable[[], object]]:
-    """Return an optimizer, and what takes one step of it.
+    """Return an optimizer, and a function that takes one step of it.
 
     Args:
-        case: what to update.
+        case: case to run.
         variant: `GRASS` or `FUSED`.
-        clip: whether the gradients' total norm is clipped to `MAX_NORM`.
+        clip: whether the total norm of gradients is clipped to `MAX_NORM`.
     """
     generator = torch.Generator().manual_seed(0)
     params = []
@@ -84,20 +85,20 @@ def make_step(
 
 
 def measure(case: CpuCase, seconds: float, environment: Mapping[str, Any]) -> Iterator[Row]:
-    """Time both in turns, without clipping and with.
+    """Time both variants interleaved, without and with clipping.
 
     Args:
-        case: what to update.
-        seconds: in all, roughly.
-        environment: what each row says of machine and commit.
+        case: case to run.
+        seconds: approximate total time.
+        environment: columns of machine and commit.
 
     Yields:
-        Rows of each way to clip, as of `rows_beside_fused`.
+        Rows from `rows_beside_fused`.
     """
     for clip in (False, True):
         steps = {variant: make_step(case, variant, clip=clip)[1] for variant in (GRASS, FUSED)}
         for step in steps.values():
-            step()  # makes its state
+            step()  # creates its state
         times = interleaved(steps, seconds / 2)
         shared = {"suite": "cpu step", "case": case.name, "clip": clip, **environment}
         yield from rows_beside_fused(times, case.most, shared)
@@ -106,12 +107,12 @@ def measure(case: CpuCase, seconds: float, environment: Mapping[str, Any]) -> It
 def rows_beside_fused(
     times: Mapping[str, Sequence[float]], most: float, shared: Mapping[str, Any]
 ) -> Iterator[Row]:
-    """Make a row of each variant that was timed in the same turns.
+    """Make a row for each variant that was timed in the same turns.
 
     Args:
-        times: seconds of a step, by variant; `FUSED` is among them.
-        most: the target for the ratio of medians, ``ratio_to_fused``.
-        shared: what all rows say.
+        times: seconds of a step, by variant, including `FUSED`.
+        most: target: the maximum ratio of medians, ``ratio_to_fused``.
+        shared: columns that all rows have in common.
     """
     fused = quantile(times[FUSED], 0.5)
     for variant, sample in times.items():

@@ -1,11 +1,11 @@
-"""``python -m bench host``: the host's time of a step, and whole steps on the CPU (`bench.cpu_step`).
+"""``python -m bench host``: host time of a step, and whole steps on the CPU (`bench.cpu_step`).
 
-The host's own work is to compare the plan of the last step with what is there now, and to prepare launches. Neither
-needs a device, so both are measured anywhere: the calls at the boundary to it (`grass_kernels._triton.launch`, and
-the copies and events of `grass_kernels.inputs`) do nothing meanwhile. Nor does torch's fused kernel, whose optimizer
-is measured beside ours in the same process. The target is half of its time, in each of four situations: gradients in
-place and nothing changed; a learning rate that changes every step; gradients at other addresses every step; gradients
-that a backward has just made, whose first touch from Python costs more.
+The work of the host is to check that the plan of the last step is valid, and to prepare launches. Neither needs a
+device, so both can be measured anywhere, with the calls at the boundary to the device mocked
+(`grass_kernels._triton.launch`, and the copies and events of `grass_kernels.inputs`), and torch's fused kernel too. The
+target is half the time of torch's fused AdamW in the same process, in each of four situations: gradients in place and
+nothing changed; a learning rate that changes every step; gradients at other addresses every step; new gradients from a
+backward, whose first access from Python is slower.
 """
 
 import argparse
@@ -29,13 +29,13 @@ from grass.cli.values import count, positive
 from grass_kernels import _triton, inputs
 
 TENSORS = (291, 5000)
-"""Parameters of a Llama-7B, and of a model of many small ones."""
+"""Number of parameters of a Llama-7B, and of a model with many small ones."""
 SHAPE = (4, 4)
 SITUATIONS = ("in place", "lr changes", "gradients move", "after backward")
 MOST = 0.5
-"""Of torch fused's time, for each of our variants, in each situation."""
+"""Target: the maximum ratio to the time of torch fused, for each of our variants in each situation."""
 REPEATS = 20
-"""Steps timed together where nothing must happen between them."""
+"""Steps per sample if nothing happens between them."""
 
 _EXAMPLES = """\
 examples:
@@ -46,7 +46,7 @@ examples:
 
 @contextlib.contextmanager
 def no_device() -> Iterator[None]:
-    """Take the Triton path on CPU tensors, with launches, copies and events that do nothing."""
+    """Use the Triton backend on CPU tensors, with launches, copies and events that do nothing."""
 
     def nothing(*args: Any, **kwargs: Any) -> None:
         return None
@@ -62,12 +62,12 @@ def no_device() -> Iterator[None]:
 
 
 class Subject:
-    """An optimizer with parameters of its own.
+    """An optimizer with its own parameters.
 
     Args:
-        make: from parameter groups to the optimizer.
-        tensors: how many parameters.
-        dtype: theirs.
+        make: function from parameter groups to an optimizer.
+        tensors: number of parameters.
+        dtype: dtype of parameters and gradients.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Subject:
         self.params = [torch.nn.Parameter(torch.zeros(SHAPE, dtype=dtype)) for _ in range(tensors)]
         self._grads = [[torch.zeros(SHAPE, dtype=dtype) for _ in self.params] for _ in range(2)]
         self._turn = 0
-        half = tensors // 2  # decay, and none
+        half = tensors // 2  # with and without weight decay
         self.optimizer = make(
             [{"params": self.params[:half]}, {"params": self.params[half:], "weight_decay": 0.0}]
         )
@@ -87,7 +87,7 @@ class Subject:
         self.optimizer.step()
 
     def prepare(self, situation: str) -> None:
-        """Bring about a situation, untimed."""
+        """Set up a situation, untimed."""
         if situation == "lr changes":
             for group in self.optimizer.param_groups:
                 group["lr"] *= 0.999
@@ -112,15 +112,15 @@ VARIANTS: dict[str, Callable[[int], Subject]] = {
 
 
 def measure(tensors: int, seconds: float, environment: Mapping[str, Any]) -> Iterator[Row]:
-    """Time every variant in every situation, in turns.
+    """Time every variant in every situation, interleaved.
 
     Args:
-        tensors: parameters of each.
-        seconds: in all, roughly.
-        environment: what each row says of machine and commit.
+        tensors: number of parameters of each variant.
+        seconds: approximate total time.
+        environment: columns of machine and commit.
 
     Yields:
-        Rows of each situation, as of `rows_beside_fused`.
+        Rows from `rows_beside_fused`.
     """
     with no_device():
         subjects = {name: make(tensors) for name, make in VARIANTS.items()}
@@ -140,7 +140,7 @@ def add_parser(subparsers: Any) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "host",
-        help="the host's time of a step, and steps on the CPU, beside torch fused's",
+        help="host time of a step, and steps on the CPU, compared with torch fused",
         description=__doc__.split("\n\n")[1],
         epilog=_EXAMPLES,
     )
@@ -159,7 +159,9 @@ def add_parser(subparsers: Any) -> None:
 
 def _tensors(text: str) -> int:
     if count(text) < 2:
-        raise argparse.ArgumentTypeError("must be at least 2: one that decays, and one that does not")
+        raise argparse.ArgumentTypeError(
+            "must be at least 2: one parameter with and one without weight decay"
+        )
     return int(text)
 
 

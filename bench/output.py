@@ -1,4 +1,4 @@
-"""Results of a benchmark: a table or JSON on stdout, rows in a file, a picture."""
+"""Output of a benchmark: a table or JSON on stdout, rows in a file, a plot."""
 
 import argparse
 import contextlib
@@ -14,19 +14,21 @@ Row = dict[str, Any]
 
 def add_output_options(parser: argparse.ArgumentParser, *, plot: str | None = None) -> None:
     """Add ``--out`` and ``--json``, and ``--plot`` with a help text."""
-    parser.add_argument("--out", metavar="FILE", help="write a JSON object a line, as soon as it is known")
+    parser.add_argument(
+        "--out", metavar="FILE", help="write one JSON object per line, as soon as it is known"
+    )
     parser.add_argument("--json", action="store_true", help="print the rows as a JSON list, not a table")
     if plot is not None:
         parser.add_argument("--plot", metavar="FILE", help=plot)
 
 
 class Output:
-    """Takes rows and lines of a table as they come.
+    """Writer of rows and lines of a table.
 
     Args:
-        file: for rows, if any.
-        as_json: whether rows are printed in place of lines.
-        plot: where to draw, if anywhere.
+        file: file for rows, or None.
+        as_json: whether rows are printed instead of lines.
+        plot: path of a plot, or None.
     """
 
     def __init__(self, file: IO[str] | None, as_json: bool, plot: Path | None) -> None:
@@ -35,25 +37,25 @@ class Output:
         self._file, self._as_json = file, as_json
 
     def write(self, row: Row) -> None:
-        """Add a row to the file, which is flushed: a run that is killed closes none."""
+        """Write a row to the file, and flush it: a run may be killed."""
         self.rows.append(row)
         if self._file is not None:
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
 
     def say(self, *lines: str) -> None:
-        """Print lines of a table, unless rows are printed."""
+        """Print lines of a table, unless rows are printed as JSON."""
         if not self._as_json:
             print(*lines, sep="\n", flush=True)
 
 
 @contextlib.contextmanager
 def output_of(arguments: argparse.Namespace) -> Iterator[Output]:
-    """Open what was asked for; files are known to be writable before anything runs.
+    """Open the output files, so that errors appear before anything runs.
 
     Raises:
         UsageError: a file cannot be written.
-        MissingPackageError: nothing is installed that can draw.
+        MissingPackageError: a plot needs matplotlib, which is not installed.
     """
     plot = getattr(arguments, "plot", None)
     path = None if plot is None else writable(plot, "--plot")

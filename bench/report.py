@@ -1,7 +1,7 @@
 """``python -m bench report``: write docs/performance.md from bench/results, or check whether it is up to date.
 
-Each figure is read from the rows of one run on one device, with its target beside it and, beside ratios of times, the
-ratio of bytes. What no row tells is called unmeasured.
+Each figure is read from the rows of one run on one device, and is shown with its target and, for ratios of times, the
+ratio of bytes. A figure without rows is shown as unmeasured.
 """
 
 import argparse
@@ -53,12 +53,12 @@ class Run:
     """The rows of one run on one device.
 
     Args:
-        label: its name on the page.
-        folder: where its files are.
-        identity: of `_IDENTITY`, what the rows say.
-        rows: all of them.
-        by_suite: whether `make gpu` made it, rather than a benchmark alone.
-        tests_passed: None if it ran no tests, or none of them came to an end.
+        label: name on the page.
+        folder: folder of its files.
+        identity: values of the columns `_IDENTITY`.
+        rows: all rows.
+        by_suite: whether it was run by `make gpu`, rather than as a single benchmark.
+        tests_passed: None if it ran no tests, or no test finished.
     """
 
     label: str
@@ -75,12 +75,12 @@ class Run:
 
     @property
     def on_gpu(self) -> bool:
-        """True if anything was measured on a GPU: only there rows have a peak of memory."""
+        """True if anything was measured on a GPU: only those rows have a peak of memory."""
         return any(row["suite"] == "memory" or row.get("peak_bytes") is not None for row in self.rows)
 
 
 def find_runs(results: Path) -> list[Run]:
-    """All runs under a folder, in the order of their names."""
+    """Return all runs under a folder, in the order of their names."""
     runs: list[Run] = []
     for path in sorted(results.rglob("rows.jsonl")):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -100,11 +100,11 @@ def find_runs(results: Path) -> list[Run]:
 
 
 def make_page(results: Path, page: Path) -> str:
-    """The page's text.
+    """Return the text of the page.
 
     Args:
-        results: the folder of all runs.
-        page: where the page will be, for its links.
+        results: folder of all runs.
+        page: path of the page, for relative links.
     """
     runs = find_runs(results)
     parts = [_HEAD.format(results=_link(results, page))]
@@ -140,7 +140,7 @@ def _origins(runs: Sequence[Run], page: Path) -> str:
 
 
 def _commit(run: Run) -> str:
-    """The commit of a run's rows, and whether it holds the code that they measured."""
+    """Return the commit of a run, and whether the tree had uncommitted changes."""
     commit, dirty = run.identity["commit"], run.identity["dirty"]
     if commit is None:
         return "commit unknown"
@@ -161,7 +161,7 @@ def _figure_tables(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _figure_lines(figure: Figure, runs: Sequence[Run]) -> list[tuple[str, ...]]:
-    """A line for each run that tells the figure; one that says that none does."""
+    """Return a line for each run that has the figure, or one that says it is unmeasured."""
     readings: list[tuple[Run, Reading]] = []
     for run in runs:
         reading = figure.read(Rows(run.rows))
@@ -210,7 +210,7 @@ def _runs_table(runs: Sequence[Run], page: Path) -> str:
 
 
 def _case_table(run: Run) -> Iterator[str]:
-    """All measured cases of a run on a GPU, those variants that the figures are about."""
+    """Yield a table of the measured cases of a run on a GPU, for the variants in `_VARIANTS`."""
     wanted = [
         row
         for row in run.rows
@@ -247,7 +247,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "report",
         help="write docs/performance.md from bench/results",
-        description="Write the page of measured figures from the rows that runs have left.",
+        description="Write the page of measured figures from the rows of all runs.",
     )
     parser.add_argument(
         "--results", type=Path, default=RESULTS, metavar="DIR", help="all runs [bench/results]"
@@ -258,7 +258,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the page, or compare it."""
+    """Write the page, or check that it is up to date."""
     results, page = arguments.results, arguments.page
     if not results.is_dir():
         raise UsageError(f"--results {results}: no such folder")

@@ -2,13 +2,13 @@
 
 
 def beside(value: float, *targets: float, digits: int = 2, sign: str = "") -> str:
-    """Return a number as it is printed beside its targets: with decimals enough not to read like one of them.
+    """Format a number that is shown next to targets, with enough decimals to differ from them.
 
     Args:
-        value: the number.
-        targets: what it is held against.
-        digits: decimals where these tell the two apart; else three at least.
-        sign: "+" for one before positive numbers too.
+        value: number to format.
+        targets: numbers that it must differ from.
+        digits: decimals, if they suffice.
+        sign: "+" to show the sign of positive numbers too.
     """
     for more in range(digits, 7):
         text = f"{value:{sign}.{more}f}"
@@ -18,5 +18,5 @@ def beside(value: float, *targets: float, digits: int = 2, sign: str = "") -> st
 
 
 def at_most(ratio: float, most: float) -> tuple[str, bool]:
-    """Return a ratio as it is printed, and whether it meets its target."""
+    """Format a ratio, and return whether it is at most its target."""
     return f"{beside(ratio, most)}x", ratio <= most

@@ -1,8 +1,8 @@
-"""Triton kernels for optimizers that update some layers and measure all: lists of tensors in, a few launches.
+"""Triton kernels for optimizers: masked AdamW and gradient norms by layer, over lists of tensors in a few launches.
 
-The kernels know no model and no schedule. `reference` holds the same functions in plain torch: what a
-kernel must equal. Without a GPU the functions run on torch; with ``TRITON_INTERPRET=1`` the kernels
-themselves run on CPU tensors.
+The kernels do not depend on a model or a schedule. `reference` has the same functions in plain torch: the
+specification of the kernels. Without a GPU the functions run on torch; with ``TRITON_INTERPRET=1`` the kernels run on
+CPU tensors in Triton's interpreter.
 """
 
 from grass_kernels import operators, reference

@@ -1,16 +1,16 @@
-"""The one door to Triton: what is installed, which device runs what, and how a kernel is launched.
+"""The only import of Triton: availability, the choice of backend by device, and launches.
 
-What runs where (:func:`runs_triton`):
+Backends by device (:func:`runs_triton`):
 
 ==================  ==============================================================================
 CUDA, ROCm          Triton, on the tensors' device and its current stream
 CPU, interpreting   Triton's interpreter (``TRITON_INTERPRET=1`` when this package is imported): the
-                    kernels, tables and launchers a GPU runs, for tests on any machine
-everything else     torch: its own fused AdamW on the CPU where that is the same function, otherwise
-                    the reference
+                    same kernels, tables and launchers as on a GPU, for tests on any machine
+everything else     torch: its fused AdamW on the CPU where that is the same function, otherwise the
+                    reference
 ==================  ==============================================================================
 
-Without Triton the package still imports: kernels are then plain functions that nobody calls.
+Without Triton the package can still be imported: kernels are then plain functions that are never called.
 """
 
 import contextlib
@@ -33,17 +33,17 @@ INSTALLED = triton is not None
 INTERPRETING = INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 
 THREADS = 256
-"""Threads of every program. A block of 2048 then gives each thread 8 elements: one 128-bit access in
-16 bits, two in 32."""
+"""Threads per program. A block of 2048 gives each thread 8 elements: one 128-bit access in 16-bit dtypes, two in
+32-bit dtypes."""
 
 constexpr = tl.constexpr
 
 
 def jit(do_not_specialize: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """`triton.jit`, or nothing at all where Triton is not installed.
+    """Return the decorator `triton.jit`, or an identity without Triton.
 
-    `do_not_specialize` names integers that change between calls: a kernel compiled for one value of
-    theirs (1, or a multiple of 16) would be compiled again for the next.
+    `do_not_specialize` names integers that change between calls: Triton would compile the kernel again for special
+    values (1, or multiples of 16).
     """
     if not INSTALLED:
         return lambda function: function
@@ -51,13 +51,13 @@ def jit(do_not_specialize: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]
 
 
 def runs_triton(device: torch.device) -> bool:
-    """Whether tensors on `device` are updated by the Triton kernels (see the table above)."""
+    """Return if tensors on `device` are updated by the Triton kernels (see the table above)."""
     return INSTALLED and (device.type == "cuda" or (INTERPRETING and device.type == "cpu"))
 
 
 @functools.cache
 def tl_dtype(dtype: torch.dtype) -> Any:
-    """Triton's name of a torch dtype."""
+    """Return the Triton dtype of a torch dtype."""
     return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
 
 
@@ -67,8 +67,8 @@ def _warp_size(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def _interpreter_as_silent_as_a_gpu() -> Iterator[None]:
-    """A GPU computes inf - inf without a word; numpy, which the interpreter computes with, would warn."""
+def _ignore_float_errors() -> Iterator[None]:
+    """Silence numpy, with which the interpreter computes: unlike a GPU, it warns about operations such as inf - inf."""
     import numpy as np
 
     with np.errstate(all="ignore"):
@@ -76,18 +76,18 @@ def _interpreter_as_silent_as_a_gpu() -> Iterator[None]:
 
 
 def compile_options(backend: str, warp_size: int, threads: int, max_registers: int | None) -> dict[str, Any]:
-    """What every kernel is compiled with, at a launch and ahead of time.
+    """Return the options that every kernel is compiled with, at a launch and ahead of time.
 
-    No multiplication and addition are fused (`enable_fp_fusion`): whether they would be differs between
-    Triton versions, and the interpreter does not. With it a kernel, its reference and the norms of two
-    kernels would differ in the last bit.
+    Multiplications and additions are not fused (`enable_fp_fusion`): fusion differs between Triton versions, and the
+    interpreter does not fuse. With it a kernel and its reference, or the norms of two kernels, would differ in the
+    last bit.
 
     Args:
         backend: "cuda" or "hip".
-        warp_size: Threads of a warp.
-        threads: Threads of a program.
-        max_registers: Registers of a thread, on CUDA. Near a step of occupancy ptxas would rather spill
-            than take one more, and which kernels it hits changes with every version; a stated limit ends that.
+        warp_size: Threads per warp.
+        threads: Threads per program.
+        max_registers: Registers per thread, on CUDA. Near a threshold of occupancy ptxas may spill to stay below it,
+            for kernels that differ between versions; an explicit limit avoids this.
     """
     options = {"num_warps": max(1, threads // warp_size), "enable_fp_fusion": False}
     return {**options, "maxnreg": max_registers} if backend == "cuda" and max_registers else options
@@ -105,12 +105,12 @@ def launch(
     if programs == 0:
         return
     if device.type == "cpu":
-        with _interpreter_as_silent_as_a_gpu():
+        with _ignore_float_errors():
             kernel[(programs,)](**arguments)
         return
     options = compile_options(
         "hip" if torch.version.hip else "cuda", _warp_size(device), threads, max_registers
     )
-    # Triton launches on torch's current device, which need not be the tensors' own.
+    # Triton launches on the current device, which may differ from that of the tensors.
     with torch.cuda.device(device):
         kernel[(programs,)](**arguments, **options)

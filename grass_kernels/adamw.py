@@ -1,4 +1,4 @@
-"""Masked AdamW over many tensors, with squared gradient norms by layer as a by-product."""
+"""Masked AdamW over many tensors, together with squared gradient norms by layer."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ def make_plan(
     capturable: bool = False,
     units: Sequence[Unit] | None = None,
 ) -> AdamWPlan | TorchPlan:
-    """The plan of a step on these tensors: Triton's where it runs, else torch's. Arguments as of `AdamWPlan`."""
+    """Return the plan of a step: Triton's where it runs, otherwise torch's. The arguments are those of `AdamWPlan`."""
     if _triton.runs_triton(device) and not operators.is_needed(lists.params):
         return AdamWPlan(lists, num_layers, device, groups, num_groups, capturable, units)
     return TorchPlan(lists, num_layers, device, groups, units)
@@ -49,7 +49,7 @@ def masked_adamw_(
     found_inf: Tensor | None = None,
     clip_coef: Tensor | None = None,
 ) -> None:
-    """AdamW on the parameters of the active layers, in place; their gradients' norms on the way.
+    """Update the parameters of active layers by AdamW, in place, and compute the norms of their gradients.
 
     For each parameter ``p`` with gradient ``grads[i]`` whose layer is active, with
     ``g = clip_coef * grads[i] / grad_scale`` (negated by `maximize`)::
@@ -61,51 +61,51 @@ def masked_adamw_(
         p  -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
     where ``m, v, t`` are `exp_avgs`, `exp_avg_sqs`, `steps`; with `max_exp_avg_sqs` the root is of the
-    running maximum of ``v``. Computed in fp32, each result rounded once, when it is stored; ``1 - beta``,
-    the corrections by ``beta^t`` and what a gradient is multiplied with in double. Of a layer that is not active
-    nothing changes by one bit, counters included.
+    running maximum of ``v``. Computed in fp32, and each result is rounded once, when it is stored; ``1 - beta``,
+    the bias corrections and the factor of the gradients are computed in double. Layers that are not active are
+    bitwise unchanged, step counters included.
 
-    Any strides are right. Fast are parameters without gaps (contiguous, channels_last, transposed) whose
+    All strides are supported. Fast are parameters without gaps (contiguous, channels_last, transposed) whose
     gradients and moments have the same strides, at addresses that are multiples of 16 bytes. Gradients are
-    only read. Tensors must not overlap. On a GPU the host waits for nothing.
+    only read. Tensors must not overlap. On a GPU there is no device sync.
 
     Args:
-        params: Parameters, fp32, bf16 or fp16, mixed as they come, on one device. Updated.
-        grads: Gradients, of the parameter's dtype or fp32 (:func:`is_supported`), shapes as `params`.
+        params: Parameters, fp32, bf16 or fp16 in any mixture, on one device. Updated.
+        grads: Gradients, of the parameter's dtype or fp32 (:func:`is_supported`), of the shapes of `params`.
         exp_avgs: First moments, fp32 or bf16. Updated.
-        exp_avg_sqs: Second moments, of the first's dtype. Updated.
-        steps: Updates so far, one float32 tensor of shape ``()`` a parameter, on its device. Advanced by one.
+        exp_avg_sqs: Second moments, of the same dtype as the first. Updated.
+        steps: Step counters, one float32 tensor of shape ``()`` per parameter, on its device. Incremented.
         layer_index: The layer of each parameter, integers in ``[0, num_layers)``; None is all 0. Without `active`
-            and `sq_norms` layers mean nothing, and any index from 0 on will do.
-        active: Which layers to update, ``[num_layers]``; None is all. Its length, or that of `sq_norms`, is the
-            number of layers; a layer need not have parameters. A sequence of bools or a bool tensor
-            on the CPU is known to the host: inactive layers cost nothing. A bool tensor on the
-            parameters' device is read there, without waiting for it.
+            and `sq_norms` layers have no effect, and any index of at least 0 is valid.
+        active: Mask of the layers to update, ``[num_layers]``; None is all. Its length, or that of `sq_norms`, is the
+            number of layers; a layer may have no parameters. With a sequence of bools or a bool tensor on the
+            CPU inactive layers cost nothing. A bool tensor on the parameters' device is read there, without a
+            device sync.
         sq_norms: float32 ``[num_layers]``, overwritten with the squared gradient norm of each active layer,
-            of ``grads / grad_scale`` before `clip_coef`; 0 for the others. The same bits as from
+            of ``grads / grad_scale`` before `clip_coef`; 0 for the others. Bitwise equal to
             :func:`layer_sq_norms`, if gradients have their parameters' strides.
         lr: Learning rate: a number, or a floating-point tensor of one element.
         betas: Decay rates of the moments, in ``[0, 1)``.
-        eps: Added to the denominator, in fp32.
-        weight_decay: Decoupled weight decay, in units of `lr`.
-        maximize: Ascend instead.
+        eps: Term added to the denominator, in fp32.
+        weight_decay: Decoupled weight decay, multiplied by `lr`.
+        maximize: Maximize the objective instead of minimizing it.
         max_exp_avg_sqs: Running maxima of the second moments, for AMSGrad. Updated.
-        remainders: int16 tensors, of the shapes of their bf16 parameters: the parameter is the nearest bf16 of an
-            fp32 value, the remainder is what it lacks, and the update is fp32's to the bit. Zeros to begin
-            with. None, or None for a parameter: there is only what the parameter itself holds. Updated.
-        rounding_seeds: Integers in ``[0, 2^63)``, one a parameter: bf16 parameters are rounded up or down by
-            chance, right on average. What is drawn depends on seed, step and place in the tensor alone.
-        grad_scale: Gradients are divided by it: one float32 on their device. None is 1.
-        found_inf: One element on the device; if it is not zero, nothing changes but `sq_norms`.
-        clip_coef: Gradients are multiplied by it: one float32 on their device. None is 1.
+        remainders: Remainders of master weights, int16 tensors of the shapes of their bf16 parameters: a parameter
+            is the nearest bf16 of an fp32 value, its remainder is the difference, and the update is bitwise that
+            of fp32. Initially zeros. None, or None for a parameter: no master weights. Updated.
+        rounding_seeds: Integers in ``[0, 2^63)``, one per parameter, for stochastic rounding of bf16 parameters,
+            which is unbiased. Random bits depend only on seed, step and position in the tensor.
+        grad_scale: Divisor of the gradients, one float32 on their device. None is 1.
+        found_inf: One element on the device; if it is not zero, the update is skipped, and only `sq_norms` is written.
+        clip_coef: Factor of the gradients, one float32 on their device. None is 1.
 
     Raises:
-        KernelArgumentError: Lengths, shapes, dtypes or devices that do not fit, an index out of range,
-            sparse or complex gradients, parameters or states that are expanded or overlap themselves, tensors
-            without memory of their own (DTensor). Nothing has been changed then.
+        KernelArgumentError: Lengths, shapes, dtypes or devices that do not match, an index out of range,
+            sparse or complex gradients, parameters or states whose elements overlap, tensors without memory of
+            their own (DTensor). Nothing has been changed then.
 
-    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019), in torch.optim.AdamW's
-    order of operations; there a low-precision parameter needs moments of its own dtype.
+    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019), in the order of operations of
+    `torch.optim.AdamW`, where moments of a low-precision parameter have its dtype.
     """
     if operators.is_needed(params):
         options = {
@@ -142,7 +142,7 @@ def masked_adamw_(
         kept = [i for i, layer in enumerate(layers) if host_active[layer]]
         columns = [[column[i] for i in kept] for column in columns]
     params, grads, exp_avgs, exp_avg_sqs, steps, kept_layers, maxima, remainders, seeds = columns
-    of = layout.Layout(params)
+    common = layout.Layout(params)
     lists = TensorLists(
         params,
         grads,
@@ -153,7 +153,7 @@ def masked_adamw_(
         steps,
         kept_layers,
         seeds,
-    ).in_layout(of)
+    ).in_layout(common)
     plan = make_plan(lists, num_layers, device)
     plan.upload(lists, [Hyperparameters(*split_lr(lr, device), betas, eps, weight_decay, maximize)])
     plan.begin(
@@ -165,9 +165,9 @@ def masked_adamw_(
     )
     plan.run()
     plan.finish(sq_norms, grad_scale)
-    of.write_back()
-    # Autograd sees no write through an address, and torch's fused kernel reports its first list only.
-    # Without this, backward through a tensor saved before the call would silently use what stands there now.
+    common.write_back()
+    # Autograd does not see writes by address, and torch's fused kernel reports its first list only. Without this,
+    # backward through a tensor saved before the call would silently use the new values.
     optional = [t for t in (*lists.max_exp_avg_sqs, *lists.remainders, sq_norms) if t is not None]
     torch.autograd.graph.increment_version(
         [*lists.params, *lists.exp_avgs, *lists.exp_avg_sqs, *lists.steps, *optional]
@@ -183,7 +183,7 @@ def masked_adamw_bytes(
     amsgrad: bool = False,
     remainders: bool = False,
 ) -> int:
-    """Bytes :func:`masked_adamw_` must move to update `numel` parameters, norms included.
+    """Return the bytes that :func:`masked_adamw_` must move to update `numel` parameters, including norms.
 
     Parameter, moments and remainders are read and written, the gradient is read. 22 bytes a parameter for
     bf16 with fp32 moments, 26 with remainders, 28 for fp32.

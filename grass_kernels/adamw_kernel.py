@@ -1,4 +1,4 @@
-"""The Triton kernel of masked AdamW: the main pass, which reads and writes every byte once."""
+"""The Triton kernel of masked AdamW: the main pass, which reads and writes every element once."""
 
 # ruff: noqa: N803 - constexpr arguments are in capitals, as everywhere in Triton
 
@@ -45,24 +45,24 @@ from grass_kernels.table import (
 )
 
 NARROW_BLOCK = 2 * THREADS
-"""Elements a program holds at a time where it must mask."""
+"""Block size for accesses with a mask."""
 MAX_REGISTERS = 80
-"""Of a thread: three programs of 256 threads fit a multiprocessor's 65,536."""
+"""Registers per thread: three programs of 256 threads fit the 65,536 of a multiprocessor."""
 MORE_REGISTERS = 128
-"""Two programs: for the kernels with most to hold, which would spill under some versions of Triton."""
+"""The same for two programs: for the largest kernels, which would spill with some versions of Triton."""
 
 
 def max_registers(state_dtype: torch.dtype, amsgrad: bool, norms: bool) -> int:
-    """The limit a kernel is compiled with."""
+    """Return the register limit that a kernel is compiled with."""
     return MORE_REGISTERS if amsgrad and norms and state_dtype == torch.bfloat16 else MAX_REGISTERS
 
 
 SHIFTS = ("exp_avg_shift", "exp_avg_sq_shift", "max_exp_avg_sq_shift", "remainder_shift")
 
-# How a parameter is stored.
+# Rounding of a parameter.
 NEAREST = constexpr(0)
-MASTER = constexpr(1)  # bf16, with 16 more bits of its fp32 value in the remainders
-STOCHASTIC = constexpr(2)  # bf16, up or down by chance, right on average
+MASTER = constexpr(1)  # bf16 with a remainder: master weights
+STOCHASTIC = constexpr(2)  # bf16, rounded stochastically
 
 
 @jit()
@@ -73,12 +73,12 @@ def _adamw_block(  # type: ignore[no-untyped-def]  # Triton types its own argume
     exp_avg_sq_ptr,
     max_exp_avg_sq_ptr,
     remainder_ptr,
-    start,  # first element, counted from where the pointers stand
-    length,  # of what may be touched from there
-    sums,  # fp32, as wide as a full block: squares of gradients so far
+    start,  # first element, relative to the pointers
+    length,  # number of valid elements, relative to the pointers
+    sums,  # fp32 [full block]: squares of gradients so far
     seed,
     step,
-    chunk_start,  # of the chunk in its tensor
+    chunk_start,  # first element of the chunk in its tensor
     grad_factor,
     decay,
     exp_avg_weight,
@@ -93,7 +93,7 @@ def _adamw_block(  # type: ignore[no-untyped-def]  # Triton types its own argume
     FULL: tl.constexpr,  # a full block at 16-byte aligned addresses
     NORMS: tl.constexpr,
 ):
-    """Update one block. Returns `sums`, with its gradients' squares (not yet clipped) if it is full."""
+    """Update one block. Returns `sums`, plus the squares of its gradients before clipping if it is full."""
     mask = None if FULL else block_mask(start, length, BLOCK)
     param_block = block_pointers(param_ptr, start, BLOCK, FULL)
     exp_avg_block = block_pointers(exp_avg_ptr, start, BLOCK, FULL)
@@ -121,7 +121,7 @@ def _adamw_block(  # type: ignore[no-untyped-def]  # Triton types its own argume
     if AMSGRAD:
         max_exp_avg_sq_block = block_pointers(max_exp_avg_sq_ptr, start, BLOCK, FULL)
         max_exp_avg_sq = load_fp32(max_exp_avg_sq_block, mask)
-        # NaN on either side wins, as in torch.maximum.
+        # NaN on either side propagates, as in torch.maximum.
         replace = (exp_avg_sq > max_exp_avg_sq) | (exp_avg_sq != exp_avg_sq)
         exp_avg_sq = tl.where(replace, exp_avg_sq, max_exp_avg_sq)
         store_fp32(max_exp_avg_sq_block, exp_avg_sq, mask)
@@ -146,8 +146,8 @@ def _masked_adamw_kernel(  # type: ignore[no-untyped-def]  # Triton types its ow
     coefficients_ptr,  # float32 [tensors, COEFFICIENTS], from the prologue
     partials_ptr,  # out: float32 [chunks], or None
     chunks_start,  # first word of this launch's chunks
-    # Bytes from where the table says states are to where they are now. Of a stated type: else it would follow
-    # the value, and the kernel be compiled for each.
+    # Bytes from the state addresses of the table to the current ones. With a fixed type: otherwise the type would
+    # depend on the value, and the kernel would be compiled for each.
     exp_avg_shift: "i64",  # type: ignore  # noqa: F821
     exp_avg_sq_shift: "i64",  # type: ignore  # noqa: F821
     max_exp_avg_sq_shift: "i64",  # type: ignore  # noqa: F821
@@ -161,7 +161,7 @@ def _masked_adamw_kernel(  # type: ignore[no-untyped-def]  # Triton types its ow
     BLOCK: tl.constexpr,
     NARROW_BLOCK: tl.constexpr,
 ):
-    """One program a chunk: its full aligned blocks first, then what is left of it under masks."""
+    """Update one chunk per program: full aligned blocks first, then the rest with masks."""
     tensor, chunk, row = find_chunk(table_ptr + chunks_start + tl.program_id(0), table_ptr)
     param_address = tl.load(row + PARAM)
     grad_address = tl.load(inputs_ptr + tensor)
@@ -195,7 +195,7 @@ def _masked_adamw_kernel(  # type: ignore[no-untyped-def]  # Triton types its ow
 
     NORMS: tl.constexpr = partials_ptr is not None
     sums = tl.zeros((BLOCK,), dtype=tl.float32)
-    squared = tl.where(mode == SKIP, length, 0)  # gradients before it are in `sums`, or not asked for
+    squared = tl.where(mode == SKIP, length, 0)  # squares before this element are in `sums`, or not needed
     if mode == UPDATE:
         for block in range(0, full, BLOCK):
             sums = _adamw_block(
@@ -204,7 +204,7 @@ def _masked_adamw_kernel(  # type: ignore[no-untyped-def]  # Triton types its ow
                 grad_factor, decay, exp_avg_weight, beta2, one_minus_beta2, step_size, bias_correction2_sqrt, eps,
                 ROUNDING, AMSGRAD, BLOCK, True, NORMS,
             )  # fmt: skip
-        # Narrow blocks: masks and single elements on full ones would triple the kernel's registers.
+        # Narrow blocks: masks and element-wise accesses on full ones would triple the registers of the kernel.
         for block in range(full, length, NARROW_BLOCK):
             sums = _adamw_block(
                 param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, max_exp_avg_sq_ptr, remainder_ptr,
@@ -214,8 +214,8 @@ def _masked_adamw_kernel(  # type: ignore[no-untyped-def]  # Triton types its ow
             )  # fmt: skip
         squared = full
     if NORMS:
-        # Their squares in full blocks again, since sums have the same bits whatever the alignment. Read
-        # a second time, these gradients come from the cache.
+        # Squares of the rest, in full blocks again, so that sums are bitwise independent of the alignment. These
+        # gradients are read a second time, from the cache.
         for block in range(squared, length, BLOCK):
             mask = block_mask(block, length, BLOCK)
             grad = load_fp32(block_pointers(grad_ptr, block, BLOCK, False), mask)

@@ -1,4 +1,4 @@
-"""What the public functions accept: every check runs before anything is launched or changed."""
+"""Checks of the arguments of public functions, before anything is launched or changed."""
 
 import math
 import numbers
@@ -19,22 +19,22 @@ _LR_DTYPES = (torch.float32, torch.float64)
 
 
 def is_supported(param_dtype: torch.dtype, grad_dtype: torch.dtype, state_dtype: torch.dtype) -> bool:
-    """Whether :func:`masked_adamw_` takes parameters, gradients and moments of these dtypes together.
+    """Return if :func:`masked_adamw_` supports this combination of dtypes.
 
     Parameters are fp32, bf16 or fp16; gradients of the parameter's dtype or fp32; moments fp32 or bf16 (in
-    fp16 the squares of small gradients would vanish).
+    fp16 the squares of small gradients would underflow).
     """
     grads = (param_dtype, torch.float32)
     return param_dtype in DTYPES and grad_dtype in grads and state_dtype in STATE_DTYPES
 
 
 def is_fake(t: Any) -> bool:
-    """Return if a tensor holds nothing, as those of planners and compilers."""
+    """Return if a tensor is fake, as in planners and compilers."""
     return isinstance(t, FakeTensor)
 
 
 def common_device(lists: Mapping[str, Sequence[Tensor]]) -> torch.device:
-    """The one device of all tensors; the CPU if there are none."""
+    """Return the device of all tensors; the CPU if there are none."""
     devices = {t.device for tensors in lists.values() for t in tensors}
     if len(devices) <= 1:
         return devices.pop() if devices else torch.device("cpu")
@@ -44,50 +44,50 @@ def common_device(lists: Mapping[str, Sequence[Tensor]]) -> torch.device:
             first = first or t.device
             if t.device != first:
                 raise KernelArgumentError(
-                    f"{name}[{position}] is on {t.device}, tensors before it are on {first}: one call takes "
-                    f"tensors of one device; call once for each"
+                    f"{name}[{position}] is on {t.device}, tensors before it are on {first}: all tensors "
+                    f"of a call must be on one device; call once per device"
                 )
-    raise AssertionError("more than one device, and none that differs")
+    raise AssertionError("unreachable: several devices, and no tensor that differs")
 
 
 def check_list(name: str, tensors: Any) -> None:
-    """It must be a list or a tuple, whose members are checked later."""
+    """Check for a list or a tuple, whose members are checked later."""
     if not isinstance(tensors, list | tuple):
-        raise KernelArgumentError(f"{name} is {_bare(type(tensors).__name__)}: give a list of tensors")
+        raise KernelArgumentError(f"{name} is {_short_name(type(tensors).__name__)}: give a list of tensors")
 
 
 def check_grads(grads: Sequence[Tensor]) -> None:
-    """Gradients must be dense (in torch's sense: not sparse) and of a supported dtype."""
+    """Check that gradients are dense (in torch's sense: not sparse) and of a supported dtype."""
     _check_tensors("grads", grads)
     for position, g in enumerate(grads):
         if g.layout != torch.strided:
             raise KernelArgumentError(
-                f"grads[{position}] is {_bare(g.layout)}: sparse gradients have no kernel; use "
+                f"grads[{position}] is {_short_name(g.layout)}: sparse gradients are not supported; use "
                 f"sparse=False in the embedding, or torch.optim.SparseAdam for it"
             )
         if g.dtype not in DTYPES:
             raise KernelArgumentError(
-                f"grads[{position}] is {_bare(g.dtype)}: float32, bfloat16 and float16 are supported"
+                f"grads[{position}] is {_short_name(g.dtype)}: float32, bfloat16 and float16 are supported"
                 + ("; pass torch.view_as_real(...) of complex tensors" if g.is_complex() else "")
             )
 
 
 def check_addressable(name: str, t: Any) -> None:
-    """It must be a tensor, and have its elements in memory of its own."""
+    """Check for a tensor whose elements are in memory of its own."""
     if type(t) in _PLAIN:
         return
     if not isinstance(t, Tensor):
         raise KernelArgumentError(f"{name} is {t!r}: give a tensor")
     if hasattr(t, "__tensor_flatten__"):
         raise KernelArgumentError(
-            f"{name} is a {type(t).__name__}, which keeps its elements in other tensors: give those (of a DTensor its "
-            "to_local()), or use torch.optim.AdamW"
+            f"{name} is a {type(t).__name__}, which stores its elements in other tensors: give those (for a DTensor "
+            "its to_local()), or use torch.optim.AdamW"
         )
     check_has_memory(name, t)
 
 
 def _check_tensors(name: str, tensors: Sequence[Tensor | None], optional: bool = False) -> None:
-    """`check_addressable` of a column, where None may stand if they are `optional`."""
+    """Call `check_addressable` for a list of tensors; None is allowed if `optional`."""
     if not _PLAIN.issuperset(map(type, tensors)):
         for position, t in enumerate(tensors):
             if t is not None or not optional:
@@ -95,25 +95,25 @@ def _check_tensors(name: str, tensors: Sequence[Tensor | None], optional: bool =
 
 
 def check_memory(lists: Mapping[str, Sequence[Tensor]]) -> None:
-    """Elements must be somewhere: kernels would read and write at address 0."""
+    """Check that all tensors have memory: otherwise kernels would read and write at address 0."""
     for name, tensors in lists.items():
         try:
-            somewhere = 0 not in [t.data_ptr() for t in tensors]  # whole columns first
-        except RuntimeError:  # one of those that have no address to tell
-            somewhere = False
-        for position, t in enumerate(() if somewhere else tensors):
+            all_have_memory = 0 not in [t.data_ptr() for t in tensors]  # whole lists first, for speed
+        except RuntimeError:  # a tensor without an address
+            all_have_memory = False
+        for position, t in enumerate(() if all_have_memory else tensors):
             check_has_memory(f"{name}[{position}]", t)
 
 
 def check_has_memory(name: str, t: Tensor) -> None:
-    """Not of fake and functional tensors: memory is a compiler's matter there."""
+    """Check that a tensor has memory; fake and functional tensors, as in compilers, are not checked."""
     if is_fake(t) or torch._is_functional_tensor(t):
         return
     try:
-        nowhere = t.numel() > 0 and t.data_ptr() == 0
-    except RuntimeError:  # functional tensors of Python's, and those of vmap: no address to tell
+        is_missing = t.numel() > 0 and t.data_ptr() == 0
+    except RuntimeError:  # Python functional tensors and those of vmap have no address
         return
-    if nowhere:
+    if is_missing:
         raise KernelArgumentError(
             f"{name}, a {type(t).__name__} on {t.device}, has no memory (on meta, freed, or elsewhere): give a "
             "tensor that holds its elements, or use torch.optim.AdamW"
@@ -121,11 +121,11 @@ def check_has_memory(name: str, t: Tensor) -> None:
 
 
 def layer_list(layer_index: Sequence[int] | Tensor | None, count: int, num_layers: int | None) -> list[int]:
-    """`layer_index` as a list of `count` ints in ``[0, num_layers)``; all 0 where either is None."""
+    """Return `layer_index` as a list of `count` ints in ``[0, num_layers)``; all 0 if either is None."""
     layers = _host_list("layer_index", layer_index) if layer_index is not None else [0] * count
     if len(layers) != count:
         raise KernelArgumentError(
-            f"layer_index has {len(layers)} entries for {count} tensors: give one a tensor"
+            f"layer_index has {len(layers)} entries for {count} tensors: give one per tensor"
         )
     if num_layers is None:
         wrong = next((i for i, layer in enumerate(layers) if layer < 0), None)
@@ -146,8 +146,8 @@ def _host_list(name: str, values: Sequence[int] | Tensor) -> list[int]:
         fractions = values.is_floating_point() or values.is_complex()
         if values.device.type != "cpu" or fractions or values.dim() != 1:
             raise KernelArgumentError(
-                f"{name} is a {values.dim()}-dimensional {_bare(values.dtype)} tensor on {values.device}: "
-                f"it is read by the host; give a list or a 1-D integer tensor on the CPU"
+                f"{name} is a {values.dim()}-dimensional {_short_name(values.dtype)} tensor on {values.device}: "
+                f"give a list or a 1-D integer tensor on the CPU"
             )
         return [int(v) for v in values.tolist()]
     if not isinstance(values, Collection):
@@ -161,15 +161,15 @@ def _host_list(name: str, values: Sequence[int] | Tensor) -> list[int]:
 def device_scalar(
     name: str, value: Tensor | None, device: torch.device, dtype: torch.dtype | None = torch.float32
 ) -> Tensor | None:
-    """A scalar that the kernels read on the device: one element of `dtype` (None: any real one)."""
+    """Check a tensor of one element that kernels read on the device, of `dtype` (None: any real one)."""
     if value is None:
         return None
     if not isinstance(value, Tensor) or value.numel() != 1 or value.device != device:
         found = f"{tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)
         raise KernelArgumentError(f"{name} is {found}: give a tensor of one element on {device}")
     if value.is_complex() or (dtype is not None and value.dtype != dtype):
-        wanted = "a real dtype" if dtype is None else _bare(dtype)
-        raise KernelArgumentError(f"{name} is {_bare(value.dtype)}: convert it to {wanted}")
+        wanted = "a real dtype" if dtype is None else _short_name(dtype)
+        raise KernelArgumentError(f"{name} is {_short_name(value.dtype)}: convert it to {wanted}")
     check_addressable(name, value)
     return value.resolve_neg()
 
@@ -184,7 +184,7 @@ def check_adamw_lists(
     remainders: Sequence[Tensor | None] | None = None,
     rounding_seeds: Sequence[int] | None = None,
 ) -> torch.device:
-    """Lengths, layouts, dtypes, shapes and the device of the lists of one AdamW call."""
+    """Check lengths, layouts, dtypes, shapes and devices of the lists of an AdamW call, and return the device."""
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if max_exp_avg_sqs is not None:
         lists["max_exp_avg_sqs"] = max_exp_avg_sqs
@@ -193,17 +193,17 @@ def check_adamw_lists(
     for name, tensors in {**lists, "steps": steps, **given}.items():
         if len(tensors) != len(params):
             raise KernelArgumentError(
-                f"{name} has {len(tensors)} tensors for {len(params)} parameters: give one a parameter"
+                f"{name} has {len(tensors)} tensors for {len(params)} parameters: give one per parameter"
             )
     everything = {"params": params, **lists, "steps": steps, "remainders": remainders or ()}
     for name, tensors in everything.items():
         _check_tensors(name, tensors, optional=name == "remainders")
     check_grads(grads)
-    low_halves = [r for r in remainders or () if r is not None]
-    tensors_of = {"params": params, **lists, "steps": steps, "remainders": low_halves}
+    given_remainders = [r for r in remainders or () if r is not None]
+    tensors_of = {"params": params, **lists, "steps": steps, "remainders": given_remainders}
     device = common_device(tensors_of)
     check_memory(tensors_of)
-    # Whole columns are compared first: there may be thousands of tensors, and hardly ever an error.
+    # Whole lists are compared first, for speed: there may be thousands of tensors, and rarely an error.
     shapes = [p.shape for p in params]
     for name, tensors in lists.items():
         if [t.shape for t in tensors] != shapes:
@@ -218,7 +218,7 @@ def check_adamw_lists(
         position = next(i for i, found in enumerate(dtypes) if found in refused)
         columns = zip(("params", *lists), dtypes[position], strict=True)
         raise KernelArgumentError(
-            f"dtypes at position {position} are {', '.join(f'{name} {_bare(t)}' for name, t in columns)}: "
+            f"dtypes at position {position} are {', '.join(f'{name} {_short_name(t)}' for name, t in columns)}: "
             f"parameters may be float32, bfloat16 or float16, gradients of the same dtype or float32, moments "
             f"float32 or bfloat16, all moments alike (see is_supported); convert them"
         )
@@ -228,13 +228,13 @@ def check_adamw_lists(
             if t is not None and layout.may_overlap(t):
                 raise KernelArgumentError(
                     f"{name}[{position}] has strides {t.stride()} for shape {tuple(t.shape)}: its elements may share "
-                    "memory, as those of expanded tensors do; update the tensor it views"
+                    "memory, as in expanded tensors; update its base instead"
                 )
     _check_rounding(params, remainders, rounding_seeds)
     for position, step in enumerate(steps):
         if step.dtype != torch.float32 or step.dim() != 0:
             raise KernelArgumentError(
-                f"steps[{position}] is {_bare(step.dtype)} of shape {tuple(step.shape)}: "
+                f"steps[{position}] is {_short_name(step.dtype)} of shape {tuple(step.shape)}: "
                 f"give a float32 tensor of shape ()"
             )
         if step.is_neg():
@@ -245,19 +245,19 @@ def check_adamw_lists(
 def _check_rounding(
     params: Sequence[Tensor], remainders: Sequence[Tensor | None] | None, seeds: Sequence[int] | None
 ) -> None:
-    """Remainders are int16 beside bf16 parameters; a parameter has one or is rounded by chance, not both."""
+    """Check that remainders are int16 with bf16 parameters, and not combined with stochastic rounding."""
     if remainders is not None and seeds is not None:
         raise KernelArgumentError(
-            "remainders and rounding_seeds are both given: with remainders nothing is lost that chance would "
-            "have to make up for; give one of them"
+            "remainders and rounding_seeds are both given: master weights are not rounded stochastically; give one "
+            "of them"
         )
     for position, (param, remainder) in enumerate(zip(params, remainders or (), strict=False)):
         if remainder is None:
             continue
         if remainder.dtype != torch.int16 or param.dtype != torch.bfloat16:
             raise KernelArgumentError(
-                f"remainders[{position}] is {_bare(remainder.dtype)} beside a {_bare(param.dtype)} parameter: "
-                f"give int16 beside bfloat16, and None beside others"
+                f"remainders[{position}] is {_short_name(remainder.dtype)} for a {_short_name(param.dtype)} parameter: "
+                f"give int16 for bfloat16, and None for other dtypes"
             )
         if remainder.shape != param.shape:
             raise KernelArgumentError(
@@ -270,10 +270,10 @@ def _check_rounding(
 
 
 def layer_count(active: Sequence[bool] | Tensor | None, sq_norms: Tensor | None) -> int | None:
-    """Number of layers: the length of `sq_norms` or `active`; None without either, where layers mean nothing."""
+    """Return the number of layers: the length of `sq_norms` or `active`; None without either."""
     if sq_norms is not None and active is not None and sq_norms.numel() != len(active):
         raise KernelArgumentError(
-            f"active has {len(active)} entries, sq_norms {sq_norms.numel()}: both have one a layer"
+            f"active has {len(active)} entries, sq_norms {sq_norms.numel()}: both must have one per layer"
         )
     if sq_norms is not None:
         return sq_norms.numel()
@@ -281,14 +281,14 @@ def layer_count(active: Sequence[bool] | Tensor | None, sq_norms: Tensor | None)
 
 
 def check_sq_norms(sq_norms: Tensor | None, device: torch.device) -> None:
-    """The output for norms: contiguous float32 on the tensors' device."""
+    """Check the output for norms: contiguous float32 on the tensors' device."""
     if sq_norms is None:
         return
     if not isinstance(sq_norms, Tensor):
         raise KernelArgumentError(f"sq_norms is {sq_norms!r}: give a float32 tensor [num_layers] to write to")
     if sq_norms.dtype != torch.float32 or sq_norms.dim() != 1 or sq_norms.device != device:
         raise KernelArgumentError(
-            f"sq_norms is {_bare(sq_norms.dtype)} of shape {tuple(sq_norms.shape)} on {sq_norms.device}: "
+            f"sq_norms is {_short_name(sq_norms.dtype)} of shape {tuple(sq_norms.shape)} on {sq_norms.device}: "
             f"give float32 [num_layers] on {device}"
         )
     if not sq_norms.is_contiguous():
@@ -302,31 +302,31 @@ def check_sq_norms(sq_norms: Tensor | None, device: torch.device) -> None:
 def split_mask(
     active: Sequence[bool] | Tensor | None, device: torch.device
 ) -> tuple[list[bool] | None, Tensor | None]:
-    """`active` as what the host knows and what only the device knows; at most one is not None."""
+    """Return `active` as a list for the host or a tensor on the device; at most one is not None."""
     if active is None:
         return None, None
     if not isinstance(active, Tensor):
         if not isinstance(active, Collection):
-            raise KernelArgumentError(f"active is {active!r}: give a list of bools, one a layer")
+            raise KernelArgumentError(f"active is {active!r}: give a list of bools, one per layer")
         for position, value in enumerate(active):
-            if type(value).__name__ not in ("bool", "bool_"):  # Python's and numpy's
+            if type(value).__name__ not in ("bool", "bool_"):  # Python and numpy
                 raise KernelArgumentError(f"active[{position}] is {value!r}: give bools")
         return [bool(a) for a in active], None
     if active.dtype != torch.bool or active.dim() != 1:
         raise KernelArgumentError(
-            f"active is {_bare(active.dtype)} of shape {tuple(active.shape)}: give bool [num_layers]"
+            f"active is {_short_name(active.dtype)} of shape {tuple(active.shape)}: give bool [num_layers]"
         )
     if active.device.type == "cpu":
         return active.tolist(), None
     if active.device != device:
         raise KernelArgumentError(
-            f"active is on {active.device}, the tensors on {device}: give it there, or on the CPU"
+            f"active is on {active.device}, the tensors on {device}: move it there, or to the CPU"
         )
     return None, active.contiguous()
 
 
 def check_num_layers(num_layers: Any) -> int:
-    """How many layers a result has, as Python's integer."""
+    """Return `num_layers` as a Python integer."""
     if not isinstance(num_layers, numbers.Integral) or isinstance(num_layers, bool) or num_layers < 0:
         raise KernelArgumentError(f"num_layers is {num_layers!r}: give an integer of at least 0")
     return int(num_layers)
@@ -335,9 +335,9 @@ def check_num_layers(num_layers: Any) -> int:
 def check_hyperparameters(
     lr: float | Tensor, betas: Sequence[float], eps: float, weight_decay: float, device: torch.device
 ) -> None:
-    """`betas` in ``[0, 1)``; `lr` a number, or one element on the tensors' device or the CPU; `eps` not negative.
+    """Check hyperparameters: `lr` a number, or one element on `device` or the CPU; `betas` in ``[0, 1)``; `eps` >= 0.
 
-    Numbers are what `float` takes without loss of meaning: Python's and numpy's, no strings, bools or tensors.
+    Numbers are those of Python and numpy; strings, bools and other tensors are invalid.
     """
     if isinstance(lr, Tensor):
         check_addressable("lr", lr)
@@ -361,13 +361,13 @@ def check_hyperparameters(
         lr.numel() != 1 or lr.device not in (device, torch.device("cpu")) or lr.dtype not in _LR_DTYPES
     ):
         raise KernelArgumentError(
-            f"lr is {_bare(lr.dtype)} of shape {tuple(lr.shape)} on {lr.device}: give a number, or a "
+            f"lr is {_short_name(lr.dtype)} of shape {tuple(lr.shape)} on {lr.device}: give a number, or a "
             f"float32 or float64 tensor of one element on {device} or the CPU"
         )
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """`value` as a bool: bools and 0 or 1 are; a word such as "no" would be true."""
+    """Return `value` as a bool: a bool, 0 or 1; strings are invalid, since "no" would be True."""
     if isinstance(value, bool):
         return value
     try:
@@ -377,10 +377,10 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def to_number(name: str, value: Any) -> float:
-    """`value` as a float: a number of Python's or NumPy's, or a tensor of one real element."""
+    """Return `value` as a float: a Python or numpy number, or a tensor of one real element."""
     if isinstance(value, Tensor) and not (value.numel() == 1 and not value.is_complex()):
         raise KernelArgumentError(
-            f"{name} is a tensor of shape {tuple(value.shape)}, {_bare(value.dtype)}: give a number"
+            f"{name} is a tensor of shape {tuple(value.shape)}, {_short_name(value.dtype)}: give a number"
         )
     if not isinstance(value, (str, bytes)) and hasattr(value, "__float__"):
         try:
@@ -397,6 +397,6 @@ def _check_number(name: str, value: Any) -> None:
         raise KernelArgumentError(f"{name} is {value!r}: give a number")
 
 
-def _bare(thing: object) -> str:
-    """`torch.float32` as `float32`."""
+def _short_name(thing: object) -> str:
+    """Return `float32` for `torch.float32`."""
     return str(thing).removeprefix("torch.")

@@ -1,8 +1,8 @@
-"""What the kernels refuse."""
+"""Exceptions of `grass_kernels`."""
 
 
 class KernelArgumentError(ValueError):
-    """Arguments no kernel can take. Raised before anything is launched or changed.
+    """Invalid arguments. Raised before anything is launched or changed.
 
-    The message names the list and the position in it, what was found there, and the way out.
+    The message names the argument, the position in a list, the value that was passed, and the remedy.
     """

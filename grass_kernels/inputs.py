@@ -1,11 +1,10 @@
-"""Inputs: what changes from step to step, in one small buffer on the device.
+"""Inputs of a step that change between steps, in one small buffer on the device.
 
-    gradients  one word a tensor            addresses
+    gradients  one word per tensor          addresses
     headers    groups x HEADER words        hyperparameters, doubles
 
-A step compares both with what was uploaded last, and uploads them through a ring of pinned host buffers
-only if they differ. A buffer of the ring is written again when the copy that read it has finished, which its
-event tells.
+A step compares both with the last upload, and uploads those that differ through a ring of pinned staging buffers. A
+staging buffer is written again once the event of its last copy has completed.
 """
 
 import ctypes
@@ -22,9 +21,9 @@ from grass_kernels import _triton, reference
 from grass_kernels._triton import constexpr
 
 NUM_STAGING_BUFFERS = 8
-"""Uploads that may be under way: how many steps the host can be ahead of the device."""
+"""Number of uploads in flight: how many steps the host can be ahead of the device."""
 
-# The words of a header. A kernel's float arguments would arrive as fp32.
+# The words of a header, doubles: float arguments of a kernel would be fp32.
 WORDS = (
     "lr",
     "lr_address",
@@ -58,19 +57,19 @@ _CPU = torch.device("cpu")
 
 
 class Hyperparameters(NamedTuple):
-    """What one group of parameters is updated with: numbers only, so that steps can be compared."""
+    """Hyperparameters of one parameter group: plain numbers, so that steps can be compared."""
 
     lr: float
-    lr_address: int  # of one element on the device, which is then read there; or 0
+    lr_address: int  # address of a tensor lr on the device, which kernels read; or 0
     lr_is_double: bool
     betas: tuple[float, float]
     eps: float
     weight_decay: float
     maximize: bool = False
-    max_grad_norm: float = math.inf  # used where the step clips
+    max_grad_norm: float = math.inf  # used if the step clips
 
     def words(self) -> tuple[float, ...]:
-        """The group's header."""
+        """Return the words of the header."""
         return (
             self.lr,
             self.lr_address,
@@ -96,9 +95,9 @@ def _words_of_betas(betas: tuple[float, float]) -> tuple[float, ...]:
 
 
 def split_lr(lr: float | Tensor, device: torch.device) -> tuple[float, int, bool]:
-    """`lr`, `lr_address` and `lr_is_double` of `Hyperparameters`.
+    """Return `lr`, `lr_address` and `lr_is_double` of `Hyperparameters`.
 
-    A tensor on a device that runs Triton is read there, if kernels know its dtype; any other becomes a number.
+    A float32 or float64 tensor on a device that runs Triton is read there; any other is converted to a number.
     """
     if not isinstance(lr, Tensor):
         return float(lr), 0, False
@@ -109,17 +108,17 @@ def split_lr(lr: float | Tensor, device: torch.device) -> tuple[float, int, bool
 
 
 class Inputs:
-    """The buffer of one table, and how it is kept up to date.
+    """The input buffer of one table, uploaded when it changes.
 
     Args:
-        num_tensors: Tensors of the table.
-        num_groups: Groups of hyperparameters; 0 where none are needed.
-        device: Where the table is.
-        capturable: Keep a buffer at hand for a graph: while one is captured nothing can be pinned.
+        num_tensors: Number of tensors in the table.
+        num_groups: Number of parameter groups; 0 without hyperparameters.
+        device: Device of the table.
+        capturable: Keep a spare pinned buffer for a graph: no memory can be pinned during a capture.
 
     Attributes:
-        data: int64, on the device.
-        headers_start: Word at which the headers begin.
+        data: int64 buffer on the device.
+        headers_start: First word of the headers.
     """
 
     def __init__(
@@ -142,11 +141,11 @@ class Inputs:
         return _StagingBuffer(self.data.numel(), self.headers_start, self.data.device)
 
     def upload(self, grads: Sequence[int], groups: Sequence[Hyperparameters] = ()) -> None:
-        """Bring the device's buffer to these values, where it has others.
+        """Upload values that differ from the last upload.
 
         Args:
             grads: Addresses of the gradients.
-            groups: Hyperparameters, one a group.
+            groups: Hyperparameters, one per group.
         """
         if self._capturable and self._spare is None:
             self._spare = self._new_buffer()
@@ -159,7 +158,7 @@ class Inputs:
         else:
             buffer = self._staging[self._next]
             self._next = (self._next + 1) % NUM_STAGING_BUFFERS
-        buffer.reuse()
+        buffer.wait_for_copy()
         changed = groups != self._groups
         if moved:
             self._write_addresses(buffer, grads)
@@ -171,7 +170,7 @@ class Inputs:
             copy_to_device(self._addresses_data, buffer.addresses)
         else:
             copy_to_device(self._headers_data, buffer.headers)
-        buffer.copied(self.data.device)
+        buffer.record_copy(self.data.device)
         self._grads, self._groups = grads, groups
 
     def _write_addresses(self, buffer: "_StagingBuffer", grads: Sequence[int]) -> None:
@@ -182,19 +181,20 @@ class Inputs:
         self._headers.pack_into(buffer.bytes, 8 * self.headers_start, *words)
 
     def for_graph(self, grads: Sequence[int], groups: Sequence[Hyperparameters]) -> tuple[Tensor, object]:
-        """Buffers, on the device and pinned, that no other step writes: a captured copy is read at every replay.
+        """Fill buffers that no other step writes, for a captured copy, which is repeated at every replay.
 
         Returns:
-            The device's buffer, filled by a copy on the current stream; and what must live as long as the graph.
+            The buffer on the device, filled by a copy on the current stream; and the objects that must be kept alive
+            with the graph.
 
         Raises:
-            RuntimeError: no upload since the last graph, so that no buffer is at hand.
+            RuntimeError: no step outside a capture since the last graph, so there is no spare buffer.
         """
         buffer, self._spare = self._spare, None
         if buffer is None:
             raise RuntimeError(
-                "this step cannot be captured: no pinned memory is at hand for another graph, and none can be had "
-                "meanwhile; take one step that is not captured before the capture begins, with capturable=True"
+                "this step cannot be captured: there is no spare pinned buffer, and none can be allocated during a "
+                "capture; take one step that is not captured before the capture begins, with capturable=True"
             )
         data = torch.empty_like(self.data)
         self._write_addresses(buffer, grads)
@@ -204,7 +204,7 @@ class Inputs:
 
 
 class _StagingBuffer:
-    """A host buffer, pinned where there is a device to copy to."""
+    """Host buffer, pinned for a CUDA device."""
 
     def __init__(self, words: int, headers_start: int, device: torch.device) -> None:
         pinned = device.type == "cuda"
@@ -213,26 +213,26 @@ class _StagingBuffer:
         self.bytes = (ctypes.c_char * (8 * words)).from_address(self.words.data_ptr())
         self._event: Any = None
 
-    def reuse(self) -> None:
-        """Wait until the last copy from here has finished (H9: it would read what is written now)."""
+    def wait_for_copy(self) -> None:
+        """Wait until the last copy from this buffer has finished (H9: it would read the new values)."""
         if self._event is not None:
             wait_for_event(self._event)
 
-    def copied(self, device: torch.device) -> None:
-        """A copy from here has been queued on the device's current stream."""
+    def record_copy(self, device: torch.device) -> None:
+        """Record that a copy from this buffer was queued on the device's current stream."""
         self._event = record_event(device, self._event)
 
 
-# The boundary to the device: what a measurement of the host's own time replaces, with `_triton.launch`.
+# The boundary to the device, with `_triton.launch`: replaced by measurements of host time.
 
 
 def copy_to_device(target: Tensor, source: Tensor) -> None:
-    """Queue a copy from pinned memory on the target's current stream."""
+    """Queue a copy from pinned memory on the current stream of the target's device."""
     target.copy_(source, non_blocking=True)
 
 
 def record_event(device: torch.device, event: Any) -> Any:
-    """Mark this moment of the device's current stream, in `event` if there is one already."""
+    """Record an event on the device's current stream, a new one if `event` is None, and return it."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event() if event is None else event
@@ -241,6 +241,6 @@ def record_event(device: torch.device, event: Any) -> Any:
 
 
 def wait_for_event(event: Any) -> None:
-    """Let the host wait until the device has passed the event; at once if it has."""
+    """Wait on the host until an event has completed."""
     if not event.query():
         event.synchronize()

@@ -1,8 +1,8 @@
-"""Strides: which tensors can be walked in storage order together, and what is done with the others.
+"""Strides: tensors that can be processed in storage order together, and copies of the others.
 
-An element-wise kernel needs no shapes. Tensors that fill their memory without gaps or overlaps (dense:
-contiguous, channels_last, transposed, ...) and have equal strides are walked as flat arrays, in storage
-order. A tensor whose strides differ from its parameter's goes through a copy in the parameter's layout.
+An element-wise kernel needs no shapes. Dense tensors, which fill their memory without gaps or overlaps (contiguous,
+channels_last, transposed, ...), are processed as flat arrays in storage order if their strides are equal. A tensor
+whose strides differ from its parameter's is copied to the parameter's layout.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 def is_dense(t: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, each place once, and are what stands there."""
+    """Return if the elements fill one range of memory, without gaps or overlaps; False for negative views."""
     if t.is_neg():
-        return False  # a negative view keeps its sign beside its elements
+        return False  # the values differ from the memory
     if t.is_contiguous():
         return True
     expected = 1
@@ -28,10 +28,10 @@ def is_dense(t: Tensor) -> bool:
 
 
 def may_overlap(t: Tensor) -> bool:
-    """Whether elements may share memory: not if each stride steps over all that smaller strides reach.
+    """Return if elements may share memory: False if each stride exceeds the range of all smaller strides.
 
-    Of the others some interleave without sharing; nothing that torch makes is laid out so, and telling them apart
-    takes a walk over all elements.
+    True also for some tensors that interleave without sharing: torch does not create such layouts, and an exact check
+    would have to visit all elements.
     """
     if t.is_contiguous():
         return False
@@ -45,14 +45,14 @@ def may_overlap(t: Tensor) -> bool:
 
 
 def same_order(a: Tensor, b: Tensor) -> bool:
-    """Whether two dense tensors of one shape keep equal indices at equal places."""
+    """Return if two dense tensors of one shape have the same order of elements in storage."""
     if a.is_contiguous() and b.is_contiguous():
         return True
     return all(p == q for p, q, size in zip(a.stride(), b.stride(), a.shape, strict=True) if size != 1)
 
 
 def flat(t: Tensor) -> Tensor:
-    """A dense tensor as a 1-D view in storage order."""
+    """Return a dense tensor as a 1-D view in storage order."""
     return t if t.dim() == 1 and t.is_contiguous() else t.as_strided((t.numel(),), (1,))
 
 
@@ -63,10 +63,10 @@ def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
 
 
 class Layout:
-    """Lists of tensors brought to one layout: that of each parameter, or contiguous if it has gaps.
+    """Copies of tensors in the layout of their parameter, or contiguous ones if the parameter has gaps.
 
-    Tensors that already have it are passed through. `write_back` returns what was changed in copies to
-    where it belongs; storages never change hands.
+    Tensors that already have the layout are passed through. `write_back` copies updated copies back to the original
+    tensors, whose storages stay the same.
     """
 
     @torch.no_grad()
@@ -92,15 +92,15 @@ class Layout:
         return matched
 
     def read(self, tensors: Sequence[Tensor]) -> list:
-        """`tensors`, one a parameter, to be read only."""
+        """Return `tensors`, one per parameter, in the layout, for reading only."""
         return self._match(tensors, lambda original, copy: copy)
 
     def update(self, tensors: Sequence[Tensor | None]) -> list:
-        """`tensors`, one a parameter (or None where there is none), to be changed in place."""
+        """Return `tensors`, one or None per parameter, in the layout, for updates in place."""
         return self._match(tensors, self._copy)
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Return the contents of changed copies to the tensors they stand for."""
+        """Copy updated copies back to the original tensors."""
         for original, copy in self._copies:
             original.copy_(copy)

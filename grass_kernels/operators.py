@@ -1,8 +1,8 @@
-"""The kernels as torch operators, for compilers and planners; eager calls never come by here.
+"""The kernels as torch operators, for compilers and planners; eager calls do not use them.
 
-Dispatching a thousand tensors costs more than launching their update, so `masked_adamw_` and `layer_sq_norms`
-use these only where something else than eager torch is looking: a compiler, which must know what is
-written, or fake tensors, which must learn what is allocated.
+Dispatching a thousand tensors costs more than launching their update, so `masked_adamw_` and `layer_sq_norms` use the
+operators only in a compiler, which must know the tensors that are written, and with fake tensors, whose allocations
+are counted.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ _LIBRARY = torch.library.Library("grass_kernels", "DEF")
 _LIBRARY.define(
     "layer_sq_norms(Tensor[] grads, SymInt[] layer_index, int num_layers, *, Tensor? grad_scale=None) -> Tensor"
 )
-# A parameter without a remainder has none in the list; `remainder_places` says whose the others are.
+# Only parameters that have a remainder are in `remainders`; `remainder_places` has their indices.
 _LIBRARY.define(
     "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] steps, *, SymInt[]? layer_index, bool[]? active, Tensor? active_mask, Tensor(e!)? sq_norms, "
@@ -30,12 +30,12 @@ _LIBRARY.define(
 
 
 def is_needed(tensors: Sequence[Tensor]) -> bool:
-    """Whether a call must go through the dispatcher."""
+    """Return if a call must go through the dispatcher."""
     return torch.compiler.is_compiling() or any(map(is_fake, tensors[:1]))
 
 
 def implement(layer_sq_norms: Callable[..., Tensor], masked_adamw_: Callable[..., None]) -> None:
-    """Register the eager functions as what the operators do."""
+    """Register the eager functions as implementations of the operators."""
 
     def masked_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, **options):  # type: ignore[no-untyped-def]
         masked_adamw_(params, grads, exp_avgs, exp_avg_sqs, steps, **unpack(len(params), options))
@@ -45,7 +45,7 @@ def implement(layer_sq_norms: Callable[..., Tensor], masked_adamw_: Callable[...
 
 
 def pack(options: dict) -> dict:
-    """Keyword arguments of `masked_adamw_` in the types an operator can take."""
+    """Convert keyword arguments of `masked_adamw_` to types that operators support."""
     lr, active, (beta1, beta2) = options.pop("lr"), options.pop("active"), options.pop("betas")
     remainders = options.pop("remainders") or []
     layers = options.pop("layer_index")
@@ -65,7 +65,7 @@ def pack(options: dict) -> dict:
 
 
 def unpack(count: int, options: dict) -> dict:
-    """The inverse of `pack`."""
+    """Invert `pack`."""
     lr, lr_tensor = options.pop("lr"), options.pop("lr_tensor")
     active, active_mask = options.pop("active"), options.pop("active_mask")
     given = dict(zip(options.pop("remainder_places"), options.pop("remainders"), strict=True))
@@ -82,7 +82,7 @@ def unpack(count: int, options: dict) -> dict:
 
 
 def workspace(tensors: Sequence[Tensor], num_layers: int, num_groups: int) -> list[Tensor]:
-    """What a launch allocates on the device beside its result."""
+    """Allocate the tensors that a launch needs on the device besides its result."""
     count, chunks = len(tensors), sum(-(-t.numel() // CHUNK) for t in tensors)
     like = tensors[0] if tensors else torch.empty(0)
     words = [count * len(COLUMNS) + num_layers + 1 + chunks, count + len(WORDS) * num_groups]

@@ -1,8 +1,8 @@
-"""The plan of a step: what is worked out once for some tensors, and then only run.
+"""AdamWPlan: the Triton backend, prepared once for a list of tensors.
 
-A run is a few launches, whatever the number of tensors: a prologue advances the step counters and works out
-the coefficients; one main pass a combination of dtypes updates; and a last one adds up the norms. With
-clipping the norms come first, from one read-only pass over the gradients. The host waits for nothing.
+A step is a few launches, for any number of tensors: a prologue increments the step counters and computes the
+coefficients; one main pass per combination of dtypes updates the parameters; and a last pass sums the norms. With
+clipping the norms come first, from one read-only pass over the gradients. There is no device sync.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,59 +28,59 @@ from grass_kernels.table import BLOCK, CHUNK, COEFFICIENTS, ChunkRun, Piece, bui
 
 
 class Key(NamedTuple):
-    """What parameters that share a kernel have in common."""
+    """Properties that select the kernel and the launch of a parameter."""
 
     grad: torch.dtype
     param: torch.dtype
     state: torch.dtype
     rounding: int  # NEAREST, MASTER or STOCHASTIC
     amsgrad: bool
-    unit: int = 0  # units of one step are launched one by one
+    unit: int = 0  # each unit is a launch of its own
 
 
 STATE_KINDS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "remainder")
-"""States of a parameter that have its shape, by their names."""
+"""Kinds of states that have the shape of their parameter."""
 
 
 class Part(NamedTuple):
-    """Some chunks of a parameter, which belong to a unit."""
+    """A range of chunks of a parameter, in a unit."""
 
-    tensor: int  # its place in the lists
+    tensor: int  # index in the lists
     first_chunk: int
     num_chunks: int
-    start: int = 0  # its first element in the unit's sections
+    start: int = 0  # first element in the sections of the unit
 
 
 class Unit(NamedTuple):
-    """Parts that are updated by one call of `run`, and where their states are when none is."""
+    """Parts that are updated by one call of `run`, and the memory of their states between updates."""
 
     parts: Sequence[Part]
     sections: Mapping[str, Tensor]  # 1-D, by kind of state: the lists' states are views of them
 
 
 class TensorLists(NamedTuple):
-    """Dense tensors, one entry a parameter, all those of a parameter of equal strides and on one device."""
+    """Dense tensors, one per parameter in each list; those of a parameter have equal strides and one device."""
 
     params: Sequence[Tensor]
     grads: Sequence[Tensor]
     exp_avgs: Sequence[Tensor]
     exp_avg_sqs: Sequence[Tensor]
-    max_exp_avg_sqs: Sequence[Tensor | None]  # None: without amsgrad
-    remainders: Sequence[Tensor | None]  # int16; None: not stored as exact fp32
+    max_exp_avg_sqs: Sequence[Tensor | None]  # None without amsgrad
+    remainders: Sequence[Tensor | None]  # int16; None without master weights
     steps: Sequence[Tensor]
     layers: Sequence[int]
-    seeds: Sequence[int | None]  # None: not rounded stochastically
+    seeds: Sequence[int | None]  # None without stochastic rounding
 
     def tensors(self) -> tuple[Sequence[Tensor | None], ...]:
-        """Parameters, gradients and states, a sequence each."""
+        """Return parameters, gradients and states, a sequence each."""
         return (self.params, self.grads, *self.states())
 
     def states(self) -> tuple[Sequence[Tensor | None], ...]:
-        """States of the kinds `STATE_KINDS`, a sequence each."""
+        """Return the states of kinds `STATE_KINDS`, a sequence each."""
         return self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.remainders
 
     def is_regular(self) -> bool:
-        """Return if all tensors of each parameter can be walked in storage order together."""
+        """Return if all tensors of each parameter can be processed in storage order together."""
         return all(
             layout.is_dense(p)
             and all(layout.is_dense(t) and layout.same_order(t, p) for t in others if t is not None)
@@ -88,16 +88,16 @@ class TensorLists(NamedTuple):
             if p is not None
         )
 
-    def in_layout(self, of: layout.Layout) -> "TensorLists":
-        """The same lists with all tensors in the layout of `of`, through copies where they are not."""
-        exp_avgs, exp_avg_sqs, maxima, remainders = map(of.update, self.states())
+    def in_layout(self, target: layout.Layout) -> "TensorLists":
+        """Return the lists with all tensors in the layout `target`, as copies where necessary."""
+        exp_avgs, exp_avg_sqs, maxima, remainders = map(target.update, self.states())
         return self._replace(
-            params=of.params, grads=of.read(self.grads), exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs,
+            params=target.params, grads=target.read(self.grads), exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs,
             max_exp_avg_sqs=maxima, remainders=remainders,
         )  # fmt: skip
 
     def keys(self) -> list[Key]:
-        """The kernel of each parameter."""
+        """Return the key of each parameter."""
         keys = []
         for p, g, m, maximum, remainder, seed in zip(
             self.params,
@@ -116,19 +116,19 @@ class TensorLists(NamedTuple):
 
 
 class AdamWPlan:
-    """Masked AdamW on the same tensors, step after step; gradients may move between steps.
+    """Masked AdamW on the same tensors in every step; gradients may move between steps.
 
     Args:
-        lists: The tensors. Only their addresses are kept: the plan ends with the tensors' memory.
+        lists: Tensors. Only their addresses are kept: the plan is valid as long as their memory.
         num_layers: Number of layers, for norms and masks.
-        device: Where the tensors are.
-        groups: The group of hyperparameters of each parameter; None is all 0.
-        num_groups: Groups of hyperparameters.
-        capturable: A later run may be captured in a graph.
-        units: How the parameters are divided into units; None is one unit, updated in place.
+        device: Device of the tensors.
+        groups: Parameter group of each parameter; None is all 0.
+        num_groups: Number of parameter groups.
+        capturable: Whether a later step may be captured in a graph.
+        units: Units that the parameters are divided into; None is one unit, updated in place.
 
     Attributes:
-        buffers: What launches read and write beside the lists; a caller adds the norms it keeps.
+        buffers: Tensors that launches read and write besides the lists; the caller adds its output for norms.
     """
 
     def __init__(
@@ -190,17 +190,17 @@ class AdamWPlan:
         """Prepare the launches that follow.
 
         Args:
-            lists: As at construction, but for the gradients, which may have moved.
-            hyperparameters: One a group.
-            addresses: Of the gradients, if they are known.
+            lists: Tensors as at construction, except for gradients, which may have moved.
+            hyperparameters: Hyperparameters, one per group.
+            addresses: Addresses of the gradients, if known.
 
         Returns:
-            None; in a graph capture what must live as long as the graph.
+            None; in a graph capture, an object that must be kept alive with the graph.
         """
         if addresses is None:
             addresses = [g.data_ptr() for g in lists.grads]
         stream = _current_stream(self.device)
-        if stream != self._stream:  # the allocator must know, or it gives the memory away while it is read
+        if stream != self._stream:  # else the allocator could reuse the memory while it is read
             for buffer in self.buffers:
                 buffer.record_stream(stream)
         if stream is not None and torch.cuda.is_current_stream_capturing():
@@ -211,7 +211,7 @@ class AdamWPlan:
         return None
 
     def measure(self, sq_norms: Tensor, grad_scale: Tensor | None = None) -> None:
-        """Write the squared norms by layer, float32 ``[num_layers]``, in a pass that only reads gradients."""
+        """Write the squared gradient norms by layer, float32 ``[num_layers]``, in a pass that only reads gradients."""
         launch_norms(self.table, self._data, self._partials)
         launch_sum_layers(self.table, self._partials, grad_scale, sq_norms)
 
@@ -225,16 +225,16 @@ class AdamWPlan:
         found_inf: Tensor | None = None,
         clip_coef: Tensor | None = None,
     ) -> None:
-        """Advance the counters and compute the coefficients, before the units are run.
+        """Increment the step counters and compute the coefficients, before the units are run.
 
         Args:
-            norms: Take the partial sums of norms on the way, for `finish`.
-            clip_by: float32 squared norms, whose sum is the squared norm of all gradients: they are clipped to
-                their group's ``max_grad_norm``, and a norm that is not finite skips the step.
-            active: Bool ``[num_layers]`` on the device: which layers to update.
-            grad_scale: See :func:`grass_kernels.masked_adamw_`, as the following.
-            found_inf: One element of any type.
-            clip_coef: float32, one element.
+            norms: Compute partial sums of squares during the update, for `finish`.
+            clip_by: Squared norms, float32 ``[num_layers]``, whose sum is the squared norm of all gradients: these
+                are clipped to ``max_grad_norm`` of their group, and a norm that is not finite skips the step.
+            active: Mask of the layers to update, bool ``[num_layers]`` on the device.
+            grad_scale: Divisor of the gradients, one float32; see :func:`grass_kernels.masked_adamw_`.
+            found_inf: One element of any real dtype; the step is skipped if it is not zero.
+            clip_coef: Factor of the gradients, one float32.
         """
         self._norms = norms
         _triton.launch(
@@ -259,8 +259,8 @@ class AdamWPlan:
         """Update one unit.
 
         Args:
-            unit: Its place in `units`; 0 where there were none.
-            views: Where the unit's sections are now, by kind; None is where they were at construction.
+            unit: Index in `units`; 0 without units.
+            views: Sections of the unit in a buffer, 1-D by kind; None updates the states in place.
         """
         shifts = dict.fromkeys(STATE_KINDS, 0)
         for kind, view in (views or {}).items():
@@ -292,7 +292,7 @@ class AdamWPlan:
             )
 
     def finish(self, sq_norms: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
-        """End the step; add up the norms that the units have taken into `sq_norms`, float32 ``[num_layers]``."""
+        """End the step, and write the squared norms of all units to `sq_norms`, float32 ``[num_layers]``."""
         if sq_norms is not None:
             launch_sum_layers(self.table, self._partials, grad_scale, sq_norms)
 

@@ -1,7 +1,7 @@
-"""The prologue of a step: counters advance, and each parameter's coefficients are worked out in double.
+"""The prologue of a step: increments step counters, and computes the coefficients of each parameter in double.
 
-One program a parameter leaves one row of fp32 for the main pass. What the host does not know is decided
-here too: whether a layer is active, whether the step is skipped, by how much gradients are clipped.
+One program per parameter writes one row of fp32 for the main pass. It also decides by values on the device: whether a
+layer is active, whether the step is skipped, and how much gradients are clipped.
 """
 
 # ruff: noqa: N803 - constexpr arguments are in capitals, as everywhere in Triton
@@ -25,7 +25,7 @@ from grass_kernels.inputs import (
 from grass_kernels.sq_norm import tree_sum
 from grass_kernels.table import COEFFICIENTS, GROUP, LAYER, ROW, STEP
 
-# What it leaves for a parameter: one row of fp32.
+# Columns of the coefficients of a parameter, fp32.
 C_MODE = constexpr(0)
 C_DECAY = constexpr(1)
 C_EXP_AVG_WEIGHT = constexpr(2)
@@ -37,24 +37,24 @@ C_EPS = constexpr(7)
 C_GRAD_FACTOR = constexpr(8)
 C_STEP = constexpr(9)
 
-# What is to be done with a parameter.
+# Modes of a parameter.
 SKIP = constexpr(0.0)  # its layer is not active
-NORM_ONLY = constexpr(1.0)  # a gradient somewhere is not finite: the step changes nothing
+NORM_ONLY = constexpr(1.0)  # the step is skipped: some gradient is not finite
 UPDATE = constexpr(2.0)
 
 CLIP_EPS = constexpr(1e-6)
-"""Added to the norm, as `torch.nn.utils.clip_grad_norm_` does."""
+"""Term added to the norm, as in `torch.nn.utils.clip_grad_norm_`."""
 
 
 @jit()
 def _hyperparameter(header, INDEX: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A double of a header."""
+    """Load a double from a header."""
     return tl.load(header + INDEX).to(tl.float64, bitcast=True)
 
 
 @jit()
 def _learning_rate(header):  # type: ignore[no-untyped-def]  # Triton types its own arguments
-    """The header's number, or what the address in it points to."""
+    """Load the learning rate from a header, or from the address in it."""
     lr = _hyperparameter(header, LR)
     address = tl.load(header + LR_ADDRESS)
     if address != 0:
@@ -67,7 +67,7 @@ def _learning_rate(header):  # type: ignore[no-untyped-def]  # Triton types its 
 
 @jit()
 def _total_norm(sq_norms_ptr, num_layers, NORM_BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The norm of all layers together, in double; every program gets the same bits."""
+    """Compute the norm of all layers in double, bitwise the same in every program."""
     sums = tl.zeros((NORM_BLOCK,), dtype=tl.float32)
     for start in range(0, num_layers, NORM_BLOCK):
         index = start + tl.arange(0, NORM_BLOCK)
@@ -79,26 +79,26 @@ def _total_norm(sq_norms_ptr, num_layers, NORM_BLOCK: tl.constexpr):  # type: ig
 def _prologue_kernel(  # type: ignore[no-untyped-def]  # Triton types its own arguments
     table_ptr,  # int64, see table.py
     inputs_ptr,  # int64, see inputs.py
-    coefficients_ptr,  # out: float32 [tensors, COEFFICIENTS]
+    coefficients_ptr,  # output: float32 [tensors, COEFFICIENTS]
     active_ptr,  # bool [num_layers] or None
     found_inf_ptr,  # any type [1] or None
     grad_scale_ptr,  # float32 [1] or None
     clip_coef_ptr,  # float32 [1] or None
     sq_norms_ptr,  # float32 [num_layers] to clip by, or None
-    headers_start,  # word of the inputs
+    headers_start,  # first word of the headers in the inputs
     num_layers,
     NORM_BLOCK: tl.constexpr,
 ):
-    """One program a parameter: advance its counter, decide, and compute its coefficients.
+    """Increment the step counter, choose the mode and compute the coefficients of one parameter per program.
 
-    Runs with one warp. With more, one could read the counter after another has advanced it; for the same
-    reason no program of the main pass, where many share a parameter, touches a counter.
+    Runs with one warp. With more, one could read the counter after another has incremented it; for the same
+    reason the main pass, where many programs share a parameter, does not access counters.
     """
     tensor = tl.program_id(0).to(tl.int64)
     row = table_ptr + tensor * ROW
     header = inputs_ptr + headers_start + tl.load(row + GROUP) * HEADER
     mode = tl.full((), UPDATE, tl.float32)
-    # The direction, the loss scale and the clipping in one factor, rounded once; 1 and -1 are exact.
+    # Sign, loss scale and clipping in one factor, rounded once; 1 and -1 are exact.
     grad_factor = _hyperparameter(header, SIGN)
     if grad_scale_ptr is not None:
         grad_factor = grad_factor / tl.load(grad_scale_ptr).to(tl.float64)
@@ -109,7 +109,7 @@ def _prologue_kernel(  # type: ignore[no-untyped-def]  # Triton types its own ar
         grad_factor = grad_factor * tl.minimum(
             _hyperparameter(header, MAX_GRAD_NORM) / (norm + CLIP_EPS), 1.0
         )
-        mode = tl.where(norm < float("inf"), mode, NORM_ONLY)  # neither inf nor NaN is
+        mode = tl.where(norm < float("inf"), mode, NORM_ONLY)  # false for inf and NaN
     if found_inf_ptr is not None:
         mode = tl.where(tl.load(found_inf_ptr) != 0, NORM_ONLY, mode)
     if active_ptr is not None:
@@ -121,7 +121,7 @@ def _prologue_kernel(  # type: ignore[no-untyped-def]  # Triton types its own ar
 
     lr = _learning_rate(header)
     steps = step.to(tl.float64)
-    # beta^steps: with the logarithm in double, the error of the power is some 1e-16 of 1.
+    # beta^steps: with the logarithm in double, the error of the power is about 1e-16.
     bias_correction1 = 1.0 - tl.exp(steps * _hyperparameter(header, LOG_BETA1))
     bias_correction2 = 1.0 - tl.exp(steps * _hyperparameter(header, LOG_BETA2))
 

@@ -1,8 +1,8 @@
-"""The mathematics in plain torch: what the kernels must equal.
+"""The operations in plain torch: the specification of the kernels.
 
-Every function here has its kernel's signature and its order of operations, one rounding an operation, all
-in fp32. In Triton's interpreter the kernels give the same bits. Nothing here is fast, except
-:func:`adamw_`, which also serves the CPU and works in pieces that fit a cache.
+Every function has the signature and the order of operations of its kernel, in fp32 with one rounding per operation. In
+Triton's interpreter the kernels are bitwise equal. Only :func:`adamw_` is fast: it is also used on the CPU, in pieces
+that fit a cache.
 """
 
 import math
@@ -17,20 +17,20 @@ from grass_kernels import arguments, layout, rounding
 from grass_kernels.table import BLOCK, CHUNK, LAYER_BLOCK
 
 NORM_BLOCK = 1024
-"""Squared norms of layers added up at a time for the norm of all."""
+"""Block size of the sum of squared norms over layers."""
 PIECE = 8 * CHUNK
-"""Elements updated at a time: half a MiB of fp32. No full-size copy of a bf16 gradient is ever made."""
+"""Elements per piece: half a MiB of fp32. bf16 gradients are never copied as a whole."""
 
 
 def tree_sum(x: Tensor) -> Tensor:
-    """Sum over the last dimension, a power of two: neighbours first, then neighbouring pairs, and so on."""
+    """Sum over the last dimension, a power of two: first neighbours, then neighbouring pairs, and so on."""
     while x.shape[-1] > 1:
         x = x[..., 0::2] + x[..., 1::2]
     return x[..., 0]
 
 
 def _add_rows(x: Tensor, width: int) -> Tensor:
-    """Cut the last dimension into rows of `width`, padded with zeros, and add them from the first on."""
+    """Split the last dimension into rows of `width`, padded with zeros, and add them in order."""
     x = torch.nn.functional.pad(x, (0, -x.shape[-1] % width)).unflatten(-1, (-1, width))
     if x.shape[-2] == 1:
         return x[..., 0, :]
@@ -41,7 +41,7 @@ def _add_rows(x: Tensor, width: int) -> Tensor:
 
 
 def chunk_sq_norms(grad: Tensor) -> Tensor:
-    """Sums of squares of the chunks of one gradient in storage order: float32 ``[chunks]``."""
+    """Return the sums of squares of the chunks of a gradient, in storage order: float32 ``[chunks]``."""
     grad = layout.flat(grad if layout.is_dense(grad) else grad.contiguous())
     sums = [torch.empty(0, dtype=torch.float32, device=grad.device)]
     for piece in grad.split(PIECE) if grad.numel() else ():
@@ -58,7 +58,7 @@ def layer_sq_norms(
     *,
     grad_scale: Tensor | None = None,
 ) -> Tensor:
-    """Squared norms by layer: see :func:`grass_kernels.layer_sq_norms`."""
+    """Compute squared norms by layer: see :func:`grass_kernels.layer_sq_norms`."""
     layers = arguments.layer_list(layer_index, len(grads), num_layers)
     partials: dict[int, list[Tensor]] = {}
     for grad, layer in zip(grads, layers, strict=True):
@@ -76,10 +76,10 @@ def layer_sq_norms(
 
 
 class Coefficients(NamedTuple):
-    """What the update of one parameter multiplies with: computed in double, rounded to fp32 once."""
+    """Coefficients of the update of one parameter: computed in double, rounded to fp32 once."""
 
     decay: float  # 1 - lr * weight_decay
-    exp_avg_weight: float  # of the gradient in the first moment, see `adamw_`
+    exp_avg_weight: float  # see `exp_avg_weight` and `adamw_`
     beta2: float
     one_minus_beta2: float
     step_size: float  # lr / (1 - beta1^step)
@@ -88,10 +88,10 @@ class Coefficients(NamedTuple):
 
 
 def exp_avg_weight(beta1: float) -> float:
-    """``1 - beta1``, or ``-beta1`` below one half: `lerp` starts from the end it is nearer to.
+    """Return ``1 - beta1``, or ``-beta1`` for `beta1` up to one half: `lerp` starts from the nearer end.
 
-    With ``m + (1 - beta1)(g - m)`` and a small `beta1` the gradient would lose its low bits in a large old
-    moment that is about to be forgotten. `torch.lerp` does the same.
+    With ``m + (1 - beta1)(g - m)`` and a small `beta1` the low bits of the gradient would be lost in a large old
+    moment. `torch.lerp` does the same.
     """
     return 1 - beta1 if 1 - beta1 < 0.5 else -beta1
 
@@ -99,7 +99,7 @@ def exp_avg_weight(beta1: float) -> float:
 def coefficients(
     step: float, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> Coefficients:
-    """The coefficients of the `step`-th update, counted from 1, in double precision."""
+    """Compute the coefficients of update number `step`, counted from 1, in double."""
     beta1, beta2 = betas
     return Coefficients(
         decay=1 - lr * weight_decay,
@@ -113,25 +113,25 @@ def coefficients(
 
 
 class Tensors(NamedTuple):
-    """One parameter and what belongs to it, or equal pieces of all, as flat arrays."""
+    """One parameter, its gradient and states as flat arrays, or the same range of all."""
 
     param: Tensor
     grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     max_exp_avg_sq: Tensor | None = None
-    remainder: Tensor | None = None  # int16: the parameter is stored as exact fp32 in two parts
+    remainder: Tensor | None = None  # int16, with master weights
 
     def pieces(self) -> Iterator["Tensors"]:
-        """Equal runs of all, small enough for a cache."""
+        """Iterate over ranges of at most `PIECE` elements, which fit a cache."""
         if self.param.numel() <= PIECE:
             return iter([self])
         columns = [repeat(None) if t is None else t.split(PIECE) for t in self]
-        return (Tensors(*row) for row in zip(*columns, strict=False))  # a None goes on for ever
+        return (Tensors(*row) for row in zip(*columns, strict=False))  # columns of None are endless
 
 
 def grad_factor(maximize: bool, grad_scale: Tensor | None, clip_coef: Tensor | None) -> Tensor:
-    """What gradients are multiplied with, fp32: sign, loss scale and clipping, rounded once."""
+    """Return the factor of the gradients, an fp32 scalar: sign, loss scale and clipping, rounded once."""
     factor = torch.tensor(-1.0 if maximize else 1.0, dtype=torch.float64, device="cpu")
     if grad_scale is not None:
         factor = factor.to(grad_scale.device) / grad_scale.double()
@@ -141,17 +141,17 @@ def grad_factor(maximize: bool, grad_scale: Tensor | None, clip_coef: Tensor | N
 
 
 def clip_coefficient(sq_norms: Tensor, max_grad_norm: float) -> tuple[Tensor, Tensor]:
-    """By what to multiply gradients so that their norm is at most `max_grad_norm`.
+    """Compute the coefficient that clips the norm of gradients to `max_grad_norm`.
 
-    ``min(1, max_grad_norm / (sqrt(sum(sq_norms)) + 1e-6))``, as `torch.nn.utils.clip_grad_norm_`.
+    ``min(1, max_grad_norm / (sqrt(sum(sq_norms)) + 1e-6))``, as in `torch.nn.utils.clip_grad_norm_`.
 
     Args:
-        sq_norms: float32 ``[num_layers]``, squared norms of all gradients.
-        max_grad_norm: The greatest norm that is left alone.
+        sq_norms: Squared norms by layer of all gradients, float32 ``[num_layers]``.
+        max_grad_norm: Maximum norm.
 
     Returns:
-        The coefficient, float64, and whether the step must be skipped because the norm is not finite, bool; both
-        of shape ``()`` on the device of `sq_norms`.
+        The coefficient, float64; and whether the norm is not finite, so that the step must be skipped, bool. Both
+        have shape ``()`` and are on the device of `sq_norms`.
     """
     norm = (
         tree_sum(_add_rows(sq_norms, NORM_BLOCK)).double().sqrt()
@@ -162,13 +162,13 @@ def clip_coefficient(sq_norms: Tensor, max_grad_norm: float) -> tuple[Tensor, Te
 
 
 def adamw_(t: Tensors, c: Coefficients, grad_factor: Tensor, random: Tensor | None = None) -> None:
-    """One AdamW update in place, element by element, in fp32, each result rounded once when it is stored.
+    """Perform one AdamW update in place, in fp32; each result is rounded once, when it is stored.
 
     Args:
-        t: Tensors of one length.
+        t: Parameter, gradient and states, 1-D of equal length.
         c: Coefficients of the step.
-        grad_factor: fp32 scalar.
-        random: 16 bits an element, to round a bf16 parameter stochastically.
+        grad_factor: Factor of the gradient, fp32 scalar.
+        random: 16 random bits per element, int64, for stochastic rounding of a bf16 parameter.
     """
     g = t.grad.float() * grad_factor.to(t.grad.device)
     p = (t.param.float() if t.remainder is None else rounding.join_fp32(t.param, t.remainder)) * _fp32(
@@ -188,7 +188,7 @@ def adamw_(t: Tensors, c: Coefficients, grad_factor: Tensor, random: Tensor | No
 
 
 def store_param(t: Tensors, value: Tensor, random: Tensor | None = None) -> None:
-    """Store a parameter's fp32 value the way its tensors say."""
+    """Store the fp32 value of a parameter: with a remainder, stochastically or rounded to nearest."""
     if t.remainder is not None:
         param, remainder = rounding.split_fp32(value)
         t.param.copy_(param)
@@ -200,12 +200,12 @@ def store_param(t: Tensors, value: Tensor, random: Tensor | None = None) -> None
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """The square root rounded to the nearest fp32. torch's own is, on some CPUs, one bit off at times."""
+    """Return the square root, rounded to nearest fp32. `torch.sqrt` is sometimes one bit off on some CPUs."""
     return x.double().sqrt().float()
 
 
 def _fp32(x: float) -> Tensor:
-    """`x` as a scalar tensor, which goes with any device, so that torch does not compute with the double."""
+    """Return `x` as an fp32 scalar tensor, valid for any device, so that torch does not compute in double."""
     return torch.tensor(x, dtype=torch.float32, device="cpu")
 
 
@@ -232,7 +232,7 @@ def masked_adamw_(
     found_inf: Tensor | None = None,
     clip_coef: Tensor | None = None,
 ) -> None:
-    """Masked AdamW: see :func:`grass_kernels.masked_adamw_`."""
+    """Perform masked AdamW: see :func:`grass_kernels.masked_adamw_`."""
     layers = [0] * len(params) if layer_index is None else [int(i) for i in layer_index]
     mask = None if active is None else [bool(a) for a in active]
     indices = [i for i, layer in enumerate(layers) if mask is None or mask[layer]]

@@ -1,7 +1,7 @@
-"""How a bf16 parameter is stored, in plain torch: what the device functions of `conversions` must equal.
+"""Master weights and stochastic rounding of bf16 parameters in plain torch: the specification of `conversions`.
 
-Three ways: to the nearest, which needs no word here; as the exact fp32 value in two parts of 16 bits; or up
-or down by chance, right on average.
+With master weights an fp32 value is stored in two parts of 16 bits, a bf16 parameter and a remainder. Stochastic
+rounding goes up or down at random, without bias.
 """
 
 import torch
@@ -14,11 +14,11 @@ _INFINITY = 0x7F80  # of bf16
 
 
 def join_fp32(param: Tensor, remainder: Tensor) -> Tensor:
-    """The fp32 values that bf16 `param` and int16 `remainder` stand for, of their shape.
+    """Join bf16 `param` and int16 `remainder` to fp32 values of their shape.
 
-    ``(bits(param) << 16) + remainder``, modulo 2^32. A remainder that is not the parameter's own, because the
-    parameter has been written since, moves its value by at most half a bf16 unit: at ±0 a negative one counts as
-    0, which would leave zero for NaN, and at ±inf every one.
+    ``(bits(param) << 16) + remainder``, modulo 2^32. A stale remainder, of a parameter that was written since, moves
+    the value by at most half a bf16 unit in the last place: at ±0 negative remainders count as 0, since they would give
+    NaN, and at ±inf all remainders.
     """
     bits = param.view(torch.int16).to(torch.int32)
     magnitude = bits & 0x7FFF
@@ -28,9 +28,9 @@ def join_fp32(param: Tensor, remainder: Tensor) -> Tensor:
 
 
 def split_fp32(x: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 `x` as the nearest bf16 (ties away from zero) and the signed int16 remainder it lacks.
+    """Split fp32 `x` into the nearest bf16 (ties away from zero) and a signed int16 remainder.
 
-    `join_fp32` gives back the bits of every value whose nearest bf16 is finite; the others stay infinite or NaN.
+    `join_fp32` restores every value whose nearest bf16 is finite, bitwise; the others stay infinite or NaN.
     """
     bits = x.view(torch.int32).to(torch.int64) & _LOW
     is_nan = x.isnan()
@@ -39,11 +39,11 @@ def split_fp32(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_stochastically(x: Tensor, random: Tensor) -> Tensor:
-    """fp32 `x` as one of its two neighbouring bf16: the farther from zero with the probability that `x` is near it.
+    """Round fp32 `x` to one of its two neighbouring bf16, at random and without bias.
 
     Args:
-        x: fp32, any shape.
-        random: int64, 16 uniform bits an element.
+        x: Values, fp32, any shape.
+        random: 16 uniform random bits per element, int64, of the shape of `x`.
     """
     return _upper_half((x.view(torch.int32).to(torch.int64) & _LOW) + random, x.isnan())
 
@@ -53,16 +53,17 @@ def _upper_half(bits: Tensor, is_nan: Tensor) -> Tensor:
 
 
 def random_16_bits(seed: int, step: int, start: int, count: int, device: torch.device) -> Tensor:
-    """16 random bits for each of `count` elements of a tensor, from element `start` on: int64 ``[count]``.
+    """Return 16 random bits for each of `count` elements of a tensor, from element `start` on: int64 ``[count]``.
 
-    A function of seed, step and the element's place alone. Eight elements share one call of Philox 4x32 with
-    10 rounds (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011), whose counter is
-    ``(place // 8, step, 0, 0)`` and whose key is `seed`; each takes half a word, the lower half first.
+    A function of seed, step and position only. Eight elements share one call of Philox 4x32 with 10 rounds (Salmon
+    et al., Parallel random numbers: as easy as 1, 2, 3, 2011), with counter ``(position // 8, step, 0, 0)`` and key
+    `seed`; each takes half a word, the lower half first.
     """
     first, last = start // 8, (start + count + 7) // 8
-    place = torch.arange(first, last, device=device)
+    position = torch.arange(first, last, device=device)
     words = philox_4x32(
-        (place, torch.full_like(place, step), torch.zeros_like(place), torch.zeros_like(place)), seed
+        (position, torch.full_like(position, step), torch.zeros_like(position), torch.zeros_like(position)),
+        seed,
     )
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     return torch.stack(halves, dim=-1).flatten()[start - 8 * first :][:count]
@@ -71,7 +72,7 @@ def random_16_bits(seed: int, step: int, start: int, count: int, device: torch.d
 def philox_4x32(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox 4x32-10: four 32-bit words (in int64) of counter and a 64-bit key to four random words."""
+    """Compute Philox 4x32-10: four random 32-bit words (in int64) from four counter words and a 64-bit key."""
     c0, c1, c2, c3 = (c & _LOW for c in counter)
     key0, key1 = key & _LOW, key >> 32 & _LOW
     for _ in range(10):
@@ -83,7 +84,7 @@ def philox_4x32(
 
 
 def _wide_product(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """Upper and lower 32 bits of a product of 32-bit numbers; int64 holds 63 bits of it, so in two parts."""
+    """Return the upper and lower 32 bits of a product of 32-bit numbers, computed in two parts in int64."""
     upper, lower = (x >> 16) * factor, (x & 0xFFFF) * factor
     middle = (upper & 0xFFFF_FFFF_FFFF) + (lower >> 16)
     return middle >> 16, (middle & 0xFFFF) << 16 | lower & 0xFFFF

@@ -1,9 +1,8 @@
 """Squared norms of many tensors by layer: kernels and launcher.
 
-One pass reads every gradient once and leaves one partial sum a chunk; a second, small pass adds a
-layer's partial sums in their order. No atomics, and no sum whose order is the compiler's choice: every
-addition has a place (:func:`tree_sum`), so the result has the same bits on every run, with any layout
-Triton gives a block, in this kernel and in AdamW's, and in the plain-torch reference.
+One pass reads every gradient once and writes one partial sum per chunk; a second, small pass adds the partial sums of a
+layer in order. There are no atomics, and the order of additions is fixed (:func:`tree_sum`), so the result is bitwise
+the same on every run, with any layout of a block, in this kernel, in AdamW's, and in the plain-torch reference.
 """
 
 # ruff: noqa: N803 - constexpr arguments are in capitals, as everywhere in Triton
@@ -31,20 +30,20 @@ from grass_kernels.table import (
 
 @jit()
 def tree_sum(x, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton types its own arguments
-    """Sum of `SIZE` (a power of two) values: neighbours first, then neighbouring pairs, and so on.
+    """Sum `SIZE` (a power of two) values: first neighbours, then neighbouring pairs, and so on.
 
-    `tl.sum` over the whole block would add in an order that follows the block's layout, and the layout
-    follows the other loads of the kernel. A sum of two has no order.
+    `tl.sum` over a whole block would add in an order that depends on the layout of the block, and hence on the other
+    loads of the kernel. A sum of two values has no order.
     """
     for level in tl.static_range(1, 31):
         if SIZE >> level > 0:
             x = tl.sum(tl.reshape(x, [SIZE >> level, 2]), axis=1)
-    return tl.sum(x, axis=0)  # of one
+    return tl.sum(x, axis=0)  # of one value
 
 
 @jit()
 def find_chunk(chunk_ptr, table_ptr):  # type: ignore[no-untyped-def]  # Triton types its own arguments
-    """The chunk of a program: its tensor, its number in the tensor, and the tensor's row."""
+    """Return the chunk of a program: index of its tensor, index in the tensor, and pointer to the tensor's row."""
     word = tl.load(chunk_ptr)
     tensor = word >> 32
     return tensor, word & 0xFFFFFFFF, table_ptr + tensor * ROW
@@ -52,10 +51,10 @@ def find_chunk(chunk_ptr, table_ptr):  # type: ignore[no-untyped-def]  # Triton 
 
 @jit()
 def chunk_range(row, chunk, addresses, CHUNK: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A chunk's first element, its length, and the length of its part that may use 128-bit accesses.
+    """Return the first element of a chunk, its length, and the length of its part with 128-bit accesses.
 
-    Only full blocks of tensors whose every address (`addresses`: all bits of any) is a multiple of 16 bytes
-    may. The first element is an int64; what is counted from there fits in an int32, half the registers.
+    Those need full blocks, and addresses that are multiples of 16 bytes (`addresses`: bitwise or of all). The first
+    element is an int64; lengths are int32, which take half the registers.
     """
     start = chunk * CHUNK
     length = tl.minimum(tl.load(row + NUMEL) - start, CHUNK).to(tl.int32)
@@ -66,13 +65,13 @@ def chunk_range(row, chunk, addresses, CHUNK: tl.constexpr, BLOCK: tl.constexpr)
 def _layer_sq_norms_kernel(  # type: ignore[no-untyped-def]  # Triton types its own arguments
     table_ptr,  # int64, see table.py
     inputs_ptr,  # int64, see inputs.py
-    partials_ptr,  # out: float32 [chunks]
+    partials_ptr,  # output: float32 [chunks]
     chunks_start,  # first word of this launch's chunks
     GRAD_DTYPE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a chunk."""
+    """Write the partial sum of one chunk per program."""
     tensor, chunk, row = find_chunk(table_ptr + chunks_start + tl.program_id(0), table_ptr)
     grad_address = tl.load(inputs_ptr + tensor)
     start, length, full = chunk_range(row, chunk, grad_address, CHUNK, BLOCK)
@@ -93,11 +92,11 @@ def _sum_layers_kernel(  # type: ignore[no-untyped-def]  # Triton types its own 
     table_ptr,  # int64, see table.py
     partials_ptr,  # float32 [chunks]
     grad_scale_ptr,  # float32 [1] or None
-    sq_norms_ptr,  # out: float32 [num_layers]
-    layers_start,  # word of the table
+    sq_norms_ptr,  # output: float32 [num_layers]
+    layers_start,  # first word of the layers in the table
     BLOCK: tl.constexpr,
 ):
-    """One program a layer."""
+    """Sum the partial sums of one layer per program."""
     layer = tl.program_id(0)
     begin = tl.load(table_ptr + layers_start + layer)
     end = tl.load(table_ptr + layers_start + layer + 1)
@@ -113,7 +112,7 @@ def _sum_layers_kernel(  # type: ignore[no-untyped-def]  # Triton types its own 
 
 
 def launch_norms(table: Table, inputs: Tensor, partials: Tensor) -> None:
-    """First pass over the gradients of a table whose keys begin with the gradient's dtype."""
+    """Launch the first pass, for a table whose keys begin with the dtype of the gradient."""
     for key, start, count in table.runs:
         _triton.launch(
             _layer_sq_norms_kernel,
@@ -130,7 +129,7 @@ def launch_norms(table: Table, inputs: Tensor, partials: Tensor) -> None:
 
 
 def launch_sum_layers(table: Table, partials: Tensor, grad_scale: Tensor | None, sq_norms: Tensor) -> None:
-    """Second pass: add every layer's partial sums into `sq_norms`, 0 for a layer that has none."""
+    """Launch the second pass, which writes the sum of each layer to `sq_norms`, 0 for a layer without chunks."""
     _triton.launch(
         _sum_layers_kernel,
         table.num_layers,
@@ -170,9 +169,9 @@ def _layer_sq_norms_triton(
 def torch_sq_norms(
     grads: Sequence[Tensor], layers: Sequence[int], num_layers: int, grad_scale: Tensor | None
 ) -> Tensor:
-    """Squared norms by layer without Triton, by torch's own norms of dense tensors on one device.
+    """Compute squared norms by layer without Triton, by torch's norms of dense tensors on one device.
 
-    Of a low-precision gradient torch would make a whole fp32 copy: it is taken in pieces that fit a cache.
+    Low-precision gradients are processed in pieces that fit a cache: torch would copy them to fp32 as a whole.
     """
     device = grads[0].device if grads else torch.device("cpu")
     whole: list[Tensor] = []
@@ -203,7 +202,7 @@ def _norms(tensors: list[Tensor]) -> Sequence[Tensor]:
 
 
 def _norms_in_fp32(pieces: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Norms of 1-D tensors of at most `PIECE` elements, by way of fp32 copies of some at a time."""
+    """Return the norms of 1-D tensors of at most `PIECE` elements, by batches of fp32 copies."""
     scratch = torch.empty(reference.PIECE if pieces else 0, dtype=torch.float32, device=device)
     norms: list[Tensor] = []
     batch: list[Tensor] = []
@@ -229,22 +228,21 @@ def layer_sq_norms(
     *,
     grad_scale: Tensor | None = None,
 ) -> Tensor:
-    """Squared Euclidean norm of the gradients of each layer.
+    """Compute the squared Euclidean norm of the gradients of each layer.
 
     ``out[l] = sum over i with layer_index[i] = l of ||grads[i]||^2 / grad_scale^2``
 
-    Reads each gradient once and writes nothing but the result; does not synchronise with the host.
-    Deterministic: the same gradients give the same bits, on any run and beside :func:`masked_adamw_`,
-    which computes the same norms on its way; with and without Triton the last bits may differ. Infinities and NaN
-    reach the result.
+    Reads each gradient once, and writes only the result, without a device sync. Deterministic: results are bitwise
+    the same on every run, and equal to those of :func:`masked_adamw_`; with and without Triton the last bits may
+    differ. Infinities and NaN propagate to the result.
 
     Args:
-        grads: Gradients, fp32, bf16 or fp16, mixed as they come, on one device. Dense tensors of any
-            strides are read in storage order; others through a contiguous copy.
+        grads: Gradients, fp32, bf16 or fp16 in any mixture, on one device. Dense tensors of any strides are read
+            in storage order; others are copied to contiguous ones.
         layer_index: The layer of each gradient, integers in ``[0, num_layers)``.
         num_layers: Number of layers. A layer without gradients has norm 0.
-        grad_scale: What gradients are still to be divided by: one float32 on their device, as kept by
-            `torch.amp.GradScaler`. None is 1.
+        grad_scale: Divisor of the gradients, one float32 on their device, as the scale of `torch.amp.GradScaler`.
+            None is 1.
 
     Returns:
         float32 ``[num_layers]``, on the gradients' device; on the CPU for an empty list.
@@ -272,5 +270,5 @@ def layer_sq_norms(
 
 
 def layer_sq_norms_bytes(numel: int, grad_dtype: torch.dtype) -> int:
-    """Bytes :func:`layer_sq_norms` must move for `numel` gradient elements: each is read once."""
+    """Return the bytes that :func:`layer_sq_norms` must move for `numel` gradient elements: each is read once."""
     return numel * grad_dtype.itemsize

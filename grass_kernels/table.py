@@ -2,16 +2,15 @@
 
 A table is one int64 buffer on the device, uploaded once and used until the tensors it lists change::
 
-    rows      tensors x ROW       addresses, numel, layer, ... of each tensor, see COLUMNS
-    layers    num_layers + 1      where each layer's partial sums begin
-    chunks    one word a chunk    tensor << 32 | chunk within the tensor
+    rows      tensors x ROW         addresses, numel, layer, ... of each tensor, see COLUMNS
+    layers    num_layers + 1        first partial sum of each layer
+    chunks    one word per chunk    tensor << 32 | chunk within the tensor
 
-What changes from step to step, gradients' addresses and hyperparameters, is in a second, small buffer, the
-inputs (:mod:`grass_kernels.inputs`). A program takes one word of `chunks` and finds everything else from
-there, so a launch has one grid whatever the number of tensors. Chunks are counted from each tensor's
-first element in storage order and have `CHUNK` elements: what a chunk holds, hence its sum of squares,
-depends on the tensor alone, not on its neighbours. Partial sums are numbered layer by layer, so a
-layer's are one run, in the order of the lists.
+Inputs that change between steps, addresses of gradients and hyperparameters, are in a second, small buffer
+(:mod:`grass_kernels.inputs`). A program reads one word of `chunks`, which leads to everything else, so a launch has one
+grid for any number of tensors. Chunks have `CHUNK` elements, counted from the first element of each tensor in storage
+order: a chunk, and hence its sum of squares, depends on its tensor only. Partial sums are numbered layer by layer, so
+those of a layer are contiguous, in the order of the lists.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -23,11 +22,12 @@ from torch import Tensor
 from grass_kernels._triton import constexpr
 
 CHUNK = 16384
-"""Elements of a chunk, what one program works through. One size for every dtype."""
+"""Elements of a chunk, which one program processes. The same for every dtype."""
 BLOCK = 2048
-"""Elements a program holds at a time. `CHUNK` is a multiple, so only a tensor's last block is partial."""
+"""Elements of a block, which a program holds in registers. `CHUNK` is a multiple: only the last block of a tensor is
+partial."""
 LAYER_BLOCK = 4096
-"""Partial sums a program that adds up a layer holds at a time."""
+"""Block size of the sum of partial sums of a layer."""
 
 COLUMNS = (
     "param",
@@ -43,7 +43,7 @@ COLUMNS = (
     "seed",
 )
 
-# The same for kernels, which may read constexpr globals only (and are recompiled when one changes).
+# The same for kernels, which can read only constexpr globals, and are recompiled when one changes.
 ROW = constexpr(len(COLUMNS))
 PARAM = constexpr(COLUMNS.index("param"))
 EXP_AVG = constexpr(COLUMNS.index("exp_avg"))
@@ -58,36 +58,36 @@ GROUP = constexpr(COLUMNS.index("group"))
 SEED = constexpr(COLUMNS.index("seed"))
 
 COEFFICIENTS = constexpr(16)
-"""fp32 words that a step's prologue leaves for each tensor: a 64-byte line."""
+"""fp32 words that the prologue writes for each tensor: a 64-byte line."""
 
-_CPU = torch.device("cpu")  # named everywhere: the user may have set another default device
+_CPU = torch.device("cpu")  # explicit everywhere: the user may have set another default device
 
 
 class Piece(NamedTuple):
-    """Some chunks of a tensor."""
+    """A range of chunks of a tensor."""
 
     tensor: int
     first_chunk: int
     num_chunks: int
-    key: Hashable  # pieces with equal keys go into one launch
+    key: Hashable  # pieces with equal keys are one launch
 
 
 class ChunkRun(NamedTuple):
-    """The chunks of the tensors that share a kernel: one launch."""
+    """The chunks of one launch."""
 
-    key: Hashable  # what these tensors have in common
-    start: int  # word of the table
+    key: Hashable
+    start: int  # first word in the table
     num_chunks: int
 
 
 class Table(NamedTuple):
-    """A table on the device, and what the host must know of it to launch."""
+    """A table on the device, and its sizes for launches."""
 
     data: Tensor  # int64
     num_tensors: int
-    num_partials: int  # one a chunk
+    num_partials: int  # one per chunk
     num_layers: int
-    layers_start: int  # word of the table
+    layers_start: int  # first word of the layers
     runs: list[ChunkRun]
 
 
@@ -101,19 +101,19 @@ def build_table(
     columns: Mapping[str, Sequence[int]] | None = None,
     pieces: Sequence[Piece] | None = None,
 ) -> Table:
-    """Describe tensors, and upload the description.
+    """Build a table of tensors, and upload it.
 
     Args:
-        numels: Elements of each tensor.
-        keys: Tensors with equal keys go into one launch; not looked at where there are `pieces`.
-        layers: The layer of each tensor, in ``[0, num_layers)``.
+        numels: Number of elements of each tensor.
+        keys: Key of each tensor: tensors with equal keys are one launch. Ignored with `pieces`.
+        layers: Layer of each tensor, in ``[0, num_layers)``.
         num_layers: Number of layers.
-        device: Where the tensors are and the table goes.
-        columns: Further columns of `COLUMNS` by name, one entry a tensor; those left out are 0.
-        pieces: How tensors are divided into launches; None is each in one piece.
+        device: Device of the tensors and the table.
+        columns: Further columns of `COLUMNS` by name, one entry per tensor; others are 0.
+        pieces: Ranges of chunks with their keys; None is one range per tensor.
 
     Returns:
-        The table. The upload is queued on the device's current stream; nothing waits for it.
+        The table. The upload is queued on the device's current stream, without a device sync.
     """
     count = len(numels)
     numel = torch.tensor(numels, dtype=torch.int64, device=_CPU)
@@ -123,8 +123,8 @@ def build_table(
 
     layers_start = count * len(COLUMNS)
     chunks_start = layers_start + num_layers + 1
-    # Pinned, so that the upload does not block; torch's pinned allocator keeps the memory from reuse
-    # until the copy, which it sees on its stream, has finished.
+    # Pinned, so that the upload does not block; torch's pinned allocator does not reuse the memory before the copy
+    # on its stream has finished.
     pinned = device.type == "cuda"
     words = torch.empty(chunks_start + num_chunks, dtype=torch.int64, device=_CPU, pin_memory=pinned)
 
@@ -153,7 +153,7 @@ def build_table(
 
 
 def _write_chunks(out: Tensor, pieces: Sequence[Piece], start: int) -> list[ChunkRun]:
-    """Fill `out` with the chunk words, key by key, and say which run of it is whose."""
+    """Fill `out` with the chunk words, key by key, and return the run of each key."""
     pieces_of: dict[Hashable, list[Piece]] = {}
     for piece in pieces:
         pieces_of.setdefault(piece.key, []).append(piece)

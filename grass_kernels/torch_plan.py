@@ -1,7 +1,7 @@
-"""TorchPlan: masked AdamW without Triton: torch's fused AdamW on the CPU, the reference elsewhere and for AMSGrad.
+"""TorchPlan, the torch backend: torch's fused AdamW on the CPU; the reference on other devices and for AMSGrad.
 
-torch's takes one dtype and gradients as they are. What needs more (another dtype of moments, clipping, a loss scale,
-a remainder, stochastic rounding) goes through it in pieces, by way of fp32 copies that fit a cache.
+torch's fused AdamW supports one dtype and unscaled gradients. Otherwise (moments of another dtype, clipping, a loss
+scale, a remainder, stochastic rounding) it updates fp32 copies, in pieces that fit a cache.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,14 +20,14 @@ from grass_kernels.table import CHUNK
 
 
 class TorchPlan:
-    """Masked AdamW on the same tensors, step after step, through torch.
+    """Masked AdamW on the same tensors in every step, by torch.
 
     Args:
-        lists: Dense tensors, all those of a parameter of equal strides. None are kept.
+        lists: Dense tensors; those of a parameter have equal strides. None are kept.
         num_layers: Number of layers, for norms.
-        device: Where the tensors are.
-        groups: The group of hyperparameters of each parameter; None is all 0.
-        units: How the parameters are divided into units; None is one unit, updated in place.
+        device: Device of the tensors.
+        groups: Parameter group of each parameter; None is all 0.
+        units: Units that the parameters are divided into; None is one unit, updated in place.
 
     The methods are those of :class:`AdamWPlan`.
     """
@@ -53,7 +53,7 @@ class TorchPlan:
                 strict=True,
             )
         ]  # fmt: skip
-        # On fake tensors nothing is computed: a planner asks what a device would allocate.
+        # With fake tensors nothing is computed: a planner counts the allocations of a device.
         self._workspace = (
             operators.workspace(lists.params, num_layers, 1) if operators.is_needed(lists.params) else None
         )
@@ -87,7 +87,7 @@ class TorchPlan:
         found_inf: Tensor | None = None,
         clip_coef: Tensor | None = None,
     ) -> None:
-        """See :meth:`AdamWPlan.begin`. A mask on the device is for Triton alone."""
+        """See :meth:`AdamWPlan.begin`. A mask on the device is not supported."""
         assert self._lists is not None, "upload comes first"
         assert active is None
         lists = self._lists
@@ -108,7 +108,7 @@ class TorchPlan:
                     if grad_scale is None and coef is None
                     else reference.grad_factor(hyper.maximize, grad_scale, coef)
                 )
-        self._skips = any(bool(flag) for flag in skip)  # torch's operations are launched by the host
+        self._skips = any(bool(flag) for flag in skip)  # a device sync: the host decides whether to launch
         if not self._skips:
             torch._foreach_add_(list(lists.steps), 1)
 
@@ -148,7 +148,7 @@ class TorchPlan:
 
 
 def _part_of(lists: TensorLists, part: Part, views: Mapping[str, Tensor]) -> Tensors:
-    """Some chunks of a parameter, with their states in a unit's sections."""
+    """Return a range of chunks of a parameter, with its states in the sections of a unit."""
     first = part.first_chunk * CHUNK
     param = layout.flat(lists.params[part.tensor])[first : first + part.num_chunks * CHUNK]
     states = [
@@ -160,13 +160,13 @@ def _part_of(lists: TensorLists, part: Part, views: Mapping[str, Tensor]) -> Ten
 
 
 class _Row(NamedTuple):
-    """A parameter, or a piece of one."""
+    """A parameter, or a range of its elements."""
 
     tensors: Tensors
     step: Tensor
     seed: int | None  # of stochastic rounding
-    start: int = 0  # of the piece
-    plain: bool = False  # torch's fused AdamW takes it as it is
+    start: int = 0  # first element in the parameter
+    plain: bool = False  # supported by torch's fused AdamW without copies
 
     def pieces(self) -> Iterator["_Row"]:
         start = self.start
@@ -175,7 +175,7 @@ class _Row(NamedTuple):
             start += piece.param.numel()
 
     def random(self) -> Tensor | None:
-        """16 random bits an element, where the parameter is rounded stochastically."""
+        """Return 16 random bits per element, int64, for stochastic rounding; None without it."""
         param = self.tensors.param
         if self.seed is None or param.dtype != torch.bfloat16:
             return None
@@ -185,20 +185,20 @@ class _Row(NamedTuple):
 def _update_rows(
     rows: Sequence[_Row], hyper: Hyperparameters, factor: Tensor | None, scratch: Sequence[Tensor]
 ) -> None:
-    """Update parameters, or pieces of them, whose counters have been advanced.
+    """Update parameters, or ranges of them, whose step counters have been incremented.
 
     Args:
-        rows: of equal hyperparameters.
-        hyper: of all.
-        factor: fp32 scalar that gradients are multiplied with, sign included; None is 1, or -1 to maximize.
-        scratch: four of fp32 [PIECE] on the CPU.
+        rows: Parameters of one group, or ranges of them.
+        hyper: Hyperparameters of the group.
+        factor: Factor of the gradients, fp32 scalar, including the sign; None is 1, or -1 to maximize.
+        scratch: Four tensors, fp32 ``[PIECE]``, on the CPU.
     """
     whole: dict[torch.dtype, list[_Row]] = {}
     in_fp32: list[_Row] = []
     for row in rows:
         t = row.tensors
         if t.param.device.type != "cpu" or t.max_exp_avg_sq is not None:
-            # torch's fused kernel forgets a NaN in the running maximum.
+            # torch's fused kernel drops a NaN in the running maximum.
             _update_by_reference(row, factor, hyper)
         elif factor is None and row.plain:
             whole.setdefault(t.param.dtype, []).append(row)
@@ -232,7 +232,7 @@ def _fused_adamw(
     hyper: Hyperparameters,
     maximize: bool,
 ) -> None:
-    """Run torch's fused AdamW on tensors of one dtype."""
+    """Call torch's fused AdamW for tensors of one dtype."""
     torch._fused_adamw_(
         params,
         grads,
@@ -253,7 +253,7 @@ def _fused_adamw(
 def _update_in_fp32(
     batch: Sequence[_Row], factor: Tensor | None, hyper: Hyperparameters, scratch: Sequence[Tensor]
 ) -> None:
-    """Update by way of fp32 copies, which fit a cache."""
+    """Update fp32 copies, which fit a cache, and store the results."""
     params, grads, exp_avgs, exp_avg_sqs, _, remainders = map(
         list, zip(*(row.tensors for row in batch), strict=True)
     )
@@ -284,7 +284,7 @@ def _update_in_fp32(
 
 
 def _widen(tensors: list[Tensor], scratch: Tensor, copy: bool = False) -> list[Tensor]:
-    """The tensors in fp32: themselves, or copies in `scratch`, one after another."""
+    """Return the tensors in fp32: as they are, or copied to `scratch` one after another."""
     if not copy and all(t.dtype == torch.float32 for t in tensors):
         return tensors
     wide, sources, start = [], [], 0

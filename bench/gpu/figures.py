@@ -1,4 +1,4 @@
-"""The promised figures: targets, and the rows that they are read from.
+"""Figures with targets, and the rows that they are read from.
 
 A figure is read from the rows of one run on one device, never across two.
 """
@@ -27,9 +27,9 @@ class Reading:
     """A figure as read from a run.
 
     Args:
-        value: as it is printed.
+        value: value, as printed.
         passed: whether the target is met.
-        bytes: the byte ratio of the rows beside a ratio of times, as it is printed; "" where there is none.
+        bytes: byte ratio of the rows, for a ratio of times, as printed; "" if there is none.
     """
 
     value: str
@@ -44,7 +44,7 @@ class Rows:
         self._rows = rows
 
     def find(self, **wanted: Any) -> Row | None:
-        """The first measured row with these values: of cases that several stages measure, the figures' own stage."""
+        """Return the first measured row with these values: that of the figures' own stage, if several measure it."""
         for row in self._rows:
             if row.get("measured", True) and all(row.get(key) == value for key, value in wanted.items()):
                 return row
@@ -57,14 +57,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Figure:
-    """A promise.
+    """A figure with its target.
 
     Args:
-        part: the heading it stands under.
-        name: what is measured.
-        target: what is promised.
-        read: from a run's rows to what they say; None if they do not tell.
-        bytes: the byte ratio that the cases' own arithmetic gives, measured or not; "" where there is none.
+        part: heading on the page.
+        name: quantity that is measured.
+        target: target, as printed.
+        read: function from the rows of a run to a reading; None if the rows lack the figure.
+        bytes: byte ratio computed from the cases, measured or not; "" if there is none.
     """
 
     part: str

@@ -1,4 +1,4 @@
-"""A command kept to its time: its output in a file, its rows passed on while it runs."""
+"""A command with a time limit: its output goes to a file, and its rows are copied while it runs."""
 
 import contextlib
 import os
@@ -26,8 +26,8 @@ class RowTail:
     """Copy complete lines of a growing file to another.
 
     Args:
-        source: which need not exist yet; None has no lines.
-        target: to which they are added.
+        source: file to read, which may not exist yet; None has no lines.
+        target: file to append to.
     """
 
     def __init__(self, source: Path | None, target: Path) -> None:
@@ -36,7 +36,7 @@ class RowTail:
         self.lines = 0
 
     def pass_on(self) -> None:
-        """Add what is new."""
+        """Copy new lines."""
         if self._source is None or not self._source.exists():
             return
         with self._source.open("rb") as source:
@@ -62,12 +62,12 @@ def run(
     """Run a command to its end, or to its limit.
 
     Args:
-        command: what to run, in a process group of its own.
-        log: a file for all that it prints.
-        limit: seconds.
-        cwd: where.
-        environment: all its variables.
-        rows: passed on all the while.
+        command: command line, run in its own process group.
+        log: file for its output.
+        limit: time limit in seconds.
+        cwd: working directory.
+        environment: all environment variables.
+        rows: rows that are copied while it runs.
     """
     start = time.monotonic()
     killed = False
@@ -104,7 +104,7 @@ def _heeding_interrupts() -> Iterator[None]:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process and what it has started: asked first, then not."""
+    """End a process group: first with a signal that it can handle, then by force."""
     for number in (signal.SIGINT, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)

@@ -1,11 +1,11 @@
-"""A few steps of every mixture, and of every way to offload, for compute-sanitizer.
+"""A few steps of every mixture, and of every offload mode, for compute-sanitizer.
 
 ``compute-sanitizer --tool memcheck python -m bench.gpu.sanitized``.
 
 Sizes with tails, aligned and misaligned, at the ends of their allocations: run it with
-``PYTORCH_NO_CUDA_MEMORY_CACHING=1``, so that each tensor is an allocation of its own, and what lies behind is not
-ours: behind a buffer of the ring as well. Random numbers are drawn on the CPU: only our kernels are to be watched, and
-of torch's what stands in for a model.
+``PYTORCH_NO_CUDA_MEMORY_CACHING=1``, so that each tensor, and each buffer of the ring, is an allocation of its own,
+and accesses past its end are detected. Random numbers are drawn on the CPU: only our kernels are checked, and torch's
+kernels of a small model.
 """
 
 import sys
@@ -29,7 +29,7 @@ HYPERPARAMETERS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay
 
 
 def make(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, shift: int) -> list[Tensor]:
-    """Tensors that end where their allocation does, `shift` elements after its beginning."""
+    """Return tensors that begin `shift` elements after the beginning of their allocation, and end with it."""
     return [torch.rand(shift + size).to(device, dtype)[shift:] for size in sizes]
 
 
@@ -69,7 +69,7 @@ def step(mixture: Mixture, device: torch.device, *, shift: int, amsgrad: bool) -
 
 
 class Block(nn.Module):
-    """Parameters whose sizes have tails; elementwise, so that there is little to watch that is not ours."""
+    """Parameters whose sizes have tails; elementwise, to launch few kernels that are not ours."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def trained(device: torch.device, **settings: Any) -> list[Tensor]:
 
 
 def offload(device: torch.device) -> None:
-    """Steps with states in host memory, which train what steps without train, to the bit."""
+    """Steps with states in host memory, bitwise equal to steps without offload."""
     expected = trained(device)
     for settings in OFFLOADS:
         what = ", ".join(key if value is True else f"{key} {value}" for key, value in settings.items())

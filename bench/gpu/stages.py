@@ -26,14 +26,14 @@ class Stage:
     """Something to run.
 
     Args:
-        name: of its log, and in the summary.
+        name: name of its log, and in the summary.
         about: a short description.
-        kind: "tests", which must pass and end; "check", which must not fail; or "bench".
-        share: of the whole time, at most.
-        command: what is run; "{seconds}" becomes the time a benchmark is told to take.
-        rows: a file that it writes rows to.
-        environment: variables it needs.
-        missing: why it cannot run here; None if it can.
+        kind: "tests", which must finish and pass; "check", which must not fail; or "bench".
+        share: maximum share of the total time.
+        command: command line; "{seconds}" is replaced by the time for a benchmark.
+        rows: file that it writes rows to.
+        environment: additional environment variables.
+        missing: reason why it cannot run here, or None.
     """
 
     name: str
@@ -47,10 +47,10 @@ class Stage:
 
 
 def make_stages(out: Path) -> list[Stage]:
-    """All stages.
+    """Return all stages.
 
     Args:
-        out: a folder for what they write.
+        out: folder of their output.
     """
     return [*_tests(out), *_sanitizer(), *_benchmarks(out)]
 
@@ -93,7 +93,7 @@ def _sanitizer() -> list[Stage]:
             f"compute-sanitizer {name} over a few steps of every mixture",
             "check",
             0.08,
-            # What torch asks of CUDA and is refused, and goes on from, is not our affair.
+            # Errors of CUDA calls that torch handles are not reported.
             (
                 tool or "compute-sanitizer", "--tool", name, *options, "--report-api-errors", "no",
                 sys.executable, "-m", "bench.gpu.sanitized",
@@ -106,7 +106,7 @@ def _sanitizer() -> list[Stage]:
 
 
 def find_sanitizer(places: Sequence[str] = ("/usr/local/cuda/bin", "/opt/cuda/bin")) -> str | None:
-    """The path of compute-sanitizer, which need not be on the PATH."""
+    """Return the path of compute-sanitizer, which may not be on the PATH."""
     found = shutil.which("compute-sanitizer")
     for place in places:
         found = found or shutil.which("compute-sanitizer", path=place)

@@ -5,8 +5,8 @@ installs nothing and needs no network. In the folder of the run:
 
     environment.json    the card, its driver, versions, the commit
     rows.jsonl          all rows, as they come
-    summary.json        what became of each stage, after each stage
-    STAGE.log           what a stage printed
+    summary.json        the result of each stage, written after each
+    STAGE.log           the output of a stage
 
 A stage that reaches its limit is stopped, reported as such, and the others go on. The exit code is 1 if a test failed
 or did not come to its end, 2 for wrong usage, otherwise 0.
@@ -35,7 +35,7 @@ from grass.cli.values import UsageError, positive
 from grass.errors import GrassError
 
 LEAST = 10.0
-"""Seconds without which no stage is begun; of a short run, half of what it may take."""
+"""Minimum seconds for a stage to be started; half of the time of a short run."""
 _NO_TESTS = 5  # pytest's exit code where nothing was chosen, or all files were skipped
 _PACKAGES = (
     "numpy",
@@ -114,7 +114,7 @@ def _listing(stages: Sequence[Stage], minutes: float, *, as_json: bool) -> str:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The card and the versions of all that matters; "unknown" where nobody can tell."""
+    """Return the GPU and the versions of driver and libraries; "unknown" if unavailable."""
     properties = torch.cuda.get_device_properties(device)
     known = describe_environment(device)
     known.update(
@@ -162,7 +162,7 @@ class Suite:
         self._write("environment.json", self._environment)
 
     def run(self) -> int:
-        """Run all stages; the exit code."""
+        """Run all stages, and return the exit code."""
         if self._environment.get("dirty") is True:
             commit = str(self._environment.get("commit"))[:10]
             self._say(f"the tree has uncommitted changes beside {commit}: the rows will say so")
@@ -221,7 +221,7 @@ class Suite:
         return result
 
     def _passed(self, kinds: Sequence[str]) -> bool | None:
-        """True if all stages of these kinds that ran passed; None if none did. A killed check does not count."""
+        """Return if all stages of these kinds that ran passed; None if none ran. A killed check does not count."""
         chosen = [result for result in self._results if result["kind"] in kinds]
         bad = [
             r for r in chosen if r["status"] == "failed" or (r["status"] == "killed" and r["kind"] == "tests")

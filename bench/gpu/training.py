@@ -40,12 +40,12 @@ class Trainable(NamedTuple):
 
 
 def make(name: str, case: Case, device: torch.device) -> Trainable:
-    """Build what a row of the plan stands for; GRASS has drawn every layer before, unless it probes.
+    """Build the model and optimizer of a row of the plan; with GRASS every layer has been drawn, unless it probes.
 
     Args:
-        name: of the row.
-        case: as planned.
-        device: where to train.
+        name: name of the row.
+        case: planned case.
+        device: device to train on.
     """
     meta = build(case.model, case.dtype)
     if name.startswith("lora"):
@@ -98,13 +98,13 @@ def materialise(meta: nn.Module, device: torch.device) -> nn.Module:
 
 
 def measure(name: str, case: Case, device: torch.device, steps: int = 8) -> Row:
-    """Peak memory and time of steady steps.
+    """Measure peak memory and time of steady steps.
 
     Args:
-        name: of the row.
-        case: as planned.
-        device: of type cuda.
-        steps: that are timed, after three that are not.
+        name: name of the row.
+        case: planned case.
+        device: CUDA device.
+        steps: number of timed steps, after three untimed ones.
     """
     row: Row = {
         "suite": "training",
@@ -158,14 +158,14 @@ def rows_of(
     device: torch.device | None,
     ends: Callable[[], bool],
 ) -> Iterator[Row]:
-    """Measured beside predicted, the first sequence length first.
+    """Yield rows with measured and predicted values, by sequence length.
 
     Args:
-        case: of which the length is replaced.
-        names: of methods.
+        case: case whose sequence length is replaced.
+        names: names of methods.
         sequences: lengths in tokens.
-        device: of type cuda; None predicts only.
-        ends: whether time is up.
+        device: CUDA device; None only predicts.
+        ends: function that returns True when the time is up.
     """
     for seq in sequences:
         at = replace(case, seq=seq)

@@ -1,4 +1,4 @@
-"""Cases: the work of a step, and the bytes it must move for it."""
+"""Cases: the work of a step, and the bytes that it must move."""
 
 import itertools
 from collections.abc import Sequence
@@ -16,14 +16,13 @@ LAYERS = 16
 
 @dataclass(frozen=True)
 class Mixture:
-    """Dtypes of parameters, gradients and moments, and what becomes of a parameter's lost bits.
+    """Dtypes of parameters, gradients and moments, and rounding of parameters.
 
     Args:
         param: dtype of the parameters.
         grad: dtype of the gradients.
         state: dtype of the moments.
-        rounding: "nearest"; "master", where 16 bits a parameter beside bf16 make it exactly fp32; or
-            "stochastic".
+        rounding: "nearest"; "master": bf16 with remainders, as with ``master_weights``; or "stochastic".
     """
 
     param: torch.dtype
@@ -37,12 +36,12 @@ class Mixture:
 
     @property
     def update_bytes(self) -> int:
-        """Bytes a parameter of one update: parameter and moments read and written, gradient read."""
+        """Bytes of one update per parameter: parameter and moments read and written, gradient read."""
         remainder = 2 * 2 if self.rounding == "master" else 0
         return 2 * self.param.itemsize + self.grad.itemsize + 4 * self.state.itemsize + remainder
 
     def of_one_dtype(self) -> "Mixture":
-        """The mixture that every optimizer of torch takes: all of the parameter's dtype."""
+        """Return the mixture that all optimizers of torch support: one dtype for all."""
         return Mixture(self.param, self.param, self.param)
 
 
@@ -68,11 +67,11 @@ class Case:
     """One step over many tensors.
 
     Args:
-        numel: parameters in all.
-        tensors: how many tensors hold them; layers are runs of neighbouring tensors.
+        numel: total number of elements.
+        tensors: number of tensors; layers are ranges of neighbouring tensors.
         mixture: dtypes and rounding.
-        active_share: share of the layers that is updated; the others have no gradient.
-        norms: whether the gradients' norms by layer are wanted.
+        active_share: share of the layers that is updated; the others have no gradients.
+        norms: whether gradient norms by layer are computed.
         clip: whether gradients are clipped to a total norm.
     """
 
@@ -127,7 +126,7 @@ class Case:
 
     @property
     def active(self) -> list[bool]:
-        """Which layers are updated, spread evenly."""
+        """Mask of the layers that are updated, evenly spread."""
         every = round(1 / self.active_share)
         return [layer % every == 0 for layer in range(self.num_layers)]
 
@@ -149,10 +148,10 @@ class Case:
         return self == Case(self.numel, min(TENSORS, self.numel), self.mixture)
 
     def extra_bytes(self, grad: torch.dtype) -> int:
-        """Bytes a parameter that norms and clipping add where they are passes of their own over the gradients.
+        """Bytes per parameter of norms and clipping as separate passes over the gradients.
 
-        A norm reads them, clipping takes a norm too, and then rewrites them. In ours norms come with the
-        update, and so does clipping: but for its one norm, which has to be known before.
+        Norms read the gradients; clipping computes a norm too, and then rewrites them. In our kernels norms and
+        clipping are part of the update, except for the norm before clipping.
 
         Args:
             grad: dtype of the gradients.
@@ -161,7 +160,7 @@ class Case:
 
 
 def size_name(numel: int) -> str:
-    """A size in a few characters, and exactly: 1e9, 25e5, 1234567."""
+    """Return a short, exact name of a size: 1e9, 25e5, 1234567."""
     digits = str(numel).rstrip("0")
     zeros = len(str(numel)) - len(digits)
     return f"{digits}e{zeros}" if zeros > 2 else str(numel)

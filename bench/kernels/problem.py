@@ -1,4 +1,4 @@
-"""A case's tensors, shared by all variants, and the step in float64 that every variant is compared with."""
+"""Tensors of a case, shared by all variants, and the float64 step that every variant is compared with."""
 
 import math
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ _PIECE = 1 << 24  # elements at a time where float64 copies are made
 class Problem:
     """Parameters, gradients and moments of a case on a device.
 
-    At 2e9 parameters a card has no room for moments of each variant's own. So what can share does: timings
-    do not depend on the values, and each comparison begins with the same ones again (:meth:`fill`).
+    With 2e9 parameters a GPU has no memory for separate moments of each variant, so variants share tensors where
+    possible: timings do not depend on values, and each comparison starts from the same ones (:meth:`fill`).
     """
 
     def __init__(self, case: Case, device: torch.device) -> None:
@@ -37,19 +37,19 @@ class Problem:
         return [torch.empty(size, dtype=dtype, device=self.device) for size in self.case.tensor_sizes]
 
     def grads(self, dtype: torch.dtype) -> list[Tensor]:
-        """Gradients of a dtype, one a parameter."""
+        """Return the gradients in a dtype, one per parameter."""
         if dtype not in self._grads:
             self._grads[dtype] = self._empty(dtype)
         return self._grads[dtype]
 
     def moments(self, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-        """First and second moments of a dtype, one each a parameter."""
+        """Return the first and second moments in a dtype, one each per parameter."""
         if dtype not in self._moments:
             self._moments[dtype] = (self._empty(dtype), self._empty(dtype))
         return self._moments[dtype]
 
     def fill(self) -> None:
-        """Give every tensor the values it started with."""
+        """Reset every tensor to its initial values."""
         for seed, tensors in enumerate([self.params, *self._grads.values()]):
             generator = torch.Generator(self.device).manual_seed(min(seed, 1))
             for tensor in tensors:
@@ -62,12 +62,12 @@ class Problem:
 
 
 class Comparison:
-    """One step in float64 on slices of a problem, taken before a variant's step, and the distance after it.
+    """Comparison of a variant's step with one in float64, on slices of a problem.
 
     Args:
-        problem: filled anew, for the step to start from.
-        grad_dtype: which of its gradients the variant reads.
-        state_dtype: which of its moments the variant updates; None if it has moments of its own, which start
+        problem: problem, which is filled with its initial values.
+        grad_dtype: dtype of the gradients that the variant reads.
+        state_dtype: dtype of the shared moments that the variant updates; None if it has its own, which start
             from zero.
     """
 
@@ -81,7 +81,7 @@ class Comparison:
         self._grad_slices = [self._grads[i][where].double() for i, where in self._places()]
 
     def _places(self) -> Iterator[tuple[int, slice]]:
-        """Tensor and range: head and tail of up to sixteen tensors, the first and the last among them."""
+        """Yield (tensor index, range): head and tail of up to sixteen tensors, including the first and the last."""
         active = self._problem.active_tensors
         chosen = active
         if len(active) > _COMPARED_TENSORS:
@@ -109,10 +109,10 @@ class Comparison:
         return min(1.0, self._problem.max_grad_norm / (math.sqrt(total) + 1e-6))
 
     def worst_ulps(self) -> float:
-        """The largest error of what the variant has stored: parameters, and moments where they are shared.
+        """Return the largest error of the stored parameters, and of moments if they are shared.
 
-        In units in the last place of the stored dtype at the larger of old and new value. Correct rounding
-        gives up to 0.5, stochastic rounding up to 1; NaN if a result is not finite.
+        The unit is one in the last place of the stored dtype, at the larger of old and new value. Correct rounding
+        has an error of at most 0.5, stochastic rounding of at most 1; NaN if a result is not finite.
         """
         worst = 0.0
         for stored, before, grad in zip(self._slices(), self._before, self._grad_slices, strict=True):

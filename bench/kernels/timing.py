@@ -16,9 +16,9 @@ class Sample(NamedTuple):
     """One measurement.
 
     Args:
-        seconds: of the step.
-        host_late: whether the device may have waited for the host in it.
-        sleep: seconds the device slept before, for the host to get ahead.
+        seconds: time of the step.
+        host_late: whether the device may have waited for the host.
+        sleep: seconds that the device slept before, so that the host gets ahead.
     """
 
     seconds: float
@@ -40,7 +40,7 @@ class Clock(Protocol):
         ...
 
     def peak_bytes(self, step: Callable[[], object]) -> int | None:
-        """Take a step; the most memory it needed beyond what was allocated, None if it cannot be told."""
+        """Take a step, and return its peak memory above the memory allocated before, in bytes; None if unknown."""
         ...
 
 
@@ -48,7 +48,7 @@ class CpuClock:
     """Wall time.
 
     Args:
-        flush_bytes: written before each sample; None is twice what the last cache holds.
+        flush_bytes: bytes written before each sample; None is twice the size of the last cache.
     """
 
     device = torch.device("cpu")
@@ -69,12 +69,12 @@ class CpuClock:
         return Sample(time.perf_counter() - start)
 
     def peak_bytes(self, step: Callable[[], object]) -> None:
-        """Take a step; a CPU's memory cannot be told apart."""
+        """Take a step, and return None: memory of a CPU is not measured."""
         step()
 
 
 def cycles_per_second() -> float:
-    """Of the clock that ``torch.cuda._sleep`` counts."""
+    """Measure the rate of the clock of ``torch.cuda._sleep``."""
     cycles = 20_000_000
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(cycles)  # the first wakes the clocks
@@ -127,7 +127,7 @@ class CudaClock:
             sleep = min(2 * sleep, self._LONGEST_SLEEP)
 
     def peak_bytes(self, step: Callable[[], object]) -> int:
-        """Take a step; the most memory it needed beyond what was allocated."""
+        """Take a step, and return its peak memory above the memory allocated before, in bytes."""
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -137,7 +137,7 @@ class CudaClock:
 
 
 def make_clock() -> Clock:
-    """The clock of the best device there is."""
+    """Return a clock of the CUDA device if there is one, otherwise of the CPU."""
     return CudaClock() if torch.cuda.is_available() else CpuClock()
 
 
@@ -155,18 +155,18 @@ class Roof:
 
     @property
     def moved_bytes(self) -> int:
-        """Bytes the largest copy moves."""
+        """Bytes moved by the largest copy."""
         return 2 * self.source.numel()
 
     def copy(self, moved_bytes: int) -> tuple[Callable[[], object], int]:
-        """A copy that moves about this many bytes, at most `moved_bytes`, and how many it moves."""
+        """Return a copy that moves about this many bytes, at most `moved_bytes`, and the bytes it moves."""
         numel = min(max(1, moved_bytes // 2), self.source.numel())
         source, target = self.source[:numel], self.target[:numel]
         return lambda: target.copy_(source), 2 * numel
 
 
 def cpu_cache_bytes() -> int:
-    """The size of a CPU's last cache: between 32 and 256 MiB, whatever it says, and 32 if it says nothing."""
+    """Return the size of the CPU's last cache in bytes, clamped to 32 to 256 MiB; 32 MiB if unknown."""
     sizes = [32 << 20]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         try:
@@ -183,16 +183,16 @@ def interleaved(
     prepare: Callable[[str], object] = lambda name: None,
     repeats: int = 1,
 ) -> dict[str, list[float]]:
-    """Time steps in turns: all of them once in each turn, three turns at least.
+    """Time steps interleaved: each once per turn, in at least three turns.
 
     Args:
-        steps: by name.
-        seconds: in all, roughly.
+        steps: functions by name.
+        seconds: approximate total time.
         prepare: called with the name before each sample, untimed.
-        repeats: steps of a sample.
+        repeats: steps per sample.
 
     Returns:
-        Seconds of one step, a sample for each turn.
+        Seconds of one step by name, a sample per turn.
     """
     shuffle = random.Random(0).shuffle  # what comes after a long step finds colder caches
     names = list(steps)
@@ -213,7 +213,7 @@ def interleaved(
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """The q-quantile, linear between neighbours."""
+    """Return the q-quantile, interpolated linearly."""
     ordered = sorted(values)
     place = q * (len(ordered) - 1)
     low = int(place)
@@ -222,7 +222,7 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def statistics(seconds: Sequence[float]) -> dict[str, Any]:
-    """Return what a row says of samples: median, quantiles, the least, and how many there are."""
+    """Return the columns of samples: median, quantiles, minimum and number."""
     return {
         "seconds_median": quantile(seconds, 0.5),
         "seconds_p20": quantile(seconds, 0.2),
@@ -233,7 +233,7 @@ def statistics(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The device's model; of a CPU with the number of threads torch uses."""
+    """Return the model of the device; for a CPU with the number of threads of torch."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     model = platform.processor() or platform.machine()

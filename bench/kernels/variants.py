@@ -1,6 +1,6 @@
-"""Variants: optimizers that do a case. Ours, torch's own, and a copy; `peers` has other libraries'.
+"""Variants: our optimizers, torch's, and a copy; `peers` has those of other libraries.
 
-Torch does the same work as ours: with norms, it takes each gradient's norm and adds them up by layer on the
+Torch does the same work as our kernels: with norms, it computes the norm of each gradient and sums them by layer on the
 device; with clipping, it scales the gradients.
 """
 
@@ -21,20 +21,20 @@ HYPERPARAMETERS = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_
 
 
 class CannotDoError(Exception):
-    """A variant that cannot do a case; the message says why."""
+    """Raised by a variant that does not support a case; the message has the reason."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """A variant made ready for a problem.
+    """A variant prepared for a problem.
 
     Args:
-        step: does the case's work once.
-        num_bytes: what the step must move.
-        grad_dtype: of the gradients it reads.
-        state: the moments it keeps: a dtype, or a description where they are no plain tensors.
-        rounding: of the parameters, as in a `Mixture`.
-        state_is_shared: whether the moments are the problem's; else its own, which start from zero.
+        step: function that takes one step.
+        num_bytes: bytes that a step must move.
+        grad_dtype: dtype of the gradients that it reads.
+        state: dtype of the moments, or a description if they are not plain tensors.
+        rounding: rounding of the parameters, as in a `Mixture`.
+        state_is_shared: whether the moments are those of the problem; otherwise its own, which start from zero.
     """
 
     step: Step
@@ -46,23 +46,23 @@ class Built:
 
     @property
     def shared_dtype(self) -> torch.dtype | None:
-        """The dtype of the moments it shares, None if its moments are its own."""
+        """Dtype of shared moments, or None."""
         return self.state if self.state_is_shared and isinstance(self.state, torch.dtype) else None
 
     @property
     def state_name(self) -> str:
-        """The moments, to be read."""
+        """Return the moments, for reading."""
         return DTYPE_NAMES[self.state] if isinstance(self.state, torch.dtype) else self.state
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to do a case.
+    """A named way to run a case.
 
     Args:
-        name: in rows.
-        build: makes it ready for a problem; raises CannotDoError.
-        is_ours: whether an error of it is a failure of the run.
+        name: name in rows.
+        build: function that prepares it for a problem; raises CannotDoError.
+        is_ours: whether an error in it is a failure of the run.
     """
 
     name: str
@@ -79,19 +79,19 @@ def parameters(problem: Problem, grad_dtype: torch.dtype) -> list[nn.Parameter]:
     for i in problem.active_tensors:
         if grad_dtype != params[i].dtype:
             if not hasattr(params[i], "grad_dtype"):
-                raise CannotDoError("this torch wants gradients of their parameter's dtype")
+                raise CannotDoError("this torch requires gradients of their parameter's dtype")
             params[i].grad_dtype = grad_dtype
         params[i].grad = grads[i]
     return params
 
 
 def with_norms_and_clipping(problem: Problem, params: Sequence[nn.Parameter], step: Step) -> Step:
-    """`step` after what the case asks for besides, done the way torch offers it.
+    """Return `step` preceded by norms and clipping of the case, as torch provides them.
 
     Args:
-        problem: whose case it is.
-        params: with gradients in the active layers.
-        step: the update alone.
+        problem: problem with the case.
+        params: parameters, with gradients in the active layers.
+        step: function for the update only.
     """
     case = problem.case
     if not (case.norms or case.clip):
@@ -117,7 +117,7 @@ def with_norms_and_clipping(problem: Problem, params: Sequence[nn.Parameter], st
 
 @functools.cache
 def torch_takes(device: torch.device, mixture: Mixture, **path: bool) -> bool:
-    """Try on a few elements if torch's AdamW takes these dtypes on this path."""
+    """Return if torch's AdamW supports these dtypes with these arguments, by a trial on a few elements."""
     param = nn.Parameter(torch.ones(8, dtype=mixture.param, device=device))
     try:
         if mixture.grad != mixture.param:
@@ -139,7 +139,7 @@ def _state(exp_avg: Tensor, exp_avg_sq: Tensor, **path: bool) -> dict[str, Tenso
 
 
 def _build_torch(problem: Problem, **path: bool) -> Built:
-    """torch.optim.AdamW in the case's dtypes, or in the parameter's where it does not take them."""
+    """Build torch.optim.AdamW in the dtypes of the case, or in the parameter's if it does not support them."""
     case = problem.case
     wanted = Mixture(case.mixture.param, case.mixture.grad, case.mixture.state)
     mixture = wanted if torch_takes(problem.device, wanted, **path) else wanted.of_one_dtype()
@@ -157,7 +157,7 @@ def _build_torch(problem: Problem, **path: bool) -> Built:
 
 
 def our_bytes(case: Case) -> int:
-    """Bytes of a case done by our kernels: the update, norms included, and a pass before it to clip."""
+    """Return the bytes of a case with our kernels: the update including norms, and a pass before it for clipping."""
     mixture = case.mixture
     extra = {"remainders": True} if mixture.rounding == "master" else {}
     update = grass_kernels.masked_adamw_bytes(
@@ -173,7 +173,7 @@ def _check_ours(case: Case) -> None:
 
 
 def _build_grass(problem: Problem) -> Built:
-    """grass.AdamW: what a user gets, always with norms."""
+    """Build grass.AdamW, which always computes norms."""
     case = problem.case
     mixture = case.mixture
     _check_ours(case)
@@ -203,7 +203,7 @@ def _build_grass(problem: Problem) -> Built:
 
 
 def _build_grass_kernels(problem: Problem) -> Built:
-    """The functional call, with no more than the case asks for."""
+    """Build a call of `masked_adamw_`, with norms and clipping only if the case has them."""
     case = problem.case
     mixture = case.mixture
     _check_ours(case)
@@ -249,6 +249,6 @@ TORCH_SINGLE = Variant("torch_single", functools.partial(_build_torch, foreach=F
 
 
 def own_variants(device: torch.device) -> list[Variant]:
-    """Variants that need no other library. The loop over tensors is of interest on a CPU only."""
+    """Return the variants that need no other library; the loop over tensors only on a CPU."""
     variants = [GRASS_KERNELS, GRASS, TORCH_FUSED, TORCH_FOREACH]
     return [*variants, TORCH_SINGLE] if device.type == "cpu" else variants

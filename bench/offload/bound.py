@@ -1,8 +1,8 @@
-"""The bound: the time that no order of copies through the ring could beat, given when gradients come.
+"""The bound: a lower bound on the time of a step through the ring, given when gradients are complete.
 
-The floor asks only that every queue does its own work. But the states of what backward completes last cannot come
-earlier than the ring has room, and the next forward waits for their updates: that stands after backward, and no
-schedule hides it. It is most where the lowest layers train.
+The floor assumes only that every queue does its own work. But states of the buckets that backward completes last cannot
+be fetched before the ring has room, and the next forward waits for their updates: this time comes after backward, and
+no schedule hides it. It is longest if the lowest layers train.
 """
 
 import torch
@@ -14,15 +14,15 @@ from grass.offload.store import allocating
 
 
 def bound_seconds(task: Task, link: Link, hbm: float) -> float:
-    """The least time of a steady step, from the beginning of its forward to that of the next.
+    """Return the minimum time of a steady step, from the beginning of its forward to that of the next.
 
-    It is the longest of the copies, of what the buffers are taken for, and of backward up to each bucket with what is
-    still to be done then.
+    It is the maximum of the time of copies, the time that buffers are in use, and, for each bucket, the time of
+    backward until its gradients are complete plus the remaining work.
 
     Args:
-        task: what is trained, with which ring.
-        link: to the host.
-        hbm: bytes a second of the device's memory, of which updates make full use.
+        task: model, active layers and ring.
+        link: link to the host.
+        hbm: bandwidth of device memory in bytes per second, of which updates make full use.
     """
     sizes = _unit_sizes(task)
     complete = []  # buckets, with the seconds after which their gradients are complete
@@ -44,11 +44,11 @@ def bound_seconds(task: Task, link: Link, hbm: float) -> float:
 
 
 def _rest_seconds(sizes: list[int], buffer_count: int, link: Link, hbm: float) -> float:
-    """From the moment when none of these units has been updated, in sorted order, to the last one's update.
+    """Return the time from the state in which none of these units, in sorted order, is updated to the last update.
 
-    As many as there are buffers may have come before: the largest. Each of the others needs a buffer from which another
-    has gone home. So an update and a write-back come before the first of those fetches, the last one comes after all
-    of their write-backs, and after it an update.
+    The largest units, as many as there are buffers, may have been fetched before. Each of the others needs a buffer
+    whose unit has been written back. So an update and a write-back come before the first of those fetches, the
+    last one comes after all of their write-backs, and after it an update.
     """
     updates = _updates(sizes, hbm)
     moved = sizes[: max(0, len(sizes) - buffer_count)]

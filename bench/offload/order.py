@@ -1,4 +1,4 @@
-"""Order: which operations of a log could meet in the same memory.
+"""Order: finds operations of a log that could access the same memory at the same time.
 
 Two operations conflict if both touch a memory, at least one of them writes there, and neither is sure to be over
 when the other begins. A log without conflicts has one result, however fast copies, updates and the host are.

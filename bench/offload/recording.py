@@ -1,9 +1,9 @@
 """A copy engine that records every operation, and which operations are sure to be over before it.
 
-This follows from few rules. A queue does one thing after another, and the host is a queue too. Whatever is
-queued comes after all that the host has done and waited for by then. Who waits for an event comes after what was
-in the event's queue when it was last recorded, and after what that queue had waited for. Nothing else is sure: not
-that a copy is over because it is short, nor that the host is slower than the device.
+The order follows from few rules. A queue runs its operations one after another, and the host is a queue too. A queued
+operation comes after all that the host has done and waited for by then. A wait for an event comes after the operations
+in the event's queue when it was last recorded, and after those that this queue had waited for. Nothing else is
+guaranteed: neither that a short copy is over, nor that the host is slower than the device.
 
 `bench.offload.order` finds in the log what conflicts; `bench.offload.timeline` finds how long it takes.
 """

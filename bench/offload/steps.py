@@ -1,7 +1,7 @@
 """Training steps with fused backward: the operations that they ask of the pipeline, and their time.
 
-The driver is the same for the simulation and for a GPU. It does what the optimizer does: tell the pipeline what
-comes, compute, and update each bucket as soon as its gradients are complete.
+The driver is the same for the simulation and for a GPU. Like the optimizer it announces the next buckets, computes, and
+updates each bucket as soon as its gradients are complete.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,13 +50,13 @@ class Task(NamedTuple):
         return [*layers, shape.embedding(), shape.head()]
 
     def order(self) -> list[int]:
-        """Slots in the order of their updates."""
+        """Buckets in the order of updates."""
         outside = self.shape.layers
         return [outside + 1, *sorted(self.active, reverse=True), outside]
 
 
 def spread(layers: int, count: int) -> tuple[int, ...]:
-    """`count` layers, evenly spread."""
+    """Return `count` layers, evenly spread."""
     return tuple((2 * i + 1) * layers // (2 * count) for i in range(count))
 
 
@@ -125,7 +125,7 @@ def drive(
 
 
 class OneByOne(RecordingEngine):
-    """Nothing overlaps: the host waits for every operation before it asks for the next."""
+    """Engine without overlap: the host waits for every operation before the next."""
 
     def copy(
         self, queue: str, targets: Sequence[Tensor], sources: Sequence[Tensor], operation: Operation

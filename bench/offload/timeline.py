@@ -1,7 +1,7 @@
-"""Timeline: begin and end of each operation of a log, and the time that no schedule could beat.
+"""Timeline: begin and end of each operation of a log, and a lower bound of any schedule.
 
-A simulation of queues, not of a device: an operation begins when its queue has come to it and what it waits for is
-over, and the host is always far enough ahead. Copies of the two directions slow each other down if the link says so.
+A simulation of queues, not of a device: an operation begins when the previous one in its queue and all that it waits
+for are over, and the host is always far enough ahead. Copies in both directions share the link by its duplex factor.
 """
 
 from collections import defaultdict
@@ -18,12 +18,12 @@ _SAME_TIME = 1e-12  # of the shortest rest: sums of floats that mean the same mo
 
 
 class Link(NamedTuple):
-    """The way between host and device.
+    """The link between host and device.
 
     Args:
-        h2d, d2h: bytes a second of each direction while the other one rests.
-        duplex_factor: the share of that which each direction has while both copy: 1 if they do not know of each other,
-            0.5 if they take turns.
+        h2d, d2h: bandwidth of each direction alone, in bytes per second.
+        duplex_factor: share of it for each direction while both copy: 1 if they are independent, 0.5 if they take
+            turns.
     """
 
     h2d: float
@@ -43,12 +43,12 @@ class Link(NamedTuple):
 
 
 class Span(NamedTuple):
-    """The time in which an operation ran.
+    """Begin and end of an operation.
 
     Args:
-        queue: that did it.
-        operation: what it did.
-        start, end: seconds.
+        queue: queue of the operation.
+        operation: operation.
+        start, end: times in seconds.
     """
 
     queue: str
@@ -89,12 +89,12 @@ def busy_seconds(spans: Iterable[Span]) -> defaultdict[str, float]:
 
 
 def floor_seconds(operations: Iterable[tuple[str, Operation]], link: Link, seconds: Seconds) -> float:
-    """Return the time that no schedule of operations can beat: every queue does one thing at a time.
+    """Return a lower bound of the time of any schedule: every queue runs one operation at a time.
 
     Args:
-        operations: with their queues.
-        link: for copies.
-        seconds: for all others.
+        operations: operations with their queues.
+        link: link for the time of copies.
+        seconds: function for the time of other operations.
     """
     totals: defaultdict[str, float] = defaultdict(float)
     for queue, operation in operations:

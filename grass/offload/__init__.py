@@ -1,4 +1,4 @@
 """Optimizer states in host memory, and on the device only while they are needed.
 
-Knows no schedule and no model: it is told which buckets of parameters are trained now, and which come next.
+Depends on no model and no schedule: callers pass the buckets that are updated next.
 """

@@ -1,21 +1,21 @@
-"""Host memory: whether the store fits, asked before anything is trained."""
+"""Available host memory, compared with the size of the store before training."""
 
 from pathlib import Path
 
 from grass.errors import OffloadError
 
-_GROUPS = "sys/fs/cgroup"  # of version 2; version 1 has a folder a controller there
-_FILES = {  # limit and use
+_GROUPS = "sys/fs/cgroup"  # cgroup v2; in v1 each controller has a folder there
+_FILES = {  # limit and usage, by controller
     "": ("memory.max", "memory.current"),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
 }
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
-    """Bytes of host memory that can still be had, also by the limits of containers and jobs; None if unknown.
+    """Return the available host memory in bytes, within the limits of containers and jobs; None if unknown.
 
     Args:
-        root: of the file system.
+        root: root of the file system.
     """
     found = []
     for line in _read(str(root / "proc/meminfo")).splitlines():
@@ -23,18 +23,18 @@ def available_bytes(root: Path = Path("/")) -> int | None:
             found.append(int(line.split()[1]) * 1024)
     for controller, files in _FILES.items():
         for folder in _groups(root, controller):
-            most, used = (_read(str(folder / name)).strip() for name in files)
-            if most.isdigit() and used.isdigit():  # "max" is no limit
-                # Files that are cached count as used, and make room when asked.
-                found.append(max(0, int(most) - int(used) + _cached_bytes(folder)))
+            limit, used = (_read(str(folder / name)).strip() for name in files)
+            if limit.isdigit() and used.isdigit():  # "max": no limit
+                # Cached files count as used, but are evicted on demand.
+                found.append(max(0, int(limit) - int(used) + _cached_bytes(folder)))
     return min(found) if found else None
 
 
 def _groups(root: Path, controller: str) -> list[Path]:
-    """Folders of this process's group and of those around it: each has a limit of its own.
+    """Return the folders of this process's control group and its parents: each has a limit of its own.
 
-    In a container the path may be the host's, which leads nowhere; what is mounted as the outermost group is then the
-    container's own.
+    In a container the path may be that of the host, which does not exist there; the outermost folder is then the
+    container's group.
     """
     top = root / _GROUPS / controller
     groups = [top]
@@ -62,13 +62,13 @@ def _read(path: str) -> str:
 
 
 def check_host_memory(num_bytes: int) -> None:
-    """Refuse a store that cannot fit.
+    """Check that a store fits into host memory.
 
     Args:
-        num_bytes: of the store when every layer has been drawn.
+        num_bytes: size of the store once every layer has been drawn.
 
     Raises:
-        OffloadError: with both figures and the remedy.
+        OffloadError: it does not fit; the message has both sizes.
     """
     available = available_bytes()
     if available is not None and num_bytes > available:

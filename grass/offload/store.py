@@ -1,8 +1,8 @@
-"""Store: the home of optimizer states, in host memory.
+"""Store: the optimizer states in host memory.
 
-A bucket of parameters (a layer, or one parameter that is in no layer) has one slab: a stretch of memory with a section
-for each kind of state, in which every parameter has the same place, counted in elements. So a range of elements is one
-copy a section, whatever parameters it holds.
+A bucket of parameters (a layer, or one parameter outside) has one slab: a block of memory with a section for each kind
+of state. A parameter begins at the same element of every section, so a range of elements takes one copy per section,
+whichever parameters it holds.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from grass.errors import OffloadError
 from grass_kernels import layout
 
 ALIGNMENT = 256
-"""Bytes to which every parameter's segment is aligned in every section: what a copy engine likes, and kernels need."""
+"""Alignment in bytes of every parameter in every section, for fast copies; kernels require 16."""
 _ELEMENTS = 128
-"""The same in elements of two bytes, the smallest that a section has."""
+"""The same in elements of two bytes, the smallest of a section."""
 
 
 class _Memory(mmap.mmap):
-    """Anonymous pages: zero, not rounded up, and none of it taken before it is written; pinned if asked for."""
+    """Anonymous pages: zero, allocated by the system when first written, and pinned by `pin`."""
 
     _address = 0
 
@@ -53,7 +53,7 @@ def _map_memory(num_bytes: int, pinned: bool) -> _Memory:
 
 
 def _section(memory: _Memory | Tensor, offset: int, numel: int, dtype: torch.dtype) -> Tensor:
-    """A part of memory, which it keeps alive; a storage of its own, as files have one dtype a storage."""
+    """Return a part of memory as a tensor with its own storage, since a saved storage has one dtype."""
     if numel == 0:
         return torch.empty(0, dtype=dtype, device="cpu")
     if isinstance(memory, Tensor):
@@ -66,7 +66,7 @@ _allocate: Callable[[int, bool], _Memory | Tensor] = _map_memory
 
 @contextlib.contextmanager
 def allocating(function: Callable[[int, bool], Tensor]) -> Iterator[None]:
-    """Let slabs be allocated by another function meanwhile: from bytes, and whether pinned, to zeroed uint8."""
+    """Replace the allocator of slabs inside this context: (bytes, pinned) -> zeroed uint8 tensor."""
     global _allocate
     before, _allocate = _allocate, function
     try:
@@ -75,17 +75,17 @@ def allocating(function: Callable[[int, bool], Tensor]) -> Iterator[None]:
         _allocate = before
 
 
-def takes_host_memory() -> bool:
-    """Whether slabs are what they say: not while `allocating`."""
+def allocates_host_memory() -> bool:
+    """Return if slabs are allocated in host memory: False inside `allocating`."""
     return _allocate is _map_memory
 
 
 class Bucket(NamedTuple):
-    """Parameters whose states lie together.
+    """Parameters whose states are stored together.
 
     Args:
-        params: dense, in the order of their places.
-        dtypes: of their states, by kind.
+        params: dense parameters, in the order of their states in a section.
+        dtypes: dtypes of their states, by kind.
     """
 
     params: list[Tensor]
@@ -96,52 +96,52 @@ class Slab:
     """The states of one bucket.
 
     Args:
-        params: dense parameters, each with the kinds of its states.
-        dtypes: of the sections, by kind.
+        params: dense parameters.
+        dtypes: dtypes of the sections, by kind.
         pinned: see `Store`.
 
     Attributes:
-        starts: element of the sections at which each parameter begins.
-        numel: elements of every section.
-        sections: 1-D, by kind.
-        num_bytes: of all sections.
+        starts: first element of each parameter in every section.
+        numel: number of elements of every section.
+        sections: 1-D tensors by kind.
+        num_bytes: bytes of all sections.
     """
 
     def __init__(self, params: Sequence[Tensor], dtypes: Mapping[str, torch.dtype], pinned: bool) -> None:
-        self.starts, self.numel = place(params)
+        self.starts, self.numel = section_layout(params)
         self.num_bytes = self.numel * sum(dtype.itemsize for dtype in dtypes.values())
         self._memory = _allocate(max(1, self.num_bytes), pinned)
         self.sections: dict[str, Tensor] = {}
-        self._given: set[tuple[Tensor, str]] = set()
+        self._viewed: set[tuple[Tensor, str]] = set()
         offset = 0
         for kind, dtype in dtypes.items():
             self.sections[kind] = _section(self._memory, offset, self.numel, dtype)
             offset += self.numel * dtype.itemsize
 
     def view(self, p: Tensor, kind: str) -> Tensor:
-        """The place of a parameter's state, in the parameter's shape and strides."""
+        """Return the state of a parameter, in the parameter's shape and strides."""
         section = self.sections[kind]
-        self._given.add((p, kind))
+        self._viewed.add((p, kind))
         return section.as_strided(p.shape, p.stride(), section.storage_offset() + self.starts[p])
 
     def pin(self) -> None:
-        """Let copy engines read and write it without the host."""
+        """Pin the memory, for asynchronous copies."""
         if isinstance(self._memory, _Memory):
             self._memory.pin()
 
-    def was_given(self, p: Tensor, kind: str) -> bool:
-        """Whether `view` was called for it: what never was is still zero."""
-        return (p, kind) in self._given
+    def was_viewed(self, p: Tensor, kind: str) -> bool:
+        """Return if `view` was called for a state; otherwise it is still zero."""
+        return (p, kind) in self._viewed
 
 
-def place(params: Sequence[Tensor]) -> tuple[dict[Tensor, int], int]:
-    """Where each parameter begins in a section, and how many elements a section has."""
+def section_layout(params: Sequence[Tensor]) -> tuple[dict[Tensor, int], int]:
+    """Return the first element of each parameter in a section, and the number of elements of a section."""
     starts, numel = {}, 0
     for p in params:
         if not layout.is_dense(p):
             raise OffloadError(
-                f"a parameter of shape {tuple(p.shape)} and strides {p.stride()} has gaps in memory, and its states "
-                "could not be copied in one piece: make it contiguous, or use offload='none'"
+                f"a parameter of shape {tuple(p.shape)} and strides {p.stride()} has gaps in memory, so its states "
+                "cannot be copied as one range: make it contiguous, or use offload='none'"
             )
         starts[p] = numel
         numel += -(-p.numel() // _ELEMENTS) * _ELEMENTS
@@ -149,11 +149,11 @@ def place(params: Sequence[Tensor]) -> tuple[dict[Tensor, int], int]:
 
 
 class Store:
-    """The slabs of an optimizer, each made when it is first asked for.
+    """The slabs of an optimizer, each allocated when first used.
 
     Args:
-        buckets: all that can ever train.
-        pinned: let copy engines read and write it without the host.
+        buckets: buckets of all trainable parameters.
+        pinned: pin the memory, for asynchronous copies.
     """
 
     def __init__(self, buckets: Sequence[Bucket], pinned: bool) -> None:
@@ -167,32 +167,32 @@ class Store:
         return p in self._bucket
 
     def bucket_of(self, p: Tensor) -> int:
-        """The number of the bucket a parameter is in."""
+        """Return the bucket of a parameter."""
         return self._bucket[p]
 
     def kinds(self, p: Tensor) -> list[str]:
-        """Kinds of states that a parameter has a place for."""
+        """Return the kinds of states that are stored for a parameter."""
         return list(self._buckets[self._bucket[p]].dtypes)
 
     def has_room_for(self, buckets: Sequence[Bucket]) -> bool:
-        """Whether it holds these parameters, none else, and has a place for each kind of their states."""
+        """Return if the store holds exactly these parameters, and all kinds of their states."""
         if {p: number for number, bucket in enumerate(buckets) for p in bucket.params} != self._bucket:
             return False
         if not all(p.numel() == numel and layout.is_dense(p) for p, numel in self._numels.items()):
-            return False  # other data has been put in
+            return False  # the data of a parameter has been replaced
         return all(
             mine.dtypes.items() >= bucket.dtypes.items()
             for mine, bucket in zip(self._buckets, buckets, strict=True)
         )
 
     def slab(self, bucket: int) -> Slab:
-        """The slab of a bucket; its memory is taken at the first call."""
+        """Return the slab of a bucket, allocated at the first call."""
         if bucket not in self._slabs:
             self._slabs[bucket] = Slab(*self._buckets[bucket], self._pinned)
         return self._slabs[bucket]
 
     def view(self, p: Tensor, kind: str) -> Tensor:
-        """Where a parameter's state lives."""
+        """Return the state of a parameter, in the parameter's shape and strides."""
         return self.slab(self._bucket[p]).view(p, kind)
 
     def holds(self, t: Tensor) -> bool:
@@ -202,24 +202,26 @@ class Store:
         return any(address == section.untyped_storage().data_ptr() for section in sections)
 
     def pin(self) -> None:
-        """Pin what there is and what is to come: the parameters have moved to a GPU."""
+        """Pin all slabs, present and future, after the parameters have moved to a GPU."""
         self._pinned = True
         for slab in self._slabs.values():
             slab.pin()
 
     def is_fresh(self, p: Tensor, kind: str) -> bool:
-        """Whether nothing was ever written to a parameter's state: it is zero."""
-        return not self.slab(self._bucket[p]).was_given(p, kind)
+        """Return if a state was never handed out, hence never written: it is zero."""
+        return not self.slab(self._bucket[p]).was_viewed(p, kind)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes taken so far."""
+        """Bytes allocated so far."""
         return sum(slab.num_bytes for slab in self._slabs.values())
 
     @property
-    def most_bytes(self) -> int:
-        """Bytes when every bucket has been drawn."""
+    def max_bytes(self) -> int:
+        """Bytes once every bucket has been drawn."""
         total = 0
         for bucket in self._buckets:
-            total += place(bucket.params)[1] * sum(dtype.itemsize for dtype in bucket.dtypes.values())
+            total += section_layout(bucket.params)[1] * sum(
+                dtype.itemsize for dtype in bucket.dtypes.values()
+            )
         return total

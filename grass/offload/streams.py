@@ -1,8 +1,7 @@
-"""Copy engines: what the offload pipeline does to streams, behind one small interface.
+"""Copy engines: the operations of the offload pipeline on streams, behind one small interface.
 
-Everything that moves or uses states names the queue it runs on, what it reads and what it writes. On a GPU the queues
-are streams; on a CPU all is done at once; a recording engine writes it down for tests, to prove that nothing
-that conflicts is unordered.
+Every operation on states names its queue and the memory it reads and writes. On a GPU the queues are streams; on a CPU
+operations run immediately. Tests record the operations, to prove that all conflicting ones are ordered.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,25 +12,25 @@ import torch
 from torch import Tensor
 
 H2D, D2H, UPDATE, COMPUTE, HOST = "h2d", "d2h", "update", "compute", "host"
-"""The queues: copies to the device, copies from it, updates, the user's current stream, and the host itself."""
+"""Queues: copies to the device, copies from it, updates, the user's current stream, and the host."""
 
 
 class Operation(NamedTuple):
-    """One thing that is done to states.
+    """One operation on states.
 
     `reads` and `writes` name memory: ``"buffer 0"`` of the ring, ``"store 3.1"`` of unit 1 of bucket 3 in the store,
     ``"slab 3"`` of a resident bucket on the device, ``"gradients 3"`` and ``"weights 3"`` of bucket 3.
     """
 
     kind: str  # "fetch", "update", "write-back", "host read" or "host write"
-    label: str  # of the unit: "3.1"
+    label: str  # label of the unit, such as "3.1"
     reads: tuple[str, ...]
     writes: tuple[str, ...]
-    num_bytes: int = 0  # that a copy moves
+    num_bytes: int = 0  # copied
 
 
 class CopyEngine(Protocol):
-    """What the pipeline asks of the device. Each event belongs to one memory, and is used again."""
+    """Interface between pipeline and device. Each event belongs to one buffer or unit, and is reused."""
 
     def copy(
         self, queue: str, targets: Sequence[Tensor], sources: Sequence[Tensor], operation: Operation
@@ -39,32 +38,32 @@ class CopyEngine(Protocol):
         """Queue copies of 1-D tensors of equal lengths and dtypes."""
 
     def note(self, queue: str, operation: Operation) -> None:
-        """Say that somebody has queued an operation on a stream, or done one on `HOST`."""
+        """Record that an operation was queued by the caller, or has run on `HOST`; for engines that keep a log."""
 
     def on(self, queue: str) -> AbstractContextManager[Any]:
-        """Let what is queued meanwhile go to a queue."""
+        """Return a context in which work is queued on a queue."""
 
     def keep(self, queue: str, tensors: Iterable[Tensor]) -> None:
-        """Do not give away the memory of tensors of `COMPUTE` before what a queue has been given so far is done."""
+        """Keep the memory of tensors of `COMPUTE` allocated until the current work of a queue is done."""
 
     def record(self, queue: str, event: Any) -> Any:
-        """Mark this moment of a queue, in `event` if it is not None; returns the event."""
+        """Record an event on a queue, a new one if `event` is None, and return it."""
 
     def wait(self, queue: str, event: Any, hazard: str) -> None:
-        """Let what is queued from now on wait for an event; None is no event. On `HOST` the host itself waits.
+        """Make later work of a queue wait for an event. On `HOST` the host waits.
 
         Args:
-            queue: that waits.
-            event: from `record`.
-            hazard: its number in docs/architecture.md, "H1" to "H10".
+            queue: queue that waits.
+            event: event from `record`; None is no wait.
+            hazard: number of the hazard in docs/architecture.md, "H1" to "H10".
         """
 
 
 class CudaEngine:
-    """Three side streams of a device, created once.
+    """Copies and updates on three side streams of a CUDA device.
 
     Args:
-        device: a CUDA device.
+        device: CUDA device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -77,13 +76,13 @@ class CudaEngine:
     def copy(
         self, queue: str, targets: Sequence[Tensor], sources: Sequence[Tensor], operation: Operation
     ) -> None:
-        """See `CopyEngine`. Host memory must be pinned: else a copy would block the host."""
+        """See `CopyEngine`. Host memory must be pinned, otherwise copies block the host."""
         with torch.cuda.stream(self._stream(queue)):
             for target, source in zip(targets, sources, strict=True):
                 target.copy_(source, non_blocking=True)
 
     def note(self, queue: str, operation: Operation) -> None:
-        """Nothing: streams keep their own order."""
+        """Do nothing: no log is kept."""
 
     def on(self, queue: str) -> AbstractContextManager[Any]:
         """See `CopyEngine`."""
@@ -104,14 +103,14 @@ class CudaEngine:
         """See `CopyEngine`."""
         if event is None:
             return
-        if queue == HOST:  # before states are read or written, never in a step
+        if queue == HOST:  # only before the host reads or writes states, never in a step
             event.synchronize()
         else:
             self._stream(queue).wait_event(event)
 
 
 class InlineEngine:
-    """Everything at once, in the order it is asked for: for a CPU, and for planning."""
+    """Run all operations immediately, in the order of the calls: for a CPU, and for planning."""
 
     def copy(
         self, queue: str, targets: Sequence[Tensor], sources: Sequence[Tensor], operation: Operation
@@ -121,23 +120,23 @@ class InlineEngine:
             target.copy_(source)
 
     def note(self, queue: str, operation: Operation) -> None:
-        """Nothing."""
+        """Do nothing: no log is kept."""
 
     def on(self, queue: str) -> AbstractContextManager[Any]:
-        """There is one queue."""
+        """Return an empty context: there is only one queue."""
         return nullcontext()
 
     def keep(self, queue: str, tensors: Iterable[Tensor]) -> None:
-        """All is done."""
+        """Do nothing: all operations have finished."""
 
     def record(self, queue: str, event: Any) -> Any:
-        """There are no events where nothing is queued."""
+        """Return None: there are no events."""
         return None
 
     def wait(self, queue: str, event: Any, hazard: str) -> None:
-        """Nothing is under way."""
+        """Do nothing: all operations have finished."""
 
 
 def engine_for(device: torch.device) -> CopyEngine:
-    """The engine of a device: every other kind than CUDA computes where the store is."""
+    """Return the copy engine of a device: streams for CUDA, otherwise immediate copies."""
     return CudaEngine(device) if device.type == "cuda" else InlineEngine()

@@ -1,7 +1,7 @@
-"""Units: what passes through one device buffer at a time.
+"""Units: ranges of a bucket that pass through one device buffer at a time.
 
-A unit is a run of chunks of a bucket: the same range of elements of every section of its slab. Cuts are at chunk
-boundaries only, so that norms and roundings, which go by chunks, do not depend on the size of a buffer.
+A unit is a range of chunks of a bucket: the same elements of every section of its slab. Cuts are at chunk boundaries
+only, so that norms and stochastic rounding, which go by chunks, do not depend on the buffer size.
 """
 
 import math
@@ -17,12 +17,12 @@ from grass_kernels.table import CHUNK
 
 
 class Piece(NamedTuple):
-    """Some chunks of a parameter."""
+    """A range of chunks of a parameter."""
 
     param: Tensor
     first_chunk: int
     num_chunks: int
-    start: int  # element of the slab's sections
+    start: int  # first element in the sections of the slab
     numel: int
 
 
@@ -30,13 +30,13 @@ class Unit:
     """A range of a slab.
 
     Attributes:
-        bucket: of the slab.
-        label: for logs: "3.1" is the second unit of bucket 3.
-        pieces: what is in it.
-        start: first element of the sections.
-        host: 1-D views of the sections, by kind.
-        num_bytes: that a copy moves.
-        ready, written: events of its last fetch and its last write-back.
+        bucket: bucket of the slab.
+        label: name in logs: "3.1" is the second unit of bucket 3.
+        pieces: ranges of chunks in the unit.
+        start: first element in the sections.
+        host: 1-D views of the sections in host memory, by kind.
+        num_bytes: bytes of all sections, without padding.
+        ready, written: events of the last fetch and the last write-back.
     """
 
     def __init__(self, bucket: int, index: int, slab: Slab, pieces: Sequence[Piece]) -> None:
@@ -49,7 +49,7 @@ class Unit:
         self.written: object = None
 
     def views(self, memory: Tensor) -> dict[str, Tensor]:
-        """Where its sections are in a buffer, uint8, each at a multiple of `ALIGNMENT`."""
+        """Return 1-D views of its sections in a uint8 buffer, each aligned to `ALIGNMENT` bytes."""
         views, offset = {}, 0
         for kind, section in self.host.items():
             size = section.numel() * section.itemsize
@@ -62,9 +62,9 @@ def cut(bucket: int, slab: Slab, capacity: int | None) -> list[Unit]:
     """Cut a slab into units.
 
     Args:
-        bucket: of the slab.
-        slab: whose parameters lie one after another.
-        capacity: bytes of a buffer; None is one unit.
+        bucket: bucket of the slab.
+        slab: slab to cut.
+        capacity: bytes of a buffer; None makes one unit.
     """
     if not slab.starts:
         return []
@@ -95,17 +95,17 @@ def cut(bucket: int, slab: Slab, capacity: int | None) -> list[Unit]:
 
 
 def elements_in(capacity: int, dtypes: Mapping[str, torch.dtype]) -> int:
-    """How many elements of all sections a buffer of so many bytes holds.
+    """Return the number of elements per section that a buffer of `capacity` bytes holds.
 
     Raises:
-        ConfigError: less than a chunk.
+        ConfigError: fewer than a chunk.
     """
     width = sum(dtype.itemsize for dtype in dtypes.values())
     elements = (capacity - len(dtypes) * ALIGNMENT) // width
     if elements < CHUNK:
         least = CHUNK * width + len(dtypes) * ALIGNMENT
         raise ConfigError(
-            f"buffer_mb holds {capacity:,} bytes, and the smallest unit of states has {least:,}: pass buffer_mb of at "
+            f"buffer_mb is {capacity:,} bytes, and the smallest unit of states has {least:,}: pass buffer_mb of at "
             f"least {math.ceil(100 * least / 2**20) / 100}"
         )
     return elements

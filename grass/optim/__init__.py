@@ -1,4 +1,4 @@
-"""Optimizers: `AdamW`, torch's with fused kernels, and `GrassAdamW`, which decides what trains."""
+"""Optimizers: `AdamW`, a drop-in replacement of torch's, and `GrassAdamW`, which trains few layers at a time."""
 
 from grass.optim.adamw import AdamW
 from grass.optim.grass_adamw import GrassAdamW

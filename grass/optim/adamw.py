@@ -1,7 +1,7 @@
 """AdamW: `torch.optim.AdamW` with one fused pass over parameters, gradients and moments.
 
-What a swapper sees differs in one thing: moments of bfloat16 and float16 parameters are float32, and
-stay float32 through `load_state_dict` (torch casts them to the parameter's dtype).
+One difference is visible in the state: moments of bfloat16 and float16 parameters are float32, and stay float32
+through `load_state_dict` (torch casts them to the parameter's dtype).
 """
 
 import contextlib
@@ -34,33 +34,35 @@ class AdamW(torch.optim.AdamW):
         p = p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
     Args:
-        params: parameters or groups of them, as for every torch optimizer.
+        params: parameters or parameter groups, as for every torch optimizer.
         lr, betas, eps, weight_decay, amsgrad, maximize: as for `torch.optim.AdamW`.
-        foreach, fused: accepted and checked as torch does; float32, bfloat16 and float16 parameters take
-            this library's kernels whatever they say.
-        capturable: the step can be captured in a CUDA graph, after one that was not. What a graph replays: gradients
-            and parameters where they were, ``lr`` as it was, or as it is if it is a tensor on the device.
-        differentiable: handed to torch's own path, with moments of the parameter's dtype.
+        foreach, fused: accepted and checked as in torch; they do not select the implementation: float32, bfloat16
+            and float16 parameters are updated by the kernels of `grass_kernels`.
+        capturable: allow steps to be captured in a CUDA graph, after a first step outside of it. A replay reads
+            gradients and parameters at the captured addresses; ``lr`` is the captured number, or the current value
+            if it is a tensor on the device.
+        differentiable: let autograd run through the step, by torch's functional AdamW, with moments of the
+            parameter's dtype.
         state_dtype: dtype of the moments of float32, bfloat16 and float16 parameters: ``torch.float32`` (None) or
-            ``torch.bfloat16``. Other parameters' moments have the parameter's dtype.
-        master_weights: keep the 16 bits that a bfloat16 parameter lacks of its float32 value, as int16
-            ``remainder`` in its state: updates are bitwise float32's. The parameter itself is the nearest bfloat16.
-            A write to it from outside is respected to within half a unit in its last place.
-        stochastic_rounding: round bfloat16 parameters up or down by chance, right on average; what is drawn
-            depends on the parameter's place among all, its step and the element, so runs can be repeated.
-        max_grad_norm: scale gradients down to this norm of them all, inside the step: gradients are only read,
-            and a norm that is not finite (also by squares that overflow float32) skips the step, counters included.
+            ``torch.bfloat16``. Moments of other parameters have the parameter's dtype.
+        master_weights: store the 16 bits that a bfloat16 parameter lacks of its float32 value, as int16
+            ``remainder`` in its state: updates are bitwise those of float32 parameters. The parameter itself is
+            the nearest bfloat16. A write to it from outside is respected to within half a unit in the last place.
+        stochastic_rounding: round bfloat16 parameters stochastically, without bias. Random bits depend only on the
+            parameter's position among all parameters, its step and the element, so runs are reproducible.
+        max_grad_norm: clip the norm of all gradients to this value inside the step. Gradients are only read. A
+            norm that is not finite (also if squares overflow float32) skips the step, step counters included.
 
     Between steps parameters, gradients and states may be moved, replaced, loaded or dropped. Not detected: a parameter
     or state replaced by a negative view of itself.
 
-    Complex and float64 parameters, betas in tensors on a device and groups with ``decoupled_weight_decay=False`` take
-    torch's own functional AdamW. Gradients are read-only: with ``fused=True`` and a GradScaler they are unscaled
-    inside the step, not rewritten.
+    Complex and float64 parameters, betas in tensors on a device and groups with ``decoupled_weight_decay=False`` are
+    updated by torch's functional AdamW. Gradients are read-only: with ``fused=True`` and a GradScaler they are unscaled
+    inside the step, and not rewritten.
 
     Raises:
-        ValueError, RuntimeError, TypeError: as `torch.optim.AdamW` does for the same mistake; ValueError for
-            options that exclude each other, or float16 parameters with options for bfloat16.
+        ValueError, RuntimeError, TypeError: as from `torch.optim.AdamW` for the same mistake; ValueError for
+            options that exclude each other, and for float16 parameters with options for bfloat16.
     """
 
     def __init__(
@@ -97,20 +99,20 @@ class AdamW(torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        self._graphs: list[object] = []  # read by captured steps
+        self._graphs: list[object] = []  # buffers that captured steps read
         self._reset_caches()
 
     def _reset_caches(self) -> None:
-        """Start without what steps keep for the next."""
+        """Drop what one step caches for the next."""
         self._states = StateMaker(self._options)
-        self._plans: dict[int | None, StepPlan] = {}  # by bucket; None is all
+        self._plans: dict[int | None, StepPlan] = {}  # by bucket; None: all parameters
         self._sq_norms: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # torch asks every entry for its counter, which those with the user's keys alone, or a remainder, lack
+        # torch reads the step counter of every entry; entries with only a remainder or keys of the user have none
         entries = state["state"]
         stepped = {p: entry for p, entry in entries.items() if isinstance(entry, dict) and "step" in entry}
         super().__setstate__({**state, "state": stepped})
@@ -130,32 +132,32 @@ class AdamW(torch.optim.AdamW):
             raise
 
     def _named(self, groups: list[dict[str, Any]]) -> list[tuple[Tensor, str]]:
-        """Parameters of these groups with the names that the user gave, or their places among all."""
-        places = {p: place for place, (_, p) in enumerate(self._members())}
+        """Return the parameters of these groups with their ``param_names``, or positions among all parameters."""
+        positions = {p: position for position, (_, p) in enumerate(self._members())}
         return [
             (p, name)
             for group in groups
             for p, name in zip(
                 group["params"],
-                group.get("param_names") or [f"parameter {places[p]}" for p in group["params"]],
+                group.get("param_names") or [f"parameter {positions[p]}" for p in group["params"]],
                 strict=True,
             )
         ]
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """float32 scalar on the device: norm of all gradients of the last step, before clipping. None before one."""
+        """Norm of all gradients of the last step, before clipping: float32 scalar on the device; None before a step."""
         return None if self._sq_norms is None else self._sq_norms.sum().sqrt()
 
     @property
     def layer_grad_norms(self) -> Tensor | None:
-        """float32 [parameters] on the device: gradient norms in the last step, 0 where there was none.
+        """Gradient norm of each parameter in the last step: float32 [parameters] on the device, 0 without gradient.
 
-        An optimizer that knows no layers takes each parameter tensor for one, in the order of ``param_groups``.
+        Without layers each parameter tensor counts as one, in the order of ``param_groups``.
         """
         return None if self._sq_norms is None else self._sq_norms.sqrt()
 
-    # torch's own signature has a closure that returns a float; a tensor is what everybody returns
+    # Any: torch declares closures that return a float, but they return tensors
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
@@ -163,7 +165,7 @@ class AdamW(torch.optim.AdamW):
             closure: clears gradients, computes the loss, calls backward and returns the loss.
 
         Returns:
-            What the closure returned, or None.
+            The result of the closure, or None.
         """
         if torch.compiler.is_compiling():
             return self._step_outside_graph(closure)
@@ -177,11 +179,11 @@ class AdamW(torch.optim.AdamW):
 
     @torch._disable_dynamo  # torch.compiler.disable would import the compiler with this module
     def _step_outside_graph(self, closure: Callable[[], Any] | None) -> Any:
-        """`step` in a compiled function: addresses have no place in its graph."""
+        """Take a step inside a compiled function: a graph break, since plans depend on addresses."""
         return self.step(closure)
 
     def _check_capture(self) -> None:
-        """Refuse a step in a graph capture without ``capturable``, as torch does. Its check has two names."""
+        """Raise for a step in a graph capture without ``capturable``, by torch's own check, which has two names."""
         check = getattr(self, "_accelerator_graph_capture_health_check", None)
         (check or self._cuda_graph_capture_health_check)()
 
@@ -200,7 +202,7 @@ class AdamW(torch.optim.AdamW):
         if plan is not None:
             # what cannot be read is checked, and refused by name, when the plan is built
             with contextlib.suppress(KeyError, TypeError, RuntimeError, AttributeError):
-                reading = read_step(params, self.state, self._other_kinds())
+                reading = read_step(params, self.state, self._optional_kinds())
         if plan is None or reading is None or not plan.is_valid(reading, self.param_groups):
             self._plans.pop(bucket, None)
             built = self._build_plan(params, bucket)
@@ -214,11 +216,11 @@ class AdamW(torch.optim.AdamW):
         return sq_norms
 
     def _build_plan(self, params: Sequence[Tensor], bucket: int | None) -> tuple[StepPlan, Reading] | None:
-        """Check parameters and gradients, complete states, and divide them; None without any gradient."""
+        """Check the tensors of a step, create missing states, and build the plan; None without any gradient."""
         refuse_in_capture()
         refuse_sparse(self.param_groups)
         for group in self.param_groups:
-            settings_of(group)  # two betas?
+            settings_of(group)  # raises unless there are two betas
             self._options.check_group(group)
         entries, num_layers = self._entries_with_grads(bucket)
         if not entries:
@@ -228,8 +230,8 @@ class AdamW(torch.optim.AdamW):
         for entry in entries:
             group, state = self.param_groups[entry.group], self.state[entry.param]
             self._states.allocate(state, group, entry.param)
-            self._states.follow(state, group, entry.param)
-        reading = read_step(params, self.state, self._other_kinds())
+            self._states.move_to_param(state, group, entry.param)
+        reading = read_step(params, self.state, self._optional_kinds())
         buckets = self._buckets_of(entries)
         plan = StepPlan(
             reading, entries, self.param_groups, self._options, num_layers, self._residency, buckets
@@ -237,46 +239,46 @@ class AdamW(torch.optim.AdamW):
         _logger.debug("new plan for %d parameters", len(entries))
         return plan, reading
 
-    def _other_kinds(self) -> list[str]:
-        """States that some parameters have beside the two moments and the counter."""
+    def _optional_kinds(self) -> list[str]:
+        """Return the kinds of states that some parameters have beside two moments and a step counter."""
         kinds = ["remainder"] if self._options.master_weights else []
         if any(group["amsgrad"] for group in self.param_groups):
             kinds.append("max_exp_avg_sq")
         return kinds
 
     def _params_of(self, bucket: int | None) -> list[Tensor]:
-        """Parameters of a bucket; None is all. There is one bucket here."""
+        """Return the parameters of a bucket, or all; this class has a single bucket."""
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
     def _entries_with_grads(self, bucket: int | None) -> tuple[list[ParamEntry], int]:
-        """Records of parameters with gradients, and the number of layers: each parameter is one."""
+        """Return the records of parameters with gradients, and the number of layers: each parameter is one."""
         members = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
         entries = [ParamEntry(p, group, i, i) for i, (group, p) in enumerate(members) if p.grad is not None]
         return entries, len(members)
 
     def _buckets_of(self, entries: Sequence[ParamEntry]) -> list[int]:
-        """Buckets whose states pass through the residency, in the order of updates."""
+        """Return the buckets whose states pass through the residency, in the order of updates."""
         return [0]
 
-    # -- checkpoints ------------------------------------------------------------------------------------------
+    # -- state dicts ------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what this optimizer's or `torch.optim.AdamW`'s `state_dict` gave.
+        """Load a state dict of this optimizer or of `torch.optim.AdamW`.
 
-        Moments are taken from the dict in their own precision: torch would first round float32 moments of a
-        bfloat16 parameter to bfloat16.
+        Moments keep the precision they have in the dict: torch would round float32 moments of a bfloat16 parameter
+        to bfloat16.
         """
-        # The user's hooks may replace the dict, and look at what was loaded: ours runs after all that run before
-        # loading, and before all that run after it.
+        # The user's hooks may replace the dict, and read what was loaded: ours runs last of the pre-hooks, and first
+        # of the post-hooks.
         seen: list[dict[str, Any]] = []
         handles = [
-            self.register_load_state_dict_pre_hook(lambda _, given: self._without_states(given, seen)),
+            self.register_load_state_dict_pre_hook(lambda _, given: self._strip_states(given, seen)),
             self.register_load_state_dict_post_hook(lambda _: self._restore(seen[-1]), prepend=True),
         ]
         state, groups = self.state, self.param_groups
         try:
             super().load_state_dict(state_dict)
-        except Exception:  # nothing is lost
+        except Exception:  # leave the optimizer as it was
             self.state, self.param_groups = state, groups
             self._reset_caches()
             raise
@@ -284,8 +286,8 @@ class AdamW(torch.optim.AdamW):
             for handle in handles:
                 handle.remove()
 
-    def _without_states(self, given: dict[str, Any], seen: list[dict[str, Any]]) -> dict[str, Any]:
-        """Keep the dict, and leave to torch what is not ours: it would cast states, and share the dict's memory."""
+    def _strip_states(self, given: dict[str, Any], seen: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the dict without our states, which torch would cast and share; `_restore` copies them."""
         seen.append(given)
         params = {key for group in given["param_groups"] for key in group["params"]}
         theirs = {
@@ -300,7 +302,7 @@ class AdamW(torch.optim.AdamW):
         }
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        """Copy the states of a state dict, as they were saved."""
+        """Copy the states of a state dict in their saved precision."""
         saved_ids = [key for group in saved["param_groups"] for key in group["params"]]
         for key, (group, p) in zip(saved_ids, self._members(), strict=True):
             loaded = saved["state"].get(key)
@@ -308,7 +310,7 @@ class AdamW(torch.optim.AdamW):
                 self._states.restore(self.state[p], group, p, loaded)
 
     def _members(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        """Each parameter with its group, in the order of `state_dict`'s indices."""
+        """Iterate over (group, parameter), in the order of the indices in `state_dict`."""
         for group in self.param_groups:
             for p in group["params"]:
                 yield group, p

@@ -15,16 +15,16 @@ from grass_kernels.arguments import check_addressable, check_has_memory
 
 
 def refuse_in_capture() -> None:
-    """Refuse to build a plan while a graph is captured: states and tables would belong to the graph's memory."""
+    """Raise if a graph is being captured: states and tables of a new plan would be allocated in the graph's memory."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "this step cannot be captured: something other than gradients' addresses has changed since the last one; "
-            "take one step like it before the capture begins"
+            "this step cannot be captured: parameters, states or settings have changed since the last step; take "
+            "one step with them before the capture begins"
         )
 
 
 def refuse_sparse(groups: list[dict[str, Any]]) -> None:
-    """Refuse sparse gradients as torch does, before anything is changed."""
+    """Raise for sparse gradients, as torch does, before anything is changed."""
     for group in groups:
         for p in group["params"]:
             if p.grad is not None and p.grad.is_sparse:
@@ -34,10 +34,10 @@ def refuse_sparse(groups: list[dict[str, Any]]) -> None:
 
 
 def check_groups(groups: Sequence[dict[str, Any]], options: Options) -> None:
-    """Refuse hyperparameters of any group that trains, before the first bucket of a fused backward is updated.
+    """Check the hyperparameters of groups with trainable parameters, before a fused backward updates a bucket.
 
     Raises:
-        KernelArgumentError: with the hyperparameter's name.
+        KernelArgumentError: a hyperparameter is invalid; the message has its name.
     """
     for group in groups:
         for p in group["params"]:
@@ -47,18 +47,18 @@ def check_groups(groups: Sequence[dict[str, Any]], options: Options) -> None:
 
 
 def check_entries(entries: Sequence[ParamEntry], groups: Sequence[dict[str, Any]], options: Options) -> None:
-    """Refuse parameters and gradients that cannot be updated, before states are made.
+    """Check that parameters and gradients can be updated, before states are created.
 
     Raises:
-        KernelArgumentError: with the parameter's place.
-        RuntimeError: for settings that torch refuses in the same way.
+        KernelArgumentError: a parameter or gradient cannot be updated; the message has the parameter's index.
+        RuntimeError: a setting that torch rejects with the same type of error.
     """
     for entry in entries:
         p, g, group = entry.param, entry.param.grad, groups[entry.group]
         if group["differentiable"] and p.requires_grad and p.is_leaf:
             raise RuntimeError(
                 f"parameter {entry.index} is a leaf Variable that requires grad, and differentiable=True updates it in "
-                "place, which autograd refuses: make it the result of an operation, such as clone()"
+                "place, which autograd does not allow: pass the result of an operation, such as clone()"
             )
         if (
             group["capturable"]
@@ -68,7 +68,7 @@ def check_entries(entries: Sequence[ParamEntry], groups: Sequence[dict[str, Any]
         ):
             raise RuntimeError(
                 f"capturable=True needs parameters on a device with graphs, and parameter {entry.index} is on the CPU: "
-                "leave it out"
+                "remove capturable=True"
             )
         assert g is not None
         known = grass_kernels.is_supported(p.dtype, p.dtype, torch.float32)
@@ -79,15 +79,15 @@ def check_entries(entries: Sequence[ParamEntry], groups: Sequence[dict[str, Any]
             )
         fits = grass_kernels.is_supported(p.dtype, g.dtype, torch.float32) if known else g.dtype == p.dtype
         if not fits:
-            which = "its parameter's dtype or float32" if known else "its parameter's dtype"
+            allowed = "the parameter's dtype or float32" if known else "the parameter's dtype"
             raise KernelArgumentError(
                 f"the gradient of parameter {entry.index}, of shape {tuple(p.shape)}, is {g.dtype} and the parameter "
-                f"{p.dtype}: a gradient has {which}; convert it"
+                f"{p.dtype}: gradients must have {allowed}; convert it"
             )
         if g.shape != p.shape or g.device != p.device:
             raise KernelArgumentError(
                 f"the gradient of parameter {entry.index} has shape {tuple(g.shape)} on {g.device}, the parameter "
-                f"{tuple(p.shape)} on {p.device}: they must be equal; clear gradients after parameters are replaced"
+                f"{tuple(p.shape)} on {p.device}: they must be equal; clear gradients after replacing parameters"
             )
         check_addressable(f"parameter {entry.index}", p)
         check_addressable(f"the gradient of parameter {entry.index}", g)
@@ -96,22 +96,22 @@ def check_entries(entries: Sequence[ParamEntry], groups: Sequence[dict[str, Any]
         if layout.may_overlap(p):
             raise KernelArgumentError(
                 f"parameter {entry.index}, of shape {tuple(p.shape)} and strides {p.stride()}, has elements that share "
-                "memory, as expanded tensors do: make it a tensor of its own with clone()"
+                "memory, as in expanded tensors: pass a clone()"
             )
 
 
 def check_shapes(state: dict[str, Any], p: Tensor, index: int) -> None:
-    """Refuse states of another shape than their parameter's.
+    """Check that the states of a parameter have its shape.
 
     Raises:
-        KernelArgumentError: with the parameter's place.
+        KernelArgumentError: another shape; the message has the parameter's index.
     """
     for key in STATE_KEYS[1:]:
         value = state.get(key)
         if isinstance(value, Tensor) and value.shape != p.shape:
             raise KernelArgumentError(
                 f"{key} of parameter {index} is {value.dtype} of shape {tuple(value.shape)}, the parameter {p.dtype} "
-                f"of shape {tuple(p.shape)}: states have its shape; drop the parameter's state to start it anew"
+                f"of shape {tuple(p.shape)}: their shapes must be equal; drop the parameter's state to start it anew"
             )
 
 
@@ -121,49 +121,49 @@ def check_states(
     state: Mapping[Tensor, dict[str, Any]],
     options: Options,
 ) -> None:
-    """Refuse states that do not fit their parameters, before anything is changed: they may have been put in by hand.
+    """Check that states, which users may have assigned, fit their parameters, before anything is changed.
 
     Raises:
-        KernelArgumentError: with the parameter's place.
+        KernelArgumentError: a state does not fit; the message has the parameter's index.
     """
     for entry in entries:
         p, group = entry.param, groups[entry.group]
         found = state.get(p, {})
-        mine = {key: found[key] for key in STATE_KEYS[1:] if key in found}
-        for key, value in mine.items():
+        own = {key: found[key] for key in STATE_KEYS[1:] if key in found}
+        for key, value in own.items():
             name = f"{key} of parameter {entry.index}"
             check_addressable(name, value)
             if value.layout != torch.strided:
                 raise KernelArgumentError(
-                    f"{name} is {value.layout}: states are dense; put in its to_dense()"
+                    f"{name} is {value.layout}: states must be dense; assign its to_dense()"
                 )
             check_has_memory(name, value)
             if layout.may_overlap(value):
                 raise KernelArgumentError(
-                    f"{name} has elements that share memory, as expanded tensors do: put in its clone()"
+                    f"{name} has elements that share memory, as in expanded tensors: assign its clone()"
                 )
-        check_shapes(mine, p, entry.index)
+        check_shapes(own, p, entry.index)
         _check_step(found.get("step", 0), entry.index)
         kept = (torch.float32, torch.bfloat16) if takes_kernel(group, p, options) else (p.dtype,)
         missing = moment_dtype(group, p, options)
-        dtypes = [mine[key].dtype if key in mine else missing for key in moment_keys(group)]
+        dtypes = [own[key].dtype if key in own else missing for key in moment_keys(group)]
         for key, dtype in zip(moment_keys(group), dtypes, strict=True):
             if dtype != dtypes[0] or dtype not in kept:
                 raise KernelArgumentError(
                     f"{key} of parameter {entry.index} is {dtype}, the parameter {p.dtype}"
-                    f"{' with differentiable=True' if group['differentiable'] else ''}: moments have one dtype that it "
-                    "can have; put in one that fits, or drop the parameter's state to start it anew"
+                    f"{' with differentiable=True' if group['differentiable'] else ''}: all moments must have "
+                    "one supported dtype; convert them, or drop the parameter's state to start it anew"
                 )
-        remainder = mine.get("remainder")
+        remainder = own.get("remainder")
         if options.master_weights and remainder is not None and remainder.dtype != torch.int16:
             raise KernelArgumentError(
-                f"remainder of parameter {entry.index} is {remainder.dtype}: it is int16; drop it to start from the "
-                "parameter as it is"
+                f"remainder of parameter {entry.index} is {remainder.dtype}: it must be int16; drop it to start from "
+                "the parameter's own value"
             )
 
 
 def _check_step(step: Any, index: int) -> None:
-    """Refuse counters that are no number, nor a tensor of one."""
+    """Check that a step counter is a number or a tensor of one real element."""
     if isinstance(step, Tensor):
         fits = step.numel() == 1 and step.layout == torch.strided and not (step.is_complex() or step.is_neg())
         if fits:
@@ -172,5 +172,5 @@ def _check_step(step: Any, index: int) -> None:
     elif isinstance(step, int | float):
         return
     raise KernelArgumentError(
-        f"step of parameter {index} is {step!r}: put in the number of its updates, as a float32 tensor of shape ()"
+        f"step of parameter {index} is {step!r}: assign the number of its updates, as a float32 tensor of shape ()"
     )

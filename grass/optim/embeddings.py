@@ -1,8 +1,8 @@
 """Frozen embeddings under reentrant activation checkpointing.
 
-Reentrant checkpointing computes gradients only if an input of the block requires grad. With a frozen
-embedding none does, and every gradient above would silently be lost. So the embedding's output is made to
-require grad there; elsewhere it is left alone, and backward ends at the lowest active layer.
+Reentrant checkpointing computes gradients only if an input of the block requires grad. With a frozen embedding
+none does, and all gradients of the blocks would silently be missing. A hook therefore makes the embedding's output
+require grad, only with reentrant checkpointing: otherwise backward ends at the lowest active layer.
 """
 
 import weakref
@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 
 def keep_graph_through_frozen_embeddings(model: nn.Module) -> list[RemovableHandle]:
-    """Hook the input embeddings that the model, or a part of it such as a decoder, can be asked for."""
-    embeddings: dict[nn.Module, None] = {}  # a set that keeps its order
+    """Register a forward hook on the input embeddings of the model and of its parts, such as a decoder."""
+    embeddings: dict[nn.Module, None] = {}  # an ordered set
     for part in model.modules():
         get_input_embeddings = getattr(part, "get_input_embeddings", None)
         if get_input_embeddings is None:
@@ -30,7 +30,7 @@ def keep_graph_through_frozen_embeddings(model: nn.Module) -> list[RemovableHand
 
 
 class _RequireGrad:
-    """The hook; it holds its model weakly, but goes with it through copies and pickles."""
+    """Forward hook; holds its model by a weak reference, which follows it through copies and pickles."""
 
     def __init__(self, model: nn.Module | None) -> None:
         self._model_ref = None if model is None else weakref.ref(model)
@@ -51,7 +51,7 @@ class _RequireGrad:
 
 
 def uses_reentrant_checkpointing(model: nn.Module) -> bool:
-    """Whether a transformers model checkpoints its blocks in the reentrant way."""
+    """Return if a transformers model uses reentrant activation checkpointing."""
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
         if function is not None and getattr(module, "gradient_checkpointing", False):

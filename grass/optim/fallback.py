@@ -1,4 +1,4 @@
-"""Fallback: parameters that only torch's functional AdamW can update (complex, float64, tensor betas, ...)."""
+"""Fallback backend: torch's functional AdamW, for what the kernels do not support (complex, float64, ...)."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,36 +14,41 @@ from grass_kernels import reference
 
 
 class Fallback:
-    """Parameters of one group, updated by torch; a backend of `grass.optim.step_plan.StepPlan`.
+    """Backend of `grass.optim.step_plan.StepPlan` that updates parameters of one group by torch.
 
     Args:
-        places: of the parameters in the readings of steps.
-        layers: of each.
-        group: index of the group.
+        positions: indices of the parameters in a `Reading`.
+        layers: layer of each parameter.
+        group: index of the parameter group.
         num_layers: number of layers.
-        device: of the norms; the first parameter's.
+        device: device of the norms: that of the first parameter.
     """
 
     def __init__(
-        self, places: Sequence[int], layers: Sequence[int], group: int, num_layers: int, device: torch.device
+        self,
+        positions: Sequence[int],
+        layers: Sequence[int],
+        group: int,
+        num_layers: int,
+        device: torch.device,
     ) -> None:
-        self._places, self._layers, self._index, self._num_layers = places, layers, group, num_layers
+        self._positions, self._layers, self._index, self._num_layers = positions, layers, group, num_layers
         self.device = device
 
     def prepare(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Refuse hyperparameters that are no numbers, before any group is updated."""
+        """Check the hyperparameters of the group, before any group is updated."""
         check_settings(groups[self._index], self.device)
 
     def upload(self, reading: Any, groups: Sequence[dict[str, Any]]) -> None:
-        """Take the tensors of a step, until `finish`."""
+        """Hold the tensors of a step until `finish`."""
         self._group = groups[self._index]
         columns = (reading.params, reading.grads, reading.exp_avgs, reading.exp_avg_sqs, reading.steps)
-        self._tensors = [[column[place] for place in self._places] for column in columns]
-        self._maxima = [reading.max_exp_avg_sqs[place] for place in self._places]
+        self._tensors = [[column[position] for position in self._positions] for column in columns]
+        self._maxima = [reading.max_exp_avg_sqs[position] for position in self._positions]
 
     @torch.no_grad()
     def measure(self, grad_scale: Tensor | None) -> Tensor:
-        """Squared norms by layer, float32 [layers]."""
+        """Return the squared gradient norms by layer: float32 [layers]."""
         sq_norms = torch.zeros(self._num_layers, dtype=torch.float32, device=self.device)
         for grad, layer in zip(self._tensors[1], self._layers, strict=True):
             sq_norms[layer] += torch.linalg.vector_norm(grad).square().float()
@@ -59,7 +64,7 @@ class Fallback:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        """Decide what gradients are multiplied with, and if the step is skipped."""
+        """Compute the factor of the gradients, and whether the step is skipped."""
         self._sq_norms = self.measure(grad_scale) if norms else None
         self._factor = None if grad_scale is None else grad_scale.double().reciprocal()
         self._found_inf = found_inf
@@ -68,12 +73,12 @@ class Fallback:
             assert max_grad_norm is not None
             coef, not_finite = reference.clip_coefficient(clip_by, max_grad_norm)
             self._factor = coef if self._factor is None else coef * self._factor
-            self._skips = bool(not_finite)  # torch's operations are launched by the host
+            self._skips = bool(not_finite)  # a device sync: the host decides whether to launch
         if found_inf is not None and not self._group["fused"]:
             self._skips |= bool(found_inf)
 
     def finish(self) -> Tensor | None:
-        """Update; returns the squared norms if `begin` was asked for them."""
+        """Update the parameters; returns the squared norms if `begin` was called with ``norms=True``."""
         has_inference_tensors = any(t.is_inference() for column in self._tensors for t in column)
         with torch.inference_mode() if has_inference_tensors else nullcontext():
             if not self._skips:
@@ -115,7 +120,7 @@ class Fallback:
 
 @torch.no_grad()
 def sq_norm(grad: Tensor) -> Tensor:
-    """Squared norm of one gradient: float32, shape (), on its device; the kernels' own where they can."""
+    """Return the squared norm of a gradient: float32, shape (), on its device; by the kernels if they support it."""
     if grass_kernels.is_supported(grad.dtype, grad.dtype, torch.float32):
         return grass_kernels.layer_sq_norms([grad], [0], 1)[0]
     return torch.linalg.vector_norm(grad).square().float()

@@ -1,7 +1,7 @@
-"""FusedBackward: a bucket is updated inside backward, when the last of its gradients is complete.
+"""FusedBackward: updates a bucket inside backward, as soon as all of its gradients are complete.
 
 One backward is one step, unless accumulation is declared: a hook cannot know which micro-batch is the last. Buckets
-that the hooks do not update are left to `step`.
+that were not updated inside backward are updated by `step`.
 """
 
 import contextlib
@@ -18,16 +18,17 @@ from grass.errors import BackwardError
 
 
 class FusedBackward:
-    """Hooks on the parameters of one active set.
+    """Hooks on the active parameters, which update each bucket when its gradients are complete.
 
     Args:
-        members: parameters of each bucket, all that train.
-        tied: parameters whose gradients may come in several parts; their buckets wait for `step`.
-        update: updates a bucket, whose parameters have gradients; returns float32 squared norms by layer.
+        members: active parameters of each bucket.
+        tied: parameters that may get gradients several times in a backward; their buckets are updated by `step`.
+        update: function that updates a bucket, whose parameters have gradients, and returns the squared gradient
+            norms by layer, float32 [layers].
 
     Attributes:
-        handles: of the hooks.
-        done: buckets updated since the last step. If backward has failed, the step is torn: these are ahead.
+        handles: handles of the hooks.
+        done: buckets updated since the last step. After a backward that failed, these are one update ahead.
     """
 
     def __init__(
@@ -56,22 +57,22 @@ class FusedBackward:
         def update_when_complete(param: Tensor) -> None:
             fused = self_ref()
             if fused is not None and not fused._accumulates():
-                fused._notice(bucket, param)
+                fused._on_grad(bucket, param)
 
         return update_when_complete
 
     def _accumulates(self) -> bool:
-        """Return if further micro-batches follow, as the user or accelerate says."""
+        """Return if further micro-batches follow, as declared by the user or accelerate."""
         return self._accumulating > 0 or not _accelerate_syncs()
 
-    def _notice(self, bucket: int, param: Tensor) -> None:
+    def _on_grad(self, bucket: int, param: Tensor) -> None:
         if bucket in self.done:
             param.grad = None
             raise BackwardError(
-                f"a second gradient came for a parameter of shape {tuple(param.shape)} whose layer has been updated "
-                "already, inside an earlier backward of this step; that update stays. With fused_backward one backward "
-                "is one step: put all micro-batches but the last in `with optimizer.accumulate():`. After a backward "
-                "that failed call step(), which counts what was updated, or zero_grad(), which goes on without"
+                f"a second gradient arrived for a parameter of shape {tuple(param.shape)} whose layer has already been "
+                "updated inside an earlier backward of this step; that update stays. With fused_backward one backward "
+                "is one step: run all micro-batches but the last in `with optimizer.accumulate():`. After a backward "
+                "that failed call step(), which counts the updates as a step, or zero_grad(), which does not"
             )
         arrived = self._arrived[bucket]
         arrived.add(param)
@@ -81,7 +82,7 @@ class FusedBackward:
     @torch.no_grad()
     def _run(self, bucket: int) -> None:
         update = self._update()
-        assert update is not None, "the optimizer is gone, and its hooks are not"
+        assert update is not None, "hooks have outlived their optimizer"
         sq_norms = update(bucket)
         self.done.append(bucket)
         self._arrived[bucket].clear()
@@ -91,13 +92,14 @@ class FusedBackward:
             self._sq_norms.append(sq_norms)
 
     def finish_step(self, order: Sequence[int]) -> tuple[list[Tensor], list[int]]:
-        """Update the buckets that backward has not, and end the step.
+        """Update the buckets that were not updated inside backward, and end the step.
 
         Args:
-            order: of the buckets.
+            order: all buckets, in the order of updates.
 
         Returns:
-            float32 squared norms by layer, one tensor a bucket, to be added up; and the buckets that had gradients.
+            Squared gradient norms by layer, one float32 [layers] tensor per bucket, to be summed; and the buckets
+            that had gradients.
         """
         for bucket in order:
             params = self._members.get(bucket, [])
@@ -108,7 +110,7 @@ class FusedBackward:
         return taken
 
     def discard(self) -> None:
-        """Start a new step; updates that were made stay."""
+        """Start a new step; parameters that were updated are not restored."""
         self._sq_norms.clear()
         self.done.clear()
         for arrived in self._arrived.values():
@@ -116,7 +118,7 @@ class FusedBackward:
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Accumulate gradients inside this context."""
+        """Accumulate gradients, without updates, inside this context."""
         self._accumulating += 1
         try:
             yield
@@ -130,7 +132,7 @@ class FusedBackward:
 
 
 def tied_parameters(model: nn.Module | None) -> set[Tensor]:
-    """Parameters that a model has under several names; they may get gradients several times in a backward."""
+    """Return the parameters that a model has under several names: a backward may add to their gradients twice."""
     seen: set[Tensor] = set()
     tied: set[Tensor] = set()
     if model is not None:
@@ -140,7 +142,7 @@ def tied_parameters(model: nn.Module | None) -> set[Tensor]:
 
 
 def _accelerate_syncs() -> bool:
-    """Return if this backward is a step's last, as accelerate knows it; True where it is not in use."""
+    """Return if accelerate synchronizes gradients in this backward, the last of a step; True without accelerate."""
     accelerate: Any = sys.modules.get("accelerate.state")
     if accelerate is None or not accelerate.GradientState._shared_state:
         return True

@@ -1,8 +1,8 @@
 """GrassAdamW: gradient-based adaptive layer-wise importance sampling, as an optimizer.
 
-The one place where the parts of the method meet. None of them knows the optimizer: the scheduler decides which layers
-train, the lease sets ``requires_grad``, the probe measures gradients, the fused backward calls an update when a bucket
-is complete, the offload manager keeps states in host memory.
+Combines the parts of the method, none of which knows the optimizer: the scheduler selects the active layers, the lease
+sets ``requires_grad``, the probe measures gradients, the fused backward calls an update when the gradients of a bucket
+are complete, the offload manager keeps states in host memory.
 """
 
 import contextlib
@@ -44,38 +44,38 @@ _logger = logging.getLogger(__name__)
 
 
 class GrassAdamW(AdamW):
-    """AdamW that trains few layers at a time, chosen by their gradients.
+    """AdamW that trains few layers at a time, sampled by their gradient norms.
 
-    The first ``probe_steps`` steps measure every layer's gradient and update nothing. Then
-    ``active_layers`` layers are drawn for each period of ``sample_interval`` steps; all others are frozen:
-    ``requires_grad`` off, no gradient, and weights, moments and step counters bitwise unchanged. Every
-    ``update_interval`` steps the norms measured since move the importance, hence the probabilities.
+    The first ``probe_steps`` steps measure the gradients of all layers and update nothing. Then ``active_layers``
+    layers are drawn for each period of ``sample_interval`` steps. All other layers are frozen: ``requires_grad`` is
+    False, they get no gradients, and their weights, moments and step counters are bitwise unchanged. Every
+    ``update_interval`` steps the importance, and with it the probabilities, is updated from the measured norms.
 
     Args:
-        params: a model, or parameters or groups of them with ``model=``.
+        params: a model, or its parameters or parameter groups together with ``model``.
         lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused, state_dtype,
             master_weights, stochastic_rounding, max_grad_norm: as for `AdamW`; ``differentiable`` and
-            ``capturable`` are refused.
-        model: the model the parameters belong to, if ``params`` is not a model.
+            ``capturable`` are not supported.
+        model: the model of the parameters, if ``params`` is not a model.
         config: settings of the method.
-        pattern: which modules are the layers, if they cannot be found: as for `LayerMap.from_model`, or a
-            `LayerMap`.
+        pattern: selects the modules that are layers, if they cannot be discovered: as for `LayerMap.from_model`,
+            or a `LayerMap`.
 
     Works with any training loop, gradient accumulation, activation checkpointing, autocast, GradScaler,
-    accelerate and Trainer. While probing, ``step`` changes no weight but counts as a step: a learning-rate
-    schedule moves on, and a logged gradient norm is near zero, as gradients are freed once measured.
+    accelerate and Trainer. While probing, ``step`` changes no weights but counts as a step: a learning-rate
+    schedule advances, and a logged gradient norm is near zero, since gradients are freed once measured.
 
-    With ``offload`` states live in host memory: read them by `state_dict`, which waits for copies under way, and
-    change them by `load_state_dict`. Not detected: states written by hand. A copy of an optimizer (`copy`, pickle)
-    sets ``requires_grad`` of its own parameters; it knows no model, so it takes no new parameter groups.
+    With ``offload`` states are in host memory: read them by `state_dict`, which waits for copies in flight, and
+    change them by `load_state_dict`. Not detected: direct writes to states. A copy of an optimizer (`copy`, pickle)
+    sets ``requires_grad`` of its own parameters; it has no model, so it does not accept new parameter groups.
 
     Raises:
-        OffloadError: less host memory than all layers' states need, or parameters on several devices.
-        ParameterError: no parameters, or some that are not the model's.
+        OffloadError: host memory too small for the states of all layers, or parameters on several devices.
+        ParameterError: no parameters, or parameters that do not belong to the model.
         ConfigError: a configuration that does not fit the model, or a distributed run.
-        LayerDiscoveryError: the model's layers cannot be told.
+        LayerDiscoveryError: the layers of the model cannot be discovered.
 
-    Source: paper, "the method". Moments are kept when a layer is frozen, with a step counter of their own.
+    Source: paper, "the method". Moments are kept when a layer is frozen; each parameter has its own step counter.
     """
 
     def __init__(
@@ -108,15 +108,15 @@ class GrassAdamW(AdamW):
             raise ParameterError(
                 "GrassAdamW needs the model to find its layers: pass the model itself, or model=model"
             )
-        if not isinstance(params, Tensor):  # which torch refuses by type
+        if not isinstance(params, Tensor):  # a TypeError from torch
             params = cast(ParamsT, list(params))
             if not params:
                 raise ParameterError(
-                    "no parameters to train: pass a model that has some, or a list that is not empty"
+                    "no parameters to train: pass a model with parameters, or a list that is not empty"
                 )
         if differentiable or capturable:
             raise ConfigError(
-                "GrassAdamW is neither differentiable nor capturable: its schedule is the host's"
+                "GrassAdamW does not support differentiable or capturable: its schedule runs on the host"
             )
         self._config = config if config is not None else GrassConfig()
         self._config.check_options(max_grad_norm)
@@ -143,12 +143,12 @@ class GrassAdamW(AdamW):
         self._tied_params = tied_parameters(model)
         flags = trainable_flags(members)
         if not any(flags):
-            raise ParameterError("no parameter requires grad: there is nothing to train")
+            raise ParameterError("no parameter requires grad, so there is nothing to train: unfreeze some")
         self._start(layer_of, dict(zip(members, flags, strict=True)))
         self._lease.handles.extend(keep_graph_through_frozen_embeddings(model))
         if hasattr(model, "_orig_mod"):
             warnings.warn(
-                "the whole model is compiled: every new set of active layers recompiles it; compile its blocks "
+                "the whole model is compiled, and is recompiled for every new set of active layers: compile its blocks "
                 "one by one instead (two graphs each)",
                 stacklevel=2,
             )
@@ -156,11 +156,13 @@ class GrassAdamW(AdamW):
     def _assign_layers(self, params: Sequence[Tensor]) -> list[int]:
         model = None if self._model_ref is None else self._model_ref()
         if model is None:
-            raise ParameterError("a copied or unpickled optimizer knows no model: it takes no new parameters")
+            raise ParameterError(
+                "a copied or unpickled optimizer knows no model: construct a new GrassAdamW to add parameters"
+            )
         return assign_layers(params, model, self._layers, self._config)
 
     def _start(self, layer_of: dict[Tensor, int], trainable: dict[Tensor, bool]) -> None:
-        """Make the parts; the lease last, as the first that changes the model."""
+        """Create the parts; the lease last, since it is the first to change the model."""
         self._entries = make_entries(self.param_groups, layer_of, trainable, len(self._layers))
         by_layer = params_by_layer(self._entries, len(self._layers))
         weights = weight_norms(by_layer) if self._config.sampler == "weight_norm" else None
@@ -177,9 +179,9 @@ class GrassAdamW(AdamW):
         self._fused: FusedBackward | None = None
         self._switch_parameters()
         if self._config.fused_backward:
-            self._step_supports_amp_scaling = True  # so that a GradScaler asks `step`, which says why not
+            self._step_supports_amp_scaling = True  # a GradScaler then calls `step`, which raises
 
-    # -- what can be read -----------------------------------------------------------------------------------
+    # -- properties -----------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}\n{self._layers}\n{self._config}\n)"
@@ -191,17 +193,17 @@ class GrassAdamW(AdamW):
 
     @property
     def layers(self) -> LayerMap:
-        """Which parameters form which layer."""
+        """The layers of the model and their parameters."""
         return self._layers
 
     @property
     def phase(self) -> Literal["probe", "adapt"]:
-        """``"probe"`` or ``"adapt"``: of the step about to be taken."""
+        """Phase of the next step: ``"probe"`` or ``"adapt"``."""
         return self._scheduler.schedule.phase  # type: ignore[return-value]
 
     @property
     def active_layers(self) -> tuple[int, ...]:
-        """Layers the step about to be taken trains; () while probing."""
+        """Layers that the next step trains; () while probing."""
         return self._scheduler.active
 
     @property
@@ -211,55 +213,55 @@ class GrassAdamW(AdamW):
 
     @property
     def importance(self) -> Tensor:
-        """float32 [L]: the mean gradient norm as last refreshed, which the sampler uses."""
+        """Mean gradient norm of each layer at the last refresh, which the sampler uses: float32 [L]."""
         return self._scheduler.importance.importance.clone()
 
     @property
     def probabilities(self) -> Tensor:
-        """float32 [L], sums to 1: what the sampler draws with."""
+        """Probabilities of the sampler: float32 [L], sums to 1."""
         return self._scheduler.sampler.probabilities.float()
 
     @property
     def step_count(self) -> int:
-        """Steps taken, probe included."""
+        """Number of steps taken, including the probe."""
         return self._scheduler.schedule.step_count
 
     @property
     def num_draws(self) -> int:
-        """Sets drawn so far."""
+        """Number of draws so far."""
         return self._scheduler.sampler.num_draws
 
     @property
     def num_refreshes(self) -> int:
-        """Refreshes of the importance so far."""
+        """Number of refreshes of the importance so far."""
         return self._scheduler.importance.num_refreshes
 
     @property
     def draw_counts(self) -> list[int]:
-        """For each layer, the number of sets it has been in."""
+        """Number of draws that selected each layer."""
         return list(self._scheduler.draw_counts)
 
     @property
     def nonfinite_norms(self) -> int:
-        """Norms that were NaN or inf and never entered the importance. A device sync."""
+        """Number of norms that were NaN or inf, which the importance ignores. Reading it is a device sync."""
         return self._scheduler.importance.nonfinite_norms
 
     @property
     def layer_grad_norms(self) -> Tensor | None:
-        """float32 [L] on the device: each layer's gradient norm in the last step, 0 for frozen layers."""
+        """Gradient norm of each layer in the last step: float32 [L] on the device, 0 for frozen layers."""
         return None if self._sq_norms is None else self._sq_norms[:-1].sqrt()
 
     @property
     def transfer_stats(self) -> TransferStats:
-        """Bytes moved to and from the device since construction, and held in the store and for it on the device."""
+        """Bytes copied since construction, and bytes allocated for states on the host and the device."""
         return TransferStats(0, 0, 0, 0) if self._offload is None else self._offload.stats
 
     @property
     def torn_layers(self) -> tuple[int, ...]:
-        """With ``fused_backward``: layers updated in a step that has not ended (L stands for parameters in no layer).
+        """Layers that ``fused_backward`` has updated in a step that has not ended; L stands for parameters outside.
 
-        Between backward and `step` that is as it should be. After a backward that failed these layers are one update
-        ahead; weights, moments and counters of each agree, and everything can be saved.
+        Between backward and `step` this is normal. After a backward that failed these layers are one update ahead;
+        weights, moments and step counters of each are consistent, and can be saved.
         """
         if self._fused is None:
             return ()
@@ -268,13 +270,13 @@ class GrassAdamW(AdamW):
     # -- steps ------------------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step of the current phase. A step without any gradient does nothing, and does not count.
+        """Take one step of the current phase. A step without any gradient does nothing and is not counted.
 
         Args:
             closure: clears gradients, computes the loss, calls backward and returns the loss.
 
         Returns:
-            What the closure returned, or None.
+            The result of the closure, or None.
         """
         self._refuse_if_ended()
         loss = None
@@ -295,15 +297,15 @@ class GrassAdamW(AdamW):
     def _refuse_if_ended(self) -> None:
         if self._lease.ended:
             raise GrassError(
-                "this GrassAdamW has been released, or a newer one has taken over its model: use the newer one"
+                "this GrassAdamW has been released, or a newer one controls the model: use the newer one"
             )
 
     def _take_probe_step(self, probe: Probe) -> None:
-        probe.notice_cleared()
+        probe.discard_if_cleared()
         if not probe.fired:
             return
         accumulated = probe.accumulated
-        sq_norms, observed = probe.take(getattr(self, "grad_scale", None))
+        sq_norms, observed = probe.finish_step(getattr(self, "grad_scale", None))
         self._finish_step(sq_norms, observed, accumulated)
 
     def _take_adapt_step(self) -> None:
@@ -324,22 +326,22 @@ class GrassAdamW(AdamW):
 
     def _refuse_scaler(self) -> None:
         if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
-            # The scaler takes them away only after a step that returns.
+            # GradScaler deletes them only after a step that returns.
             self.__dict__.pop("grad_scale", None)
             self.__dict__.pop("found_inf", None)
             raise GrassError(
-                "fused_backward and a GradScaler exclude each other: updates were made inside backward, with gradients "
-                "still scaled, and stay; load a checkpoint from before, and train in bfloat16 without a scaler, or "
+                "fused_backward and a GradScaler exclude each other: parameters were already updated inside backward, "
+                "with gradients still scaled; load an earlier checkpoint, and train in bfloat16 without a scaler, or "
                 "without fused_backward"
             )
 
     def _finish_step(self, sq_norms: Tensor, observed: list[bool], accumulated: bool) -> None:
         self._sq_norms = sq_norms
         found_inf = getattr(self, "found_inf", None)
-        self._follow(self._scheduler.finish_step(sq_norms[:-1], observed[:-1], found_inf, accumulated))
+        self._apply_change(self._scheduler.finish_step(sq_norms[:-1], observed[:-1], found_inf, accumulated))
 
-    def _follow(self, change: Change) -> None:
-        """Bring states and parameters to what the scheduler decided."""
+    def _apply_change(self, change: Change) -> None:
+        """Allocate and reset states, and switch parameters, for a change of active layers."""
         if change.drawn is not None:
             _logger.debug("step %d: drew layers %s", self.step_count, list(change.drawn))
             for entry in self._entries:
@@ -360,7 +362,7 @@ class GrassAdamW(AdamW):
             self._offload.prefetch(self._update_order(self._scheduler.active), later)
 
     def _switch_parameters(self) -> None:
-        """Set ``requires_grad`` and hooks as the scheduler says."""
+        """Set ``requires_grad`` and hooks for the active layers."""
         self._plans.clear()
         scheduler, outside = self._scheduler, len(self._layers)
         for entry in self._entries:
@@ -392,7 +394,7 @@ class GrassAdamW(AdamW):
                 self._lease.handles.extend(self._fused.handles)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients, and what a probe has measured since the last step."""
+        """Clear gradients, and the measurements of a probe since the last step."""
         super().zero_grad(set_to_none)
         if self._probe is not None:
             self._probe.discard()
@@ -403,14 +405,14 @@ class GrassAdamW(AdamW):
 
     def _update(self, bucket: int | None = None) -> Tensor | None:
         if self._offload is not None:
-            self._offload.follow()
+            self._offload.update_device()
         sq_norms = super()._update(bucket)
         if self._offload is not None and bucket is None:
             self._offload.join()
         return sq_norms
 
     def _update_in_backward(self, bucket: int) -> Tensor | None:
-        """Update a bucket whose gradients are complete and will be freed."""
+        """Update a bucket whose gradients are complete, and are freed afterwards."""
         self._refuse_if_ended()
         if self._fused is not None and not self._fused.done:
             check_groups(self.param_groups, self._options)
@@ -418,13 +420,13 @@ class GrassAdamW(AdamW):
         if self._offload is not None:
             grads = [p.grad for p in self._params_of(bucket)]
             self._offload.keep([grad for grad in grads if grad is not None])
-            # The stream that backward was called on waits for the updates, step or no step.
+            # The stream of backward waits for the updates, even if no step follows.
             if torch._C._current_graph_task_id() != -1:  # inside backward; `step` joins by itself
                 torch.autograd.Variable._execution_engine.queue_callback(self._offload.join)
         return sq_norms
 
     def accumulate(self) -> contextlib.AbstractContextManager[None]:
-        """Declare that the backwards inside are micro-batches before a step's last: with ``fused_backward``.
+        """Accumulate gradients inside this context: its backwards are not the last of a step.
 
         ::
 
@@ -433,7 +435,7 @@ class GrassAdamW(AdamW):
             model(second_half).loss.backward()
             optimizer.step()
 
-        Without ``fused_backward``, and while probing, it does nothing: gradients add up anyway.
+        Needed with ``fused_backward`` only. Otherwise, and while probing, it does nothing.
         """
         return contextlib.nullcontext() if self._fused is None else self._fused.accumulate()
 
@@ -443,7 +445,7 @@ class GrassAdamW(AdamW):
         return [entry.param for entry in self._current_entries() if entry.bucket == bucket]
 
     def _current_entries(self) -> list[ParamEntry]:
-        """Records of the parameters that are in the groups now, where they are now."""
+        """Return the records of all parameters, in the current order of the groups."""
         members = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
         known = len(members) == len(self._entries) and all(
             entry.param is p and entry.group == index
@@ -453,13 +455,13 @@ class GrassAdamW(AdamW):
             by_param = {entry.param: entry for entry in self._entries}
             if not all(p in by_param for _, p in members):
                 raise ParameterError(
-                    "the parameter groups hold parameters that this optimizer has not been told of: add them with "
-                    "add_param_group, or construct the optimizer anew"
+                    "the parameter groups contain parameters unknown to this optimizer: add them with add_param_group, "
+                    "or construct the optimizer anew"
                 )
             self._entries = []
-            for place, (index, p) in enumerate(members):
+            for position, (index, p) in enumerate(members):
                 entry = by_param[p]
-                entry.group, entry.index = index, place
+                entry.group, entry.index = index, position
                 self._entries.append(entry)
         return self._entries
 
@@ -484,19 +486,19 @@ class GrassAdamW(AdamW):
             if entry.is_active:
                 entries.append(entry)
             else:
-                entry.param.grad = None  # set by hand, or before a checkpoint was loaded
+                entry.param.grad = None  # set by the user, or before a checkpoint was loaded
         return entries, len(self._layers) + 1
 
     # -- states in host memory ------------------------------------------------------------------------------
 
     def _rebuild_store(self) -> None:
-        """Make a store for the states of all parameters that can train, and move states there; all or nothing."""
+        """Create a store for the states of all trainable parameters, and move states there; atomic."""
         if self._config.offload != "none":
             before = self._offload
             if before is not None:
                 before.drain()
             buckets = buckets_of(self._entries, self.param_groups, self.state, self._options)
-            self._offload = self._states.home = OffloadManager(buckets, self._config, before)
+            self._offload = self._states.storage = OffloadManager(buckets, self._config, before)
             self._residency = self._offload
             if before is not None:
                 before.close()
@@ -504,10 +506,10 @@ class GrassAdamW(AdamW):
         self._plans.clear()
         for group, p in self._members():
             if "step" in self.state.get(p, ()):
-                self._states.follow(self.state[p], group, p)
+                self._states.move_to_param(self.state[p], group, p)
 
     def _ensure_capacity(self) -> None:
-        """Rebuild the store if it has no place for a state: groups or dtypes have changed since."""
+        """Rebuild the store if it lacks room for a state, after a change of groups or dtypes."""
         if self._offload is None:
             return
         buckets = buckets_of(self._current_entries(), self.param_groups, self.state, self._options)
@@ -523,9 +525,9 @@ class GrassAdamW(AdamW):
                 group = self.param_groups[entry.group]
                 if entry.param in self._offload and not takes_kernel(group, entry.param, self._options):
                     raise ConfigError(
-                        f"parameter {entry.index} is in a group whose settings only torch's AdamW knows "
+                        f"parameter {entry.index} is in a group with settings that the kernels do not support "
                         "(differentiable, capturable, decoupled_weight_decay=False, or betas in tensors on a device), "
-                        "and states in host memory are for the kernels: use offload='none', or other settings"
+                        "and states in host memory need the kernels: use offload='none', or other settings"
                     )
             self._offload.clone_misplaced({p: self.state[p] for _, p in self._members() if p in self.state})
         return super()._build_plan(params, bucket)
@@ -536,10 +538,10 @@ class GrassAdamW(AdamW):
 
     def _reset_caches(self) -> None:
         super()._reset_caches()
-        self._states.home = self.__dict__.get("_offload")
+        self._states.storage = self.__dict__.get("_offload")
 
     def _update_order(self, active: Sequence[int]) -> list[int]:
-        """Buckets that train, in the order of updates: as last observed, or as backward will probably have it."""
+        """Return the active buckets in the order of updates: as last observed, or as expected of backward."""
         training = {
             entry.bucket
             for entry in self._entries
@@ -558,11 +560,11 @@ class GrassAdamW(AdamW):
     # -- parameters -----------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of further parameters of the model.
+        """Add a group of parameters of the model.
 
         Raises:
-            ParameterError: parameters that are not the model's, or the optimizer is a copy.
-            ConfigError: a floor ``min_probability`` too high for the layers they add.
+            ParameterError: parameters that do not belong to the model, or the optimizer is a copy.
+            ConfigError: ``min_probability`` too high for the new number of layers.
         """
         if "_lease" not in self.__dict__:  # torch's constructor adds the first groups
             super().add_param_group(param_group)
@@ -588,7 +590,7 @@ class GrassAdamW(AdamW):
             raise
         self._scheduler.recount(counts)
         handles = self._lease.handles
-        self._lease.handles = []  # the old lease ends when the new one begins, its hooks go on
+        self._lease.handles = []  # the new lease ends the old one, and takes over its hooks
         self._lease = RequiresGradLease(list(trainable), list(trainable.values()))
         self._lease.bind(self)
         self._lease.handles = handles
@@ -602,10 +604,10 @@ class GrassAdamW(AdamW):
     # -- state dicts and copies -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """State in torch's AdamW layout, with the whole method in ``param_groups[0]["grass"]``.
+        """Return the state in torch's AdamW layout, with the state of the method in ``param_groups[0]["grass"]``.
 
-        Layers that were never drawn appear with zero moments that take no memory: checkpoint libraries need
-        every parameter's state.
+        Layers that were never drawn have zero moments that take no memory: checkpoint libraries expect the state
+        of every parameter.
         """
         if self._offload is not None:
             self._offload.drain()
@@ -622,20 +624,20 @@ class GrassAdamW(AdamW):
     def _method_state(self) -> dict[str, Any]:
         method = self._scheduler.state_dict()
         if self._fused is not None:
-            # of one shape at all times, as all of the method's state
+            # of a constant shape, like the rest of the method's state
             torn = [*self.torn_layers, *[-1] * (self._config.active_layers + 1)]
             method["torn"] = torch.tensor(torn[: self._config.active_layers + 1], device="cpu")
         return method
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken, in whatever phase.
+        """Load a state dict, and continue exactly where it was taken, in any phase.
 
-        A state dict of `torch.optim.AdamW` gives the moments; the method then starts at its beginning, with
-        one warning.
+        From a state dict of `torch.optim.AdamW` moments are loaded, and the method starts at its beginning, with a
+        warning.
 
         Raises:
-            StateMismatchError: of another model, another layer map or another `GrassConfig`; nothing has
-                been changed then.
+            StateMismatchError: the state dict is of another model, layer map or `GrassConfig`. Nothing has been
+                changed then.
         """
         given = state_dict
         state_dict, method = state_dicts.split_method(given)
@@ -647,7 +649,7 @@ class GrassAdamW(AdamW):
         super().load_state_dict(state_dict)
         if method is None:
             warnings.warn(
-                "the state dict is plain AdamW's: moments are loaded, the method starts at its beginning",
+                "the state dict is of a plain AdamW: moments are loaded, the method starts at its beginning",
                 stacklevel=2,
             )
             self._scheduler.load_state_dict(self._scheduler.beginning)
@@ -661,7 +663,7 @@ class GrassAdamW(AdamW):
         if torn:
             warnings.warn(
                 f"the state was saved inside a step that did not end: layers {torn} are one update ahead of the "
-                "others; weights, moments and counters of each agree",
+                "others; weights, moments and step counters of each are consistent",
                 stacklevel=4,
             )
 
@@ -684,7 +686,7 @@ class GrassAdamW(AdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         copied = state.get("grass_copy")
         super().__setstate__({key: value for key, value in state.items() if key != "grass_copy"})
-        if copied is None:  # torch's load_state_dict comes by here too
+        if copied is None:  # called by torch's load_state_dict
             return
         self._config, self._layers, self._model_ref = copied["config"], copied["layers"], None
         members = [p for _, p in self._members()]
@@ -697,10 +699,10 @@ class GrassAdamW(AdamW):
     # -- torch.distributed.checkpoint -----------------------------------------------------------------------
 
     def _is_dcp_init_step(self) -> bool:
-        """Return if this step is `torch.distributed.checkpoint`'s, which makes a fresh optimizer show its state.
+        """Return if this is the step by which `torch.distributed.checkpoint` initializes the state of an optimizer.
 
-        It sets zero gradients by hand and the learning rate to 0, steps once, and then loads the state of whatever
-        requires grad.
+        It sets zero gradients and a learning rate of 0, steps once, and then loads the state of all parameters that
+        require grad.
         """
         if self.step_count or any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
@@ -710,9 +712,9 @@ class GrassAdamW(AdamW):
         return bool(grads) and not any(bool(grad.any()) for grad in grads)
 
     def _init_state_for_dcp(self) -> None:
-        """Make the state of all that can ever train, and let it require grad until the next switch."""
-        shown = [entry for entry in self._current_entries() if entry.can_train]
-        for entry in shown:
+        """Create the state of all trainable parameters, which then require grad until the next switch."""
+        trainable = [entry for entry in self._current_entries() if entry.can_train]
+        for entry in trainable:
             self._states.allocate(self.state[entry.param], self.param_groups[entry.group], entry.param)
-        params = {entry.param for entry in shown}
+        params = {entry.param for entry in trainable}
         self._lease.switch(params.__contains__)

@@ -1,4 +1,4 @@
-"""Hyperparameters: the numbers of a parameter group, checked and as kernels take them."""
+"""Hyperparameters of a parameter group: checked, and converted for the kernels."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ _LR_DTYPES = (torch.float32, torch.float64)
 
 
 def settings_of(group: dict[str, Any]) -> tuple[Any, ...]:
-    """Hyperparameters of a group, to be compared; a list of betas may be written in place."""
+    """Return the hyperparameters of a group for comparison; betas by value, as a list may change in place."""
     try:
         beta1, beta2 = group["betas"]
     except (TypeError, ValueError):
@@ -26,10 +26,10 @@ def settings_of(group: dict[str, Any]) -> tuple[Any, ...]:
 def hyperparameters_of(
     group: dict[str, Any], device: torch.device, max_grad_norm: float = math.inf
 ) -> Hyperparameters:
-    """Hyperparameters of a group as kernels take them.
+    """Return the hyperparameters of a group as arguments of the kernels.
 
     Raises:
-        KernelArgumentError: with the hyperparameter's name.
+        KernelArgumentError: a hyperparameter is invalid; the message has its name.
     """
     lr, *rest, maximize = settings_of(group)
     if (
@@ -38,7 +38,7 @@ def hyperparameters_of(
         or device.type == "cpu"
         or lr.dtype not in _LR_DTYPES
     ):
-        lr = to_number("lr", lr)  # else kernels read it on the device
+        lr = to_number("lr", lr)  # otherwise kernels read it on the device
     names = ("betas[0]", "betas[1]", "eps", "weight_decay")
     beta1, beta2, eps, weight_decay = map(to_number, names, rest)
     check_hyperparameters(lr, (beta1, beta2), eps, weight_decay, device)
@@ -53,10 +53,10 @@ def hyperparameters_of(
 
 
 def check_settings(group: dict[str, Any], device: torch.device) -> None:
-    """Refuse hyperparameters that torch cannot be given; tensors on a device are not read, which would be a sync.
+    """Check the hyperparameters of a group for torch. Tensors on a device are not read: no device sync.
 
     Raises:
-        KernelArgumentError: with the hyperparameter's name.
+        KernelArgumentError: a hyperparameter is invalid; the message has its name.
     """
     settings = settings_of(group)
     if are_plain(settings):
@@ -74,5 +74,5 @@ def check_settings(group: dict[str, Any], device: torch.device) -> None:
 
 
 def are_plain(settings: tuple[Any, ...]) -> bool:
-    """Return if settings are numbers of Python's, which can be compared without a device sync."""
+    """Return if all settings are Python numbers, which can be compared without a device sync."""
     return all(type(value) in (float, int, bool) for value in settings)

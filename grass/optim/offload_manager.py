@@ -1,4 +1,4 @@
-"""OffloadManager: an optimizer's store and pipeline, and how they follow its parameters."""
+"""OffloadManager: the store and the pipeline of an optimizer."""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from grass.config import GrassConfig
 from grass.errors import OffloadError
 from grass.offload.host import check_host_memory
 from grass.offload.pipeline import Pipeline, ResidentPipeline, StreamedPipeline, Update
-from grass.offload.store import Bucket, Store, takes_host_memory
+from grass.offload.store import Bucket, Store, allocates_host_memory
 from grass.offload.streams import CopyEngine, engine_for
 from grass.offload.units import Unit, elements_in
 from grass.optim.param_entry import ParamEntry
@@ -22,19 +22,19 @@ MEBIBYTE = 2**20
 
 
 class TransferStats(NamedTuple):
-    """What offloading has moved and holds, in bytes."""
+    """Traffic and memory of offloading, in bytes."""
 
     h2d_bytes: int
-    """Copied to the device since construction."""
+    """Bytes copied to the device since construction."""
     d2h_bytes: int
-    """Copied from the device since construction."""
+    """Bytes copied from the device since construction."""
     store_bytes: int
-    """Of the store in host memory, so far."""
+    """Host memory of the store so far."""
     ring_bytes: int
-    """Of device memory for states."""
+    """Device memory for states."""
 
     def keys(self) -> tuple[str, ...]:
-        """Names of the figures, so that ``dict(stats)`` works."""
+        """Return the field names, so that ``dict(stats)`` works."""
         return self._fields
 
     def __getitem__(self, key: Any) -> Any:
@@ -45,18 +45,18 @@ class TransferStats(NamedTuple):
 
 
 class OffloadManager:
-    """States in host memory: where they are kept (`grass.optim.states.Home`) and how they are brought to the device
-    while they are updated (`grass.optim.step_plan.Residency`).
+    """States in host memory: a storage of states (`grass.optim.states.StateStorage`) and a residency
+    (`grass.optim.step_plan.Residency`), which brings them to the device for updates.
 
     Args:
-        buckets: of the store, from `buckets_of`.
-        config: ``offload``, ``buffer_mb`` and ``buffer_count``.
-        before: the manager that this one replaces; its traffic stays counted.
-        engine: makes the copy engine of a device.
+        buckets: buckets of the store, from `buckets_of`.
+        config: for ``offload``, ``buffer_mb`` and ``buffer_count``.
+        before: manager that this one replaces; its traffic stays counted.
+        engine: function that makes the copy engine of a device.
 
     Raises:
-        OffloadError: parameters on several devices, or less host memory than the store may need.
-        ConfigError: a buffer that holds less than a chunk.
+        OffloadError: parameters on several devices, or too little host memory for the full store.
+        ConfigError: buffers smaller than a chunk.
     """
 
     def __init__(
@@ -75,9 +75,9 @@ class OffloadManager:
                 if bucket.params:
                     elements_in(self._buffer_bytes, bucket.dtypes)
         held = 0 if before is None else before.store.num_bytes
-        if takes_host_memory():
-            check_host_memory(self.store.most_bytes - held)
-        # by pipelines of devices that the parameters have left, and to stores that states have
+        if allocates_host_memory():
+            check_host_memory(self.store.max_bytes - held)
+        # bytes moved by earlier pipelines, and by the manager before
         self._moved_before = (0, 0) if before is None else before.stats[:2]
         self._pipeline: Pipeline | None = None
 
@@ -89,14 +89,14 @@ class OffloadManager:
         devices = {p.device for p in self._params}
         if len(devices) > 1:
             raise OffloadError(
-                f"the parameters are on several devices ({', '.join(sorted(map(str, devices)))}), and states are "
-                "fetched to one: put the model on one device, or use offload='none'"
+                f"the parameters are on several devices ({', '.join(sorted(map(str, devices)))}), and states can be "
+                "fetched to one only: put the model on one device, or use offload='none'"
             )
         return devices.pop() if devices else torch.device("cpu")
 
     @property
     def pipeline(self) -> Pipeline:
-        """The pipeline to the device where the parameters are."""
+        """The pipeline to the device of the parameters, made when first needed."""
         if self._pipeline is None:
             store, engine = self.store, self._make_engine(self._device)
             if self._config.offload == "resident":
@@ -105,16 +105,16 @@ class OffloadManager:
                 self._pipeline = StreamedPipeline(
                     store, engine, self._device, self._buffer_bytes, self._config.buffer_count
                 )
-            # copies that are under way must not outlive what they read and write
+            # copies in flight must not outlive the memory they read and write
             self._end = weakref.finalize(self, self._pipeline.close)
             self._end.atexit = False
         return self._pipeline
 
-    def follow(self) -> None:
-        """Go where the parameters have gone: a model may be moved after its optimizer was made.
+    def update_device(self) -> None:
+        """Change the device if the parameters have moved: a model may be moved after construction.
 
         Raises:
-            OffloadError: to several devices.
+            OffloadError: the parameters are on several devices.
         """
         device = self._common_device()
         if device == self._device:
@@ -128,7 +128,7 @@ class OffloadManager:
 
     @property
     def stats(self) -> TransferStats:
-        """What has moved, and what is held."""
+        """Traffic since construction, and memory now."""
         h2d, d2h, held = (0, 0, 0) if self._pipeline is None else self._pipeline.stats
         before = self._moved_before
         return TransferStats(before[0] + h2d, before[1] + d2h, self.store.num_bytes, held)
@@ -156,36 +156,36 @@ class OffloadManager:
         self.pipeline.join()
 
     def prefetch(self, buckets: Sequence[int], later: Sequence[int] | None) -> None:
-        """Start to fetch the states of the next step's buckets; `later` are those of the next period, once known."""
+        """Start to fetch the states of the next step's buckets; `later`: those of the next period, if drawn."""
         self.pipeline.begin(buckets)
         if later is not None:
             self.pipeline.announce(later)
 
     def drain(self) -> None:
-        """Wait until the store holds all states as they are now."""
+        """Wait until the store holds the current states."""
         if self._pipeline is not None:
             self._pipeline.drain()
 
     def invalidate(self, p: Tensor | None = None) -> None:
-        """Prepare for writes by the host to the states of a parameter's bucket, or to all."""
+        """Wait until the host may write to the states of a parameter's bucket, or to all states."""
         if self._pipeline is not None:
             self._pipeline.invalidate(None if p is None else self.store.bucket_of(p))
 
     def close(self) -> tuple[int, int, int]:
-        """End the pipeline, with all states in the store; another is made when needed. Returns its `stats`."""
+        """Close the pipeline, with all states in the store, and return its `stats`; another is made when needed."""
         if self._pipeline is None:
             return 0, 0, 0
         self._end()
         stats, self._pipeline = self._pipeline.stats, None
         return stats
 
-    # -- where states are kept --------------------------------------------------------------------------------
+    # -- storage of states --------------------------------------------------------------------------------
 
     def __contains__(self, p: Tensor) -> bool:
         return p in self.store
 
     def clone_misplaced(self, states: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Copy states that lie in another parameter's place out of the store, before that place is written."""
+        """Clone states that are views of another parameter's part of the store, before that part is written."""
         misplaced = []
         for p, state in states.items():
             for kind in self.store.kinds(p) if p in self.store else ():
@@ -199,28 +199,28 @@ class OffloadManager:
         for state, kind in misplaced:
             state[kind] = state[kind].clone()
 
-    def place(self, p: Tensor, kind: str) -> Tensor:
-        """See `grass.optim.states.Home`."""
+    def view(self, p: Tensor, kind: str) -> Tensor:
+        """See `grass.optim.states.StateStorage`."""
         return self.store.view(p, kind)
 
     def zeros(self, p: Tensor, kind: str) -> Tensor:
-        """See `grass.optim.states.Home`. Memory that was never written is zero, and stays untouched."""
+        """See `grass.optim.states.StateStorage`. Memory that was never written is zero already."""
         if self.store.is_fresh(p, kind):
             return self.store.view(p, kind)
         self.invalidate(p)
         return self.store.view(p, kind).zero_()
 
     def write(self, p: Tensor, kind: str, value: Tensor) -> Tensor:
-        """See `grass.optim.states.Home`."""
+        """See `grass.optim.states.StateStorage`."""
         self.invalidate(p)
-        place = self.store.view(p, kind)
-        if value.untyped_storage().data_ptr() == place.untyped_storage().data_ptr():
-            value = value.clone()  # the same memory, in another order
-        return place.copy_(value)
+        view = self.store.view(p, kind)
+        if value.untyped_storage().data_ptr() == view.untyped_storage().data_ptr():
+            value = value.clone()  # source and target may overlap
+        return view.copy_(value)
 
 
 def _width(bucket: Bucket) -> int:
-    """Bytes of an element of all its states."""
+    """Bytes per element, of all kinds of states."""
     return sum(dtype.itemsize for dtype in bucket.dtypes.values())
 
 
@@ -230,9 +230,9 @@ def buckets_of(
     state: Mapping[Tensor, dict[str, Any]],
     options: Options,
 ) -> list[Bucket]:
-    """Return what a store has to hold, by bucket: states of parameters that can train and take the kernels.
+    """Return the buckets of a store: trainable parameters of dtypes that the kernels support.
 
-    Complex and float64 parameters, which only torch updates, keep their states beside them.
+    Other parameters, such as complex and float64 ones, keep their states on their device.
     """
     buckets = [Bucket([], {}) for _ in range(1 + max((entry.bucket for entry in entries), default=-1))]
     for entry in entries:

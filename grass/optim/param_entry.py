@@ -1,4 +1,4 @@
-"""ParamEntry: one record a parameter: the layer it belongs to, what it is updated with, and when it trains."""
+"""ParamEntry: the record of one parameter: group, layer, bucket, and whether it trains."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,28 +16,27 @@ from grass.layers import LayerMap
 class ParamEntry:
     """One parameter of an optimizer.
 
-    With L layers, `layer` 0 to L - 1 are the layers, L is all that is in no layer. What is updated and moved
-    together is a bucket: a layer, or one parameter that is in no layer, since those get their gradients at the two
-    ends of backward.
+    With L layers, `layer` is 0 to L - 1 inside the layers, and L outside. A bucket is updated and moved together: a
+    layer, or a single parameter outside, since those get their gradients at the two ends of backward.
     """
 
     param: Tensor
     group: int
-    """Index of its parameter group."""
+    """Index of the parameter group."""
     index: int
-    """Place among all parameters; the seed of stochastic rounding, and its name in messages."""
+    """Index among all parameters; the seed of stochastic rounding, and the number in messages."""
     layer: int
     bucket: int = 0
     can_train: bool = True
-    """Trains in some step: neither frozen by the user nor by ``always_active``."""
+    """False if it is never trained: frozen by the user, or by ``always_active``."""
     is_active: bool = True
-    """Trains in the step about to be taken."""
+    """True if the next step trains it."""
 
 
 def make_entries(
     groups: Sequence[dict], layer_of: dict[Tensor, int], trainable: dict[Tensor, bool], num_layers: int
 ) -> list[ParamEntry]:
-    """Records of all parameters, in the order of the groups.
+    """Return the records of all parameters, in the order of the groups.
 
     Args:
         groups: the optimizer's parameter groups.
@@ -46,7 +45,7 @@ def make_entries(
         num_layers: L.
     """
     entries: list[ParamEntry] = []
-    outside = num_layers  # bucket of the next parameter that is in no layer
+    outside = num_layers  # bucket of the next parameter outside
     for index, group in enumerate(groups):
         for p in group["params"]:
             layer = layer_of[p]
@@ -91,7 +90,7 @@ def assign_layers(
 
 
 def params_by_layer(entries: Sequence[ParamEntry], num_layers: int) -> list[list[Tensor]]:
-    """Parameters of each layer that can train."""
+    """Return the trainable parameters of each layer."""
     params: list[list[Tensor]] = [[] for _ in range(num_layers)]
     for entry in entries:
         if entry.can_train and entry.layer < num_layers:
@@ -100,13 +99,13 @@ def params_by_layer(entries: Sequence[ParamEntry], num_layers: int) -> list[list
 
 
 def count_elements(params: Sequence[Sequence[Tensor]]) -> list[int]:
-    """Elements of each layer's parameters."""
+    """Return the number of elements in each layer."""
     return [sum(p.numel() for p in layer) for layer in params]
 
 
 @torch.no_grad()
 def weight_norms(params: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Root-mean-square weight of each layer, float32 [L]; 0 for a layer without parameters."""
+    """Return the root mean square of the weights of each layer: float32 [L], 0 for a layer without parameters."""
     norms = []
     for layer in params:
         total = sum(float(torch.linalg.vector_norm(p)) ** 2 for p in layer)
@@ -115,7 +114,7 @@ def weight_norms(params: Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 def refuse_distributed(model: nn.Module) -> None:
-    """Refuse what has not been built: every rank would draw layers of its own.
+    """Raise for distributed training, which is not supported: every rank would draw other layers.
 
     Raises:
         ConfigError: a data-parallel wrapper, or several processes.

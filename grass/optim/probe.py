@@ -1,11 +1,11 @@
-"""Probe: gradients are measured the moment they are complete, and freed at once.
+"""Probe: measures gradients as soon as they are complete, and frees them.
 
-A hook on each parameter takes the gradient's squared norm on the device and sets ``grad = None``, so
-that all gradients are never alive together (of a 7B model in bfloat16 they are 12.5 GiB).
+A hook on each parameter computes the squared norm of the gradient on the device and sets ``grad = None``, so
+that all gradients are never allocated together (12.5 GiB for a 7B model in bfloat16).
 
-One small gradient a device is kept, emptied but for a mark. A GradScaler refuses to update when it has seen
-no gradient; and what it, or `unscale_`, did to the mark tells by how much all that was measured must be
-scaled. An overflow in any gradient is written into the mark, so that the scaler sees it.
+One small gradient per device is kept for GradScaler, which raises an error if it finds no gradient. All of its elements
+are zero but the first, the mark: the factor by which `unscale_` has changed it is applied to the measured norms, and an
+overflow in any gradient is added to it, so that the scaler detects it.
 """
 
 import weakref
@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from grass.optim.fallback import sq_norm
 
-# So small that neither a logged norm nor clipping feels it; a power of two, which a loss scale divides exactly.
+# Too small to affect a logged norm or clipping; a power of two, so that dividing by a loss scale is exact.
 _MARK = 2.0**-20
 
 
@@ -26,21 +26,21 @@ class Probe:
 
     Args:
         params: parameters to hook; each must require grad.
-        layers: of each; one past the last for parameters in no layer.
+        layers: layer of each parameter, L for parameters outside.
         num_layers: L + 1.
 
     Attributes:
-        handles: of the hooks.
-        accumulated: some gradient has been measured more than once since the last `take` or `discard`.
+        handles: handles of the hooks.
+        accumulated: some gradient has been measured more than once since the last `finish_step` or `discard`.
     """
 
     def __init__(self, params: list[Tensor], layers: list[int], num_layers: int) -> None:
         self.accumulated = False
         self.handles: list[RemovableHandle] = []
         self._sums: Tensor | None = None  # float32 [L + 1], on the first gradient's device
-        self._fired: dict[Tensor, int] = {}  # how often, since the last take
+        self._fired: dict[Tensor, int] = {}  # number of gradients since the last step
         self._observed = [False] * num_layers
-        self._kept: dict[torch.device, Tensor] = {}  # whose gradient is kept
+        self._kept: dict[torch.device, Tensor] = {}  # the parameter whose gradient is kept
         self._overflow: dict[torch.device, Tensor] = {}
         for p, layer in zip(params, layers, strict=True):
             self.handles.append(p.register_post_accumulate_grad_hook(self._hook(layer)))
@@ -58,17 +58,17 @@ class Probe:
 
     @property
     def fired(self) -> bool:
-        """Whether any gradient has been measured since the last `take` or `discard`."""
+        """True if any gradient has been measured since the last `finish_step` or `discard`."""
         return bool(self._fired)
 
-    def notice_cleared(self) -> None:
-        """Drop what has been measured if somebody else, such as ``model.zero_grad()``, cleared gradients."""
+    def discard_if_cleared(self) -> None:
+        """Discard the measurements if gradients were cleared from outside, as by ``model.zero_grad()``."""
         if any(param.grad is None for param in self._kept.values()):
             self.discard()
 
     @torch.no_grad()
     def _measure(self, param: Tensor, layer: int) -> None:
-        self.notice_cleared()
+        self.discard_if_cleared()
         grad = param.grad
         if grad is None or grad.numel() == 0 or grad.is_sparse:  # `step` refuses sparse gradients
             return
@@ -99,14 +99,14 @@ class Probe:
         kept.grad[(0,) * kept.dim()] += overflow.to(kept.grad.dtype)
 
     @torch.no_grad()
-    def take(self, grad_scale: Tensor | None) -> tuple[Tensor, list[bool]]:
-        """The step's squared norms, unscaled, and which layers had gradients; then start anew.
+    def finish_step(self, grad_scale: Tensor | None) -> tuple[Tensor, list[bool]]:
+        """Return the squared norms of the step, unscaled, and the layers that had gradients; then start a new step.
 
         Args:
-            grad_scale: the GradScaler's, if gradients are still scaled.
+            grad_scale: scale of the GradScaler, if gradients are still scaled.
 
         Returns:
-            float32 [L + 1], the sum over micro-batches of squared norms; and one bool a layer.
+            Squared norms summed over micro-batches, float32 [L + 1]; and whether each layer had gradients.
         """
         assert self._sums is not None, "nothing has been measured"
         sums, ratios = self._sums, []
@@ -123,7 +123,7 @@ class Probe:
         return result
 
     def discard(self) -> None:
-        """Drop what has been measured since the last `take`, and the kept gradients."""
+        """Discard the measurements since the last `finish_step`, and the kept gradients."""
         for param in self._kept.values():
             param.grad = None
         self.accumulated = False
@@ -134,7 +134,7 @@ class Probe:
         self._overflow.clear()
 
     def remove(self) -> None:
-        """Take the hooks off the parameters."""
+        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()

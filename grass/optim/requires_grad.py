@@ -1,7 +1,7 @@
-"""RequiresGradLease: which parameters require grad, restored when the optimizer is done with them.
+"""RequiresGradLease: sets ``requires_grad`` of an optimizer's parameters, and restores it at the end.
 
-One optimizer at a time sets ``requires_grad`` of a parameter. A newer one takes over: the older one's hooks are
-removed and ``requires_grad`` is first restored. The same happens on `release`, and when the optimizer is collected.
+One optimizer at a time controls ``requires_grad`` of a parameter. A newer one ends the lease of the older one: hooks
+are removed and ``requires_grad`` is restored. The same happens on `release`, and when the optimizer is collected.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ _LEASES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> wea
 
 
 class RequiresGradLease:
-    """Sets ``requires_grad`` of some parameters until it ends.
+    """Exclusive control of ``requires_grad`` of some parameters.
 
     Args:
-        params: the parameters; leases of others on any of them end first.
-        trainable: `trainable_flags` of them. What is not trainable is never switched on.
+        params: parameters; other leases on any of them are ended first.
+        trainable: their `trainable_flags`; a parameter that is not trainable is never switched on.
 
     Attributes:
-        handles: hooks that are removed with the lease.
+        handles: handles of hooks that are removed at the end of the lease.
     """
 
     def __init__(self, params: Sequence[Tensor], trainable: Sequence[bool]) -> None:
@@ -37,13 +37,13 @@ class RequiresGradLease:
             _LEASES[p] = ref
 
     def bind(self, owner: object) -> None:
-        """End when the owner is collected; the owner must not be reachable from here."""
+        """End the lease when the owner is garbage-collected; the lease must not refer to the owner."""
         weakref.finalize(owner, self.end).atexit = False
 
     def switch(self, is_on: Callable[[Tensor], bool]) -> None:
-        """Switch trainable parameters on or off; what is off loses its gradient.
+        """Set ``requires_grad`` of trainable parameters, and drop the gradients of those that are switched off.
 
-        ``grad = None``, not zeros: a zero gradient would still decay weights and advance moments.
+        ``grad = None`` rather than zeros: a zero gradient would still decay weights and moments.
         """
         if self.ended:
             return
@@ -55,7 +55,7 @@ class RequiresGradLease:
                     p.grad = None
 
     def original_requires_grad(self, p: Tensor) -> bool:
-        """``requires_grad`` of a parameter before the lease."""
+        """Return ``requires_grad`` of a parameter before the lease."""
         return self._original[p]
 
     @property
@@ -69,7 +69,7 @@ class RequiresGradLease:
         _LEASES.pop(p, None)
 
     def end(self) -> None:
-        """Restore ``requires_grad`` and remove the hooks; once."""
+        """Restore ``requires_grad`` and remove the hooks. Further calls do nothing."""
         if self.ended:
             return
         self.ended = True
@@ -81,7 +81,7 @@ class RequiresGradLease:
 
 
 def trainable_flags(params: Sequence[Tensor]) -> list[bool]:
-    """``requires_grad`` of each parameter, as it is or as it was before a lease."""
+    """Return ``requires_grad`` of each parameter, as it was before a lease if there is one."""
     flags = []
     for p in params:
         ref = _LEASES.get(p)

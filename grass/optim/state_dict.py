@@ -1,7 +1,7 @@
 """State dict of `GrassAdamW`: torch's layout, with entries for parameters that were never stepped.
 
-Checkpoint libraries want the state of every parameter that requires grad, and a layer that was never drawn has none.
-It appears as zeros that share one element of memory, which are dropped again when loaded.
+Checkpoint libraries expect the state of every parameter that requires grad, and a layer that was never drawn has none.
+Its state is saved as placeholders: zeros that share one element of memory, which are dropped when loaded.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from grass.optim.states import KINDS, Options, has_remainder, moment_dtype, mome
 
 
 def placeholder_state(group: dict[str, Any], p: Tensor, options: Options) -> dict[str, Tensor]:
-    """Return the state of a parameter that was never stepped, in torch's layout, without its memory."""
+    """Return the state of a parameter that was never stepped, in torch's layout, as expanded zeros."""
     state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
     for key in moment_keys(group):
         state[key] = torch.zeros((), dtype=moment_dtype(group, p, options), device=p.device).expand(p.shape)
@@ -24,13 +24,13 @@ def placeholder_state(group: dict[str, Any], p: Tensor, options: Options) -> dic
 
 
 def split_method(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Take the method's state out of a state dict, and the entries that were never stepped.
+    """Split the state of the method from a state dict, and drop placeholders.
 
     Returns:
-        A shallow copy that torch's layout describes whole, and the method's state or None.
+        A shallow copy in plain torch layout, and the state of the method or None.
 
     Raises:
-        StateMismatchError: not a state dict of an optimizer.
+        StateMismatchError: not the state dict of an optimizer.
     """
     if not {"state", "param_groups"} <= state_dict.keys():
         raise StateMismatchError('not an optimizer\'s state dict: it lacks "state" or "param_groups"')
@@ -38,15 +38,15 @@ def split_method(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     method = groups[0].pop("grass", None) if groups else None
     params = {key for group in groups for key in group["params"]}
     entries = {
-        key: _without_zeros(entry) if key in params and isinstance(entry, dict) else entry
+        key: _drop_placeholder(entry) if key in params and isinstance(entry, dict) else entry
         for key, entry in state_dict["state"].items()
     }
     kept = {key: entry for key, entry in entries.items() if key not in params or entry}
     return {**state_dict, "state": kept, "param_groups": groups}, method
 
 
-def _without_zeros(state: dict[str, Any]) -> dict[str, Any]:
-    """A state as it was before `state_dict` completed it: a counter of 0 stands beside moments that were not there."""
+def _drop_placeholder(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state without placeholders, which are recognized by a step counter of 0."""
     if float(state.get("step", 1)) != 0:
         return state
     kept = {key: value for key, value in state.items() if key not in ("step", *KINDS)}
@@ -56,18 +56,18 @@ def _without_zeros(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_complete(state_dict: dict[str, Any], groups: list[dict[str, Any]], expected: set[Tensor]) -> None:
-    """Refuse a state dict from which somebody has dropped parameters.
+    """Check that a state dict has the state of all trainable parameters.
 
-    `torch.distributed.checkpoint` keeps from what it loads only what requires grad at that moment: all
-    for an optimizer that has not trained yet, but no frozen layer for one that has.
+    `torch.distributed.checkpoint` loads only the state of parameters that require grad at that moment: all of them
+    in a new optimizer, but not those of frozen layers in one that has trained.
 
     Args:
-        state_dict: as given to `load_state_dict`.
-        groups: the optimizer's.
-        expected: parameters that a complete state dict has.
+        state_dict: argument of `load_state_dict`.
+        groups: parameter groups of the optimizer.
+        expected: parameters whose state a complete state dict has.
 
     Raises:
-        StateMismatchError: with how many are missing.
+        StateMismatchError: states are missing; the message has their number.
     """
     missing = 0
     for group, saved in zip(groups, state_dict["param_groups"], strict=True):
@@ -82,46 +82,46 @@ def check_complete(state_dict: dict[str, Any], groups: list[dict[str, Any]], exp
 
 
 def check_shapes(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> None:
-    """Refuse a state dict whose groups or moments do not fit the parameters.
+    """Check that the groups and states of a state dict fit the parameters.
 
     Raises:
-        StateMismatchError: with the first difference.
+        StateMismatchError: they do not fit; the message has the first difference.
     """
     saved = [list(group["params"]) for group in state_dict["param_groups"]]
     own = [group["params"] for group in groups]
     if [len(group) for group in saved] != [len(group) for group in own]:
         raise StateMismatchError(
             f"the state dict has parameter groups of {[len(group) for group in saved]} parameters, this optimizer "
-            f"of {[len(group) for group in own]}: it is of another model, or of other groups"
+            f"of {[len(group) for group in own]}: the state dict is of another model, or of other groups"
         )
     for group, keys in zip(own, saved, strict=True):
         for p, key in zip(group, keys, strict=True):
             entry = state_dict["state"].get(key, {})
             if not isinstance(entry, dict):
                 raise StateMismatchError(
-                    f"the state of parameter {key} in the state dict is no dict: it is damaged"
+                    f"the state of parameter {key} in the state dict is not a dict: the file is damaged"
                 )
             missing = [kind for kind in KINDS[:2] if "step" in entry and kind not in entry]
             if missing:
                 raise StateMismatchError(
-                    f"the state dict has no {missing[0]} of parameter {key}: it is damaged"
+                    f"the state dict has no {missing[0]} of parameter {key}: the file is damaged"
                 )
             for kind in (*KINDS, "remainder"):
                 found = entry.get(kind)
                 if kind in entry and not _is_readable(found, kind, p):
                     raise StateMismatchError(
                         f"{kind} of parameter {key} in the state dict is {_describe(found)}, the parameter is "
-                        f"{p.dtype}: its states are dense tensors of such numbers"
+                        f"{p.dtype}: states must be dense tensors, real or complex as their parameter"
                     )
                 if found is not None and found.shape != p.shape:
                     raise StateMismatchError(
                         f"{kind} of parameter {key} has shape {tuple(found.shape)} in the state dict, the parameter "
-                        f"{tuple(p.shape)}: it is of another model"
+                        f"{tuple(p.shape)}: the state dict is of another model"
                     )
 
 
 def _is_readable(found: Any, kind: str, p: Tensor) -> bool:
-    """Whether these are values that a state can take."""
+    """Return if a state can be loaded from a value."""
     if not isinstance(found, Tensor) or found.layout != torch.strided or found.is_meta:
         return False
     return kind == "remainder" or (found.is_complex() if p.is_complex() else found.is_floating_point())

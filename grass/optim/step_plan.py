@@ -1,9 +1,9 @@
-"""StepPlan: how the parameters of a step are updated, found once and valid while nothing but gradients moves.
+"""StepPlan: one step, prepared once, and valid as long as only gradients and hyperparameters change.
 
-A plan is a backend for each set of parameters (`grass_kernels.AdamWPlan` for Triton, `grass_kernels.TorchPlan`
-without it, `grass.optim.fallback` for what only torch's functional AdamW can update) and a residency: where states are
-while they are updated. If a plan is still valid is asked in every step by comparing plain values: addresses, dtypes,
-shapes and strides of all that is read or written. None of the tensors is kept.
+A plan has backends, each with its share of the parameters (`grass_kernels.AdamWPlan` with Triton,
+`grass_kernels.TorchPlan` without, `grass.optim.fallback` for what only torch's functional AdamW can update), and a
+residency: where states are during an update. Every step checks that the plan is valid by comparing plain values:
+addresses, dtypes, sizes and strides of all tensors that are read or written. A plan holds no tensors.
 """
 
 import math
@@ -31,38 +31,38 @@ _grad, _dtype, _nbytes = map(attrgetter, ("grad", "dtype", "nbytes"))
 
 
 class Reading(NamedTuple):
-    """Tensors of a step, and what a plan is compared by."""
+    """Tensors of a step, and the key that a plan is compared by."""
 
-    params: Sequence[Tensor]  # those that have gradients
+    params: Sequence[Tensor]  # parameters that have gradients
     grads: list[Tensor]
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
     max_exp_avg_sqs: list[Tensor | None]
     remainders: list[Tensor | None]
     steps: list[Tensor]
-    addresses: list[int]  # of the gradients
+    addresses: list[int]  # addresses of the gradients
     key: tuple[Any, ...]
 
 
 def read_step(
     params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Any]], kinds: Sequence[str]
 ) -> Reading:
-    """Read what a step updates.
+    """Collect the tensors of a step.
 
     Args:
-        params: of the optimizer, or of a bucket; with or without gradients.
-        state: of the optimizer.
-        kinds: states that some parameters have beside ``exp_avg``, ``exp_avg_sq`` and ``step``.
+        params: parameters of the optimizer, or of a bucket; those without gradients are skipped.
+        state: state of the optimizer.
+        kinds: kinds of states that some parameters have besides ``exp_avg``, ``exp_avg_sq`` and ``step``.
 
     Raises:
-        KeyError, TypeError: a state is missing or is no tensor.
-        RuntimeError, AttributeError: a tensor has no address, such as a fake or sparse one.
+        KeyError, TypeError: a state is missing or is not a tensor.
+        RuntimeError, AttributeError: a tensor has no address, as fake and sparse tensors.
     """
     present: list[bool] | None = None
     rows, grads = params, list(map(_grad, params))
     try:
         addresses = list(map(Tensor.data_ptr, grads))
-    except TypeError:  # of None
+    except TypeError:  # a gradient is None
         present = [g is not None for g in grads]
         rows, grads = list(compress(params, present)), list(compress(grads, present))
         addresses = list(map(Tensor.data_ptr, grads))
@@ -97,27 +97,27 @@ def read_step(
 
 
 class Scaler(NamedTuple):
-    """Tensors that a GradScaler leaves for the step; on a device, or None."""
+    """Attributes that a GradScaler sets for the step: float32 tensors of one element on a device, or None."""
 
     grad_scale: Tensor | None
     found_inf: Tensor | None
 
 
 class Residency(Protocol):
-    """Where states are while they are updated: in place, or in buffers of the device (`grass.offload`)."""
+    """Residency of states during an update: in place, or in buffers on the device (`grass.offload`)."""
 
     def updating(self) -> AbstractContextManager[None]:
-        """Context in which a step is launched."""
+        """Return the context in which a step is launched."""
 
     def units(self, bucket: int) -> Sequence[Any]:
-        """Units of a bucket (`grass.offload.units.Unit`), in the order of updates."""
+        """Return the units of a bucket (`grass.offload.units.Unit`), in the order of updates."""
 
     def run(self, bucket: int, update: Callable[[Any, dict[str, Tensor]], None]) -> None:
-        """Call ``update(unit, views)`` for every unit of a bucket, with its states in `views`."""
+        """Call ``update(unit, views)`` for every unit of a bucket; `views` are its states by kind, 1-D."""
 
 
 class InPlace:
-    """States beside their parameters: everything is one unit."""
+    """States on the device of their parameters, updated as one unit."""
 
     def updating(self) -> AbstractContextManager[None]:
         """See `Residency`."""
@@ -133,16 +133,16 @@ class InPlace:
 
 
 class StepPlan:
-    """The division of a step's parameters among backends.
+    """One step, prepared: its parameters, divided among backends, and the arguments of these.
 
     Args:
-        reading: of the step, with complete states.
+        reading: tensors of the step, with complete states.
         entries: records of ``reading.params``.
-        groups: of the optimizer.
-        options: of the optimizer.
-        num_layers: layers of the entries.
-        residency: where states are while they are updated.
-        buckets: that pass through it, in the order of updates; one, of any number, for `InPlace`.
+        groups: parameter groups of the optimizer.
+        options: options of the optimizer.
+        num_layers: number of layers.
+        residency: where states are during an update.
+        buckets: buckets that pass through the residency, in the order of updates; one, with any number, for `InPlace`.
     """
 
     def __init__(
@@ -163,29 +163,35 @@ class StepPlan:
         units = [unit for bucket in buckets for unit in residency.units(bucket)]
         self._unit_numbers = {unit: number for number, unit in enumerate(units)}
         self.layers = {entry.layer for entry in entries}
-        """Layers that have parameters in the step."""
+        """Layers with parameters in the step."""
 
         by_device: dict[torch.device, list[int]] = {}
         by_group: dict[int, list[int]] = {}
-        for place, entry in enumerate(entries):
+        for position, entry in enumerate(entries):
             if takes_kernel(groups[entry.group], entry.param, options):
-                by_device.setdefault(entry.param.device, []).append(place)
+                by_device.setdefault(entry.param.device, []).append(position)
             else:
-                by_group.setdefault(entry.group, []).append(place)
+                by_group.setdefault(entry.group, []).append(position)
         self._kernels = [
-            _Kernels(places, device, reading, entries, groups, options, num_layers, self._unit_numbers)
-            for device, places in by_device.items()
+            _KernelBackend(
+                positions, device, reading, entries, groups, options, num_layers, self._unit_numbers
+            )
+            for device, positions in by_device.items()
         ]
         fallbacks = [
             Fallback(
-                places, [entries[i].layer for i in places], index, num_layers, entries[places[0]].param.device
+                positions,
+                [entries[i].layer for i in positions],
+                index,
+                num_layers,
+                entries[positions[0]].param.device,
             )
-            for index, places in by_group.items()
+            for index, positions in by_group.items()
         ]
-        self._backends: list[_Kernels | Fallback] = [*self._kernels, *fallbacks]
+        self._backends: list[_KernelBackend | Fallback] = [*self._kernels, *fallbacks]
 
     def is_valid(self, reading: Reading, groups: Sequence[dict[str, Any]]) -> bool:
-        """Return if the step of a reading is the plan's, but for where gradients are and for hyperparameters."""
+        """Return if the plan fits a reading, whose gradients may have moved, and whose hyperparameters may differ."""
         if reading.key != self._key or [len(group["params"]) for group in groups] != self._lengths:
             return False
         if list(map(_structure, groups)) != self._structures:
@@ -200,7 +206,7 @@ class StepPlan:
         return True
 
     def check(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Refuse hyperparameters that kernels cannot be given, for all groups before any is updated."""
+        """Check the hyperparameters of all groups, before any is updated."""
         for backend in self._backends:
             backend.prepare(groups)
 
@@ -210,13 +216,13 @@ class StepPlan:
         """Update all parameters, without a device sync unless torch's functional AdamW needs one.
 
         Args:
-            reading: for which the plan is valid.
-            groups: of the optimizer.
-            scaler: of a GradScaler.
+            reading: tensors for which the plan is valid.
+            groups: parameter groups of the optimizer.
+            scaler: attributes set by a GradScaler.
 
         Returns:
-            float32 [layers], squared norms of the gradients by layer; and in a graph capture what must live as long as
-            the graph.
+            Squared gradient norms by layer, float32 [layers]; and in a graph capture the objects that must be kept
+            alive with the graph.
         """
         self.check(groups)
         with self._residency.updating():
@@ -241,12 +247,12 @@ class StepPlan:
             kernels.run(0 if unit is None else self._unit_numbers[unit], views)
 
 
-class _Kernels:
-    """Parameters of one device that a plan of `grass_kernels` updates."""
+class _KernelBackend:
+    """Backend for the parameters of one device that a plan of `grass_kernels` updates."""
 
     def __init__(
         self,
-        places: list[int],
+        positions: list[int],
         device: torch.device,
         reading: Reading,
         entries: Sequence[ParamEntry],
@@ -256,11 +262,11 @@ class _Kernels:
         unit_numbers: Mapping[Any, int],
     ) -> None:
         self.device = device
-        self._places = None if len(places) == len(entries) else places
-        mine = [entries[i] for i in places]
-        self._layers = [entry.layer for entry in mine]
-        self._seeds = [entry.index if options.stochastic_rounding else None for entry in mine]
-        self._groups = [entry.group for entry in mine]
+        self._positions = None if len(positions) == len(entries) else positions
+        own = [entries[i] for i in positions]
+        self._layers = [entry.layer for entry in own]
+        self._seeds = [entry.index if options.stochastic_rounding else None for entry in own]
+        self._groups = [entry.group for entry in own]
         self._used = sorted(set(self._groups))
         self._amsgrad = [bool(groups[index]["amsgrad"]) for index in self._groups]
         self._any_amsgrad = any(self._amsgrad)
@@ -268,7 +274,7 @@ class _Kernels:
         self._settings: list[Any] | None = None
         self.sq_norms = torch.empty(num_layers, dtype=torch.float32, device=device)
 
-        indices = {entry.param: i for i, entry in enumerate(mine)}
+        indices = {entry.param: i for i, entry in enumerate(own)}
         units = [
             grass_kernels.Unit(
                 [
@@ -294,13 +300,13 @@ class _Kernels:
         self._has_inference_tensors = any(
             t.is_inference() for column in (*lists.tensors(), lists.steps) for t in column if t is not None
         )
-        # Tensors that cannot be walked in storage order together go through copies, made anew in every step.
+        # Tensors that cannot be processed in storage order together are copied in every step.
         self._is_regular = lists.is_regular()
         self._make = make
         self._plan: AdamWPlan | TorchPlan | None = make(lists) if self._is_regular else None
 
     def _select(self, column: Any) -> Any:
-        return column if self._places is None else [column[place] for place in self._places]
+        return column if self._positions is None else [column[position] for position in self._positions]
 
     def _lists(self, reading: Reading) -> TensorLists:
         maxima: list[Tensor | None] = [None] * len(self._groups)
@@ -320,7 +326,7 @@ class _Kernels:
         )
 
     def increment_versions(self, reading: Reading) -> None:
-        """Tell autograd what was written through addresses."""
+        """Increment the versions of tensors that were written by address, as autograd expects."""
         written = [*self._select(reading.params), *self._select(reading.exp_avgs)]
         written += [*self._select(reading.exp_avg_sqs), *self._select(reading.steps)]
         for column in (reading.max_exp_avg_sqs, reading.remainders):
@@ -330,7 +336,7 @@ class _Kernels:
         torch.autograd.graph.increment_version(written)
 
     def prepare(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Take the hyperparameters of the groups, checked."""
+        """Check and convert the hyperparameters of the groups, if they have changed."""
         settings = [settings_of(groups[index]) for index in self._used]
         if all(map(are_plain, settings)) and settings == self._settings:
             return
@@ -346,13 +352,13 @@ class _Kernels:
         if not self._is_regular:
             copies = layout.Layout(lists.params)
             lists = lists.in_layout(copies)
-            self._copied = copies, lists  # alive until the step has been launched
+            self._copied = copies, lists  # kept alive until `finish`
             self._plan, addresses = self._make(lists), None
         assert self._plan is not None
         return self._plan.upload(lists, self._hyperparameters, addresses)
 
     def measure(self, grad_scale: Tensor | None) -> Tensor:
-        """Squared norms by layer, from a pass that only reads gradients."""
+        """Return the squared gradient norms by layer, float32 [layers], from a pass that only reads gradients."""
         assert self._plan is not None
         self._plan.measure(self.sq_norms, _to(grad_scale, self.device))
         return self.sq_norms
@@ -378,7 +384,7 @@ class _Kernels:
             self._plan.run(unit, views)
 
     def finish(self) -> Tensor | None:
-        """See `AdamWPlan.finish`; returns the squared norms if `begin` was asked for them."""
+        """See `AdamWPlan.finish`; returns the squared norms if `begin` was called with ``norms=True``."""
         assert self._plan is not None
         self._plan.finish(self.sq_norms if self._norms else None, self._grad_scale)
         self._grad_scale = None
@@ -394,7 +400,7 @@ def _to(t: Tensor | None, device: torch.device) -> Tensor | None:
 
 
 def _total(parts: Iterator[Tensor] | Sequence[Tensor]) -> Tensor:
-    """The sum on the first part's device; of one part that part itself."""
+    """Return the sum on the device of the first part; a single part is returned as it is."""
     first, *others = parts
     for part in others:
         first = first + part.to(first.device, non_blocking=True)

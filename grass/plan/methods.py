@@ -170,11 +170,11 @@ class _GrassAdamW(GrassAdamW):
         scheduler.schedule.step_count = scheduler.schedule.probe_steps
         left = tuple(layer for layer in scheduler.active if layer not in active)
         scheduler.active, scheduler.next_active = active, coming
-        self._follow(Change(drawn, left))
+        self._apply_change(Change(drawn, left))
 
     def _finish_step(self, sq_norms: Tensor, observed: list[bool], accumulated: bool) -> None:
         self._sq_norms = sq_norms
-        self._follow(Change(None, None))
+        self._apply_change(Change(None, None))
 
 
 def _make(
@@ -212,7 +212,7 @@ def _adapting(
         if config.offload == "none":
             return Traffic()
         assert optimizer._offload is not None
-        host = optimizer._offload.store.most_bytes
+        host = optimizer._offload.store.max_bytes
         h2d, d2h = _moved(optimizer)
         if config.offload == "streamed":
             return Traffic(h2d - begun[0], d2h - begun[1], host)

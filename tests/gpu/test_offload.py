@@ -1,7 +1,7 @@
 """States that come and go, on a device.
 
 Would catch: an update that begins before its states have come, a write-back before the update, a buffer that is
-filled while its last tenant still goes home, a state dict read while copies are under way, a store that is not
+filled before its last unit has been written back, a state dict read while copies are in flight, a store that is not
 pinned (copies would block the host), device memory that grows with the model.
 """
 

@@ -137,7 +137,7 @@ def test_a_store_that_will_not_fit_is_refused_before_training(
     memory: Callable, settings: dict[str, Any]
 ) -> None:
     model = ragged.ragged()
-    needed = construct(model, **settings)._offload.store.most_bytes
+    needed = construct(model, **settings)._offload.store.max_bytes
     memory(needed - 1)
     model = ragged.ragged()
     before = trace(model)

@@ -18,7 +18,7 @@ from tests.support.trainings import (
     MODES,
     OFFLOADED,
     STEPS,
-    assert_at_home,
+    assert_in_store,
     outcome,
     start,
     train,
@@ -97,7 +97,7 @@ def test_parameters_added_later_find_a_place(mode: str, stop: int) -> None:
         train(model, opt, stop, STEPS)
         assert opt.draw_counts[3] > 0
         if mode != "none":
-            assert_at_home(opt)
+            assert_in_store(opt)
         return outcome(model, opt)
 
     tiny.assert_identical(run(mode), run("none"))

@@ -25,7 +25,7 @@ from tests.support.trainings import (
     MODES,
     OFFLOADED,
     STEPS,
-    assert_at_home,
+    assert_in_store,
     outcome,
     resumed,
     saved,
@@ -119,7 +119,7 @@ def test_a_state_of_its_own_can_be_loaded_back(mode: str) -> None:
     for stop in (2, 4, 6):
         train(model, opt, stop - 2, stop)
         opt.load_state_dict(opt.state_dict())
-        assert_at_home(opt)
+        assert_in_store(opt)
     train(model, opt, 6, STEPS)
     tiny.assert_identical(outcome(model, opt), whole())
 
@@ -160,10 +160,10 @@ def test_loading_fills_the_store_and_makes_no_other_states(mode: str) -> None:
     with Made() as made:
         other.load_state_dict(state)
     assert made.largest < 1000, "states passed through memory beside the store"
-    assert_at_home(other)
+    assert_in_store(other)
     train(model, opt, 6, STEPS)
     train(twin, other, 6, STEPS)
-    assert_at_home(other)
+    assert_in_store(other)
     tiny.assert_identical(outcome(twin, other), outcome(model, opt))
 
 
@@ -193,8 +193,8 @@ def test_a_checkpoint_of_torchs_adamw_goes_into_the_store(mode: str) -> None:
         return model, opt
 
     (model, opt), (plain, reference) = run(mode), run("none")
-    assert_at_home(opt)
-    assert opt.transfer_stats.store_bytes == opt._offload.store.most_bytes
+    assert_in_store(opt)
+    assert opt.transfer_stats.store_bytes == opt._offload.store.max_bytes
     train(model, opt, 0, STEPS)
     train(plain, reference, 0, STEPS)
     tiny.assert_identical(outcome(model, opt), outcome(plain, reference))
@@ -222,7 +222,7 @@ def test_a_copy_continues_bit_by_bit_in_a_store_of_its_own(
         train(model, opt, stop, STEPS)
         tiny.assert_identical(outcome(twin, other), outcome(model, opt))
         tiny.assert_identical(outcome(twin, other), whole(**options))
-        assert_at_home(opt)
+        assert_in_store(opt)
         own = {t.untyped_storage().data_ptr() for s in opt.state.values() for t in s.values() if t.dim()}
         copied = {t.untyped_storage().data_ptr() for s in other.state.values() for t in s.values() if t.dim()}
         assert not own & copied
@@ -251,10 +251,10 @@ def test_preparing_by_accelerate_leaves_states_in_the_store(
     prepared, wrapped = accelerator.prepare(model, opt)  # reads, moves and reloads the state
     assert wrapped.optimizer is opt
     assert {p: s["exp_avg"].data_ptr() for p, s in opt.state.items()} == places
-    assert_at_home(opt)
+    assert_in_store(opt)
     for index in range(stop, STEPS):
         accelerator.backward(prepared(index))
         wrapped.step()
         wrapped.zero_grad()
-    assert_at_home(opt)
+    assert_in_store(opt)
     tiny.assert_identical(outcome(model, opt), whole())

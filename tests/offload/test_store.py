@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import grass
 from grass.errors import OffloadError
-from grass.offload.store import ALIGNMENT, Bucket, Slab, Store, allocating, place
+from grass.offload.store import ALIGNMENT, Bucket, Slab, Store, allocating, section_layout
 from tests.support import ragged, tiny
 
 pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
@@ -90,7 +90,7 @@ def test_a_slab_takes_its_aligned_segments_and_not_a_byte_more(sizes: list[int],
     assert slab.num_bytes == elements * sum(dtype.itemsize for dtype in kinds.values())
     assert asked == [max(1, slab.num_bytes)]
     assert slab.numel == elements
-    assert place(params) == (slab.starts, elements)
+    assert section_layout(params) == (slab.starts, elements)
 
 
 def test_mapped_memory_is_of_the_size_that_was_asked_for() -> None:
@@ -130,7 +130,7 @@ def test_a_slab_is_made_when_it_is_first_asked_for() -> None:
     members = [[torch.zeros(10), torch.zeros(3, 4)], [torch.zeros(1000)], []]
     store = Store([Bucket(list(members), dict(KINDS[2])) for members in members], pinned=False)
     assert store.num_bytes == 0
-    assert store.most_bytes == (2 * 128 + 8 * 128) * 10
+    assert store.max_bytes == (2 * 128 + 8 * 128) * 10
     assert [p in store for p in members[0]] == [True, True]
     assert torch.zeros(10) not in store
     assert store.bucket_of(members[1][0]) == 1
@@ -139,7 +139,7 @@ def test_a_slab_is_made_when_it_is_first_asked_for() -> None:
     assert store.view(members[1][0], "exp_avg").data_ptr() == view.data_ptr()
     assert store.slab(1) is store.slab(1)
     store.slab(0)
-    assert store.num_bytes == store.most_bytes
+    assert store.num_bytes == store.max_bytes
 
 
 def test_what_was_never_given_out_is_known_to_be_zero() -> None:
@@ -271,7 +271,7 @@ def test_the_states_of_an_optimizer_are_in_one_slab_a_layer(
 @pytest.mark.parametrize(("amsgrad", "master"), [(False, False), (True, True)])
 def test_the_forecast_is_what_is_there_when_all_was_drawn(amsgrad: bool, master: bool) -> None:
     _, opt = trained(0, amsgrad=amsgrad, master_weights=master)
-    forecast = opt._offload.store.most_bytes
+    forecast = opt._offload.store.max_bytes
     assert opt.transfer_stats.store_bytes == 0
     _, opt = trained(25, amsgrad=amsgrad, master_weights=master, sampler="cyclic")
     assert all(opt.draw_counts)
@@ -287,7 +287,7 @@ def test_frozen_parameters_and_layers_have_no_place() -> None:
     homeless = {name for name, p in model.named_parameters() if p not in store}
     assert homeless == {"head", *(f"blocks.1.{name}" for name, _ in model.blocks[1].named_parameters())}
     trainable = [p for p in model.parameters() if p.requires_grad]
-    assert store.most_bytes == sum(-(-p.numel() // 128) * 128 for p in trainable) * 8
+    assert store.max_bytes == sum(-(-p.numel() // 128) * 128 for p in trainable) * 8
 
 
 class Wide(nn.Module):

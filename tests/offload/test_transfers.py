@@ -145,7 +145,7 @@ def test_the_store_grows_as_layers_are_drawn_up_to_what_was_predicted(offload: s
         1, offload=offload, sample_interval=1, update_interval=1, probe_steps=2, sampler="adaptive"
     )
     assert opt.transfer_stats.store_bytes == 0, "nothing is taken while probing"
-    sizes, predicted = [], opt._offload.store.most_bytes
+    sizes, predicted = [], opt._offload.store.max_bytes
     for _ in range(60):
         even_step(model, opt)
         sizes.append(opt.transfer_stats.store_bytes)

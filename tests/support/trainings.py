@@ -66,7 +66,7 @@ def whole(dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Any]:
     return outcome(model, opt)
 
 
-def assert_at_home(opt: grass.GrassAdamW) -> None:
+def assert_in_store(opt: grass.GrassAdamW) -> None:
     """Every state of a kernel's parameter is in the slab of its bucket, where the pipeline looks for it."""
     store = opt._offload.store
     for p, state in opt.state.items():
