@@ -76,7 +76,7 @@ def read_step(
         present,
         list(map(Tensor.data_ptr, [*rows, *moments, *steps])),
         list(map(Tensor.stride, [*rows, *grads, *moments])),
-        list(map(_dtype, rows)),
+        list(map(_dtype, [*rows, *grads])),
         list(map(_nbytes, [*rows, *grads, *moments])),
     )
     return Reading(
