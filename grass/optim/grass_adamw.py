@@ -301,6 +301,7 @@ class GrassAdamW(AdamW):
         probe.notice_cleared()
         if not probe.fired:
             return
+        self._current_entries()
         accumulated = probe.accumulated
         sq_norms, observed = probe.take(getattr(self, "grad_scale", None))
         self._finish_step(sq_norms, observed, accumulated)
@@ -362,7 +363,7 @@ class GrassAdamW(AdamW):
         """Set ``requires_grad`` and hooks as the scheduler says."""
         self._plans.clear()
         scheduler, outside = self._scheduler, len(self._layers)
-        for entry in self._entries:
+        for entry in self._current_entries():
             in_layer = entry.layer < outside and (scheduler.probing or entry.layer in scheduler.active)
             entry.is_active = in_layer or entry.layer == outside
         active = {entry.param for entry in self._entries if entry.is_active}
@@ -460,6 +461,9 @@ class GrassAdamW(AdamW):
                 entry = by_param[p]
                 entry.group, entry.index = index, place
                 self._entries.append(entry)
+            removed = by_param.keys() - {p for _, p in members}
+            self._lease.drop(removed)
+            self._tied_params -= removed
         return self._entries
 
     def _entries_with_grads(self, bucket: int | None) -> tuple[list[ParamEntry], int]:
@@ -626,9 +630,10 @@ class GrassAdamW(AdamW):
         given = state_dict
         state_dict, method = state_dicts.split_method(given)
         state_dicts.check_shapes(state_dict, self.param_groups)
+        entries = self._current_entries()
         if method is not None:
             self._scheduler.check(method)
-            expected = {entry.param for entry in self._current_entries() if entry.can_train}
+            expected = {entry.param for entry in entries if entry.can_train}
             state_dicts.check_complete(given, self.param_groups, expected)
         super().load_state_dict(state_dict)
         if method is None:

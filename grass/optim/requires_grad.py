@@ -5,7 +5,7 @@ removed and ``requires_grad`` is first restored. The same happens on `release`, 
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -55,6 +55,14 @@ class RequiresGradLease:
     def original_requires_grad(self, p: Tensor) -> bool:
         """``requires_grad`` of a parameter before the lease."""
         return self._original[p]
+
+    def drop(self, params: Iterable[Tensor]) -> None:
+        """End for some of the parameters, and keep them no longer."""
+        for p in params:
+            trainable = self._original.pop(p)
+            if not self.ended:
+                p.requires_grad_(trainable)
+                _LEASES.pop(p, None)
 
     def end(self) -> None:
         """Restore ``requires_grad`` and remove the hooks; once."""
