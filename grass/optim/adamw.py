@@ -169,6 +169,15 @@ class AdamW(torch.optim.AdamW):
         """
         if torch.compiler.is_compiling():
             return self._step_outside_graph(closure)
+        return self._step(closure)
+
+    @torch._disable_dynamo  # torch.compiler.disable would import the compiler with this module
+    def _step_outside_graph(self, closure: Callable[[], Any] | None) -> Any:
+        """`step` in a compiled function: addresses have no place in its graph."""
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        """`step` without its hooks."""
         self._check_capture()
         loss = None
         if closure is not None:
@@ -176,11 +185,6 @@ class AdamW(torch.optim.AdamW):
                 loss = closure()
         self._sq_norms = self._update()
         return loss
-
-    @torch._disable_dynamo  # torch.compiler.disable would import the compiler with this module
-    def _step_outside_graph(self, closure: Callable[[], Any] | None) -> Any:
-        """Take a step inside a compiled function: a graph break, since plans depend on addresses."""
-        return self.step(closure)
 
     def _check_capture(self) -> None:
         """Raise for a step in a graph capture without ``capturable``, by torch's own check, which has two names."""

@@ -177,6 +177,7 @@ class GrassAdamW(AdamW):
         self._lease.bind(self)
         self._probe: Probe | None = None
         self._fused: FusedBackward | None = None
+        self._has_removed_params = False
         self._switch_parameters()
         if self._config.fused_backward:
             self._step_supports_amp_scaling = True  # a GradScaler then calls `step`, which raises
@@ -304,6 +305,7 @@ class GrassAdamW(AdamW):
         probe.discard_if_cleared()
         if not probe.fired:
             return
+        self._current_entries()
         accumulated = probe.accumulated
         sq_norms, observed = probe.finish_step(getattr(self, "grad_scale", None))
         self._finish_step(sq_norms, observed, accumulated)
@@ -365,7 +367,7 @@ class GrassAdamW(AdamW):
         """Set ``requires_grad`` and hooks for the active layers."""
         self._plans.clear()
         scheduler, outside = self._scheduler, len(self._layers)
-        for entry in self._entries:
+        for entry in self._current_entries():
             in_layer = entry.layer < outside and (scheduler.probing or entry.layer in scheduler.active)
             entry.is_active = in_layer or entry.layer == outside
         active = {entry.param for entry in self._entries if entry.is_active}
@@ -463,17 +465,18 @@ class GrassAdamW(AdamW):
                 entry = by_param[p]
                 entry.group, entry.index = index, position
                 self._entries.append(entry)
+            removed = by_param.keys() - {p for _, p in members}
+            self._lease.drop(removed)
+            self._tied_params -= removed
+            self._has_removed_params |= bool(removed)
         return self._entries
 
     def _drop_removed_params(self) -> None:
-        """Forget parameters that the user has taken out of the groups."""
-        entries = self._current_entries()
-        if len(entries) == len(self._lease.params):
+        """Adapt the parts to parameters that the user has removed from the groups since the last step."""
+        self._current_entries()
+        if not self._has_removed_params:
             return
-        kept = {entry.param for entry in entries}
-        for p in [p for p in self._lease.params if p not in kept]:
-            self._lease.drop(p)
-        self._tied_params &= kept
+        self._has_removed_params = False
         self._scheduler.recount(count_elements(params_by_layer(self._entries, len(self._layers))))
         self._rebuild_store()
         self._switch_parameters()
@@ -642,9 +645,10 @@ class GrassAdamW(AdamW):
         given = state_dict
         state_dict, method = state_dicts.split_method(given)
         state_dicts.check_shapes(state_dict, self.param_groups)
+        entries = self._current_entries()
         if method is not None:
             self._scheduler.check(method)
-            expected = {entry.param for entry in self._current_entries() if entry.can_train}
+            expected = {entry.param for entry in entries if entry.can_train}
             state_dicts.check_complete(given, self.param_groups, expected)
         super().load_state_dict(state_dict)
         if method is None:

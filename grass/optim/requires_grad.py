@@ -6,7 +6,7 @@ are removed and ``requires_grad`` is restored. The same happens on `release`, an
 
 import contextlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -58,15 +58,13 @@ class RequiresGradLease:
         """Return ``requires_grad`` of a parameter before the lease."""
         return self._original[p]
 
-    @property
-    def params(self) -> list[Tensor]:
-        """The parameters."""
-        return list(self._original)
-
-    def drop(self, p: Tensor) -> None:
-        """Restore ``requires_grad`` of one parameter and forget it."""
-        _set_requires_grad(p, self._original.pop(p))
-        _LEASES.pop(p, None)
+    def drop(self, params: Iterable[Tensor]) -> None:
+        """End for some of the parameters, and keep them no longer."""
+        for p in params:
+            trainable = self._original.pop(p)
+            if not self.ended:
+                _set_requires_grad(p, trainable)
+                _LEASES.pop(p, None)
 
     def end(self) -> None:
         """Restore ``requires_grad`` and remove the hooks. Further calls do nothing."""

@@ -80,7 +80,7 @@ def read_step(
         contiguous,
         [] if all(contiguous) else list(map(Tensor.stride, tensors)),
         list(map(Tensor.data_ptr, [*rows, *moments, *steps])),
-        list(map(_dtype, rows)),
+        list(map(_dtype, [*rows, *grads])),
         list(map(_nbytes, tensors)),
     )
     return Reading(
@@ -338,13 +338,15 @@ class _KernelBackend:
     def prepare(self, groups: Sequence[dict[str, Any]]) -> None:
         """Check and convert the hyperparameters of the groups, if they have changed."""
         settings = [settings_of(groups[index]) for index in self._used]
-        if all(map(are_plain, settings)) and settings == self._settings:
+        plain = all(map(are_plain, settings))
+        if plain and settings == self._settings:
             return
         unused = Hyperparameters(0.0, 0, False, (0.0, 0.0), 0.0, 0.0)
         hyperparameters = [unused] * len(groups)
         for index in self._used:
             hyperparameters[index] = hyperparameters_of(groups[index], self.device, self._max_grad_norm)
-        self._settings, self._hyperparameters = settings, hyperparameters
+        # A tensor may be written to: it is no value to compare with.
+        self._settings, self._hyperparameters = settings if plain else None, hyperparameters
 
     def upload(self, reading: Reading, groups: Sequence[dict[str, Any]]) -> object:
         """Prepare the launches of a step; see `AdamWPlan.upload`."""

@@ -575,3 +575,18 @@ def test_settings_are_kept_as_they_were_given(cls):
     assert group["lr"] is lr
     assert group["weight_decay"] is decay
     assert type(group["eps"]) is numpy.float32
+
+
+def test_a_number_after_a_tensor_that_was_written_to():
+    """The tensor holds by then what the number is: no reason to keep what it held before."""
+    (p,), (q,) = ([nn.Parameter(torch.ones(3))] for _ in range(2))
+    lr = torch.tensor(0.1)
+    ours, theirs = grass.AdamW([p], lr=lr), torch.optim.AdamW([q], lr=0.1)
+    for step in range(2):
+        for optimizer, param in ((ours, p), (theirs, q)):
+            if step == 1:
+                lr.fill_(0.5)
+                optimizer.param_groups[0]["lr"] = 0.5
+            param.grad = torch.ones(3)
+            optimizer.step()
+    torch.testing.assert_close(p, q)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import grass
+import grass_kernels
 from grass_kernels import _triton
 from tests.support.pair import (
     BF16,
@@ -357,6 +358,21 @@ def no_gradient_of_the_second(optimizer, params):
 
 def replace_one_parameters_data(optimizer, params):
     params[0].data = params[0].data + 0.5
+
+
+def test_a_gradient_of_another_dtype_of_the_same_size():
+    """Its bits would be read as those of the dtype before."""
+    p = nn.Parameter(torch.zeros(8, dtype=BF16))
+    p.grad = torch.ones_like(p)
+    optimizer = grass.AdamW([p], lr=0.01)
+    optimizer.step()
+    before = p.detach().clone()
+    p.grad, p.grad_dtype = None, None  # any dtype
+    p.grad = torch.ones(8, dtype=F16)
+    with pytest.raises(grass_kernels.KernelArgumentError, match="float16"):
+        optimizer.step()
+    assert torch.equal(p, before)
+    assert optimizer.state[p]["step"] == 1
 
 
 EVENTS = [

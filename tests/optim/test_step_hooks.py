@@ -393,3 +393,22 @@ def test_a_profiler_finds_the_step_of_a_subclass():
     with torch.autograd.profiler.profile() as profile:
         optimizer.step()
     assert [event.name for event in profile.function_events].count("Optimizer.step#Own.step") == 1
+
+
+# A compiled step
+
+
+@pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+@pytest.mark.filterwarnings("ignore:Profiler record function")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["torch", "AdamW"])
+def test_a_compiled_step_calls_hooks_once(kind, handles):
+    torch._dynamo.reset()
+    optimizer, _ = make(kind)
+    calls: list[str] = []
+    handles.append(optimizer.register_step_pre_hook(lambda *_: calls.append("before")))
+    handles.append(optimizer.register_step_post_hook(lambda *_: calls.append("after")))
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    step()
+    step()
+    assert calls == ["before", "after"] * 2
