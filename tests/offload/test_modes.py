@@ -7,7 +7,6 @@ values that may be combined meet in one of the cases.
 """
 
 import random
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
