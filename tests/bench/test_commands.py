@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import llama
 
 from bench.__main__ import main
 from bench.kernels import plan as plans
@@ -25,6 +24,7 @@ from bench.kernels.rows import KEYS, failed_row
 from bench.kernels.runner import NO_TIME_LEFT
 from bench.kernels.table import Table
 from bench.offload.rows import KEYS as OFFLOAD_KEYS
+from tests.support.tiny import llama
 
 ROOT = Path(__file__).parent.parent.parent
 CARD = {"device": "a card", "torch": "2.13", "commit": "0123456789abcdef", "dirty": True}

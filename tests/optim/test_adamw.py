@@ -27,6 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import grass
 import grass_kernels
+from grass.optim.states import Options, takes_kernel
 
 pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
 
@@ -742,18 +743,20 @@ def test_autograd_through_a_differentiable_step(dtype):
     torch.testing.assert_close(result, (p.detach(), start.grad, lr.grad), rtol=1e-5, atol=1e-5)
 
 
-def test_capturable_is_torchs_to_refuse():
-    params = parameters()
-    set_grads(params, 0)
-    before = copy.deepcopy([p.detach() for p in params])
-    with pytest.raises(
-        AssertionError, match="If capturable=True, params and state_steps must be on"
-    ) as of_torch:
-        torch.optim.AdamW(params, capturable=True).step()
-    with pytest.raises(AssertionError) as ours:
-        grass.AdamW(params, capturable=True).step()
-    assert str(ours.value) == str(of_torch.value)
-    assert_equal_to_the_bit([p.detach() for p in params], before)
+def test_capturable_on_a_cpu_is_refused_before_anything_changes():
+    """torch asserts it group by group, when those before have been updated."""
+    params, capturable = parameters(), parameters()
+    set_grads([*params, *capturable], 0)
+    before = copy.deepcopy([p.detach() for p in (*params, *capturable)])
+    (twin,) = copies(capturable[:1])
+    twin.grad = capturable[0].grad
+    with pytest.raises(AssertionError, match="If capturable=True, params and state_steps must be on"):
+        torch.optim.AdamW([twin], capturable=True).step()
+    optimizer = grass.AdamW([{"params": params}, {"params": capturable, "capturable": True}])
+    with pytest.raises(RuntimeError, match="capturable=True needs parameters on a device"):
+        optimizer.step()
+    assert_equal_to_the_bit([p.detach() for p in (*params, *capturable)], before)
+    assert not any(optimizer.state.values())
 
 
 # Flags and hyperparameters
@@ -806,14 +809,17 @@ def test_hyperparameters_are_torchs(dtype, kwargs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tensor_betas_of_float32_are_left_to_torch(dtype, monkeypatch):
+def test_only_tensor_betas_on_a_device_are_left_to_torch(dtype, monkeypatch):
     """Our kernels would read them on the host, and wait for the device; low precision has no other way."""
     calls = []
     make_plan = grass_kernels.make_plan
     monkeypatch.setattr(grass_kernels, "make_plan", lambda *args: calls.append(args) or make_plan(*args))
     params = parameters(dtype)
-    train(grass.AdamW(params, betas=(torch.tensor(0.5), torch.tensor(0.75))), params, range(1))
-    assert bool(calls) == (dtype == torch.bfloat16)
+    optimizer = grass.AdamW(params, betas=(torch.tensor(0.5), torch.tensor(0.75)))
+    train(optimizer, params, range(1))
+    assert calls
+    on_a_device = {**optimizer.param_groups[0], "betas": (torch.tensor(0.5, device="meta"), 0.75)}
+    assert takes_kernel(on_a_device, params[0], Options()) == (dtype == torch.bfloat16)
 
 
 def test_constructor_has_torchs_signature():

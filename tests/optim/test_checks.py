@@ -1,23 +1,26 @@
 """What a step refuses, before it changes anything; and what settings may be.
 
 Would catch: a setting of a later group that is refused when the first has been updated, or taken at the second try; a
-parameter or a gradient that no way can serve and that is found in the middle of a step, or raises what nobody can
-catch; a learning rate that torch takes and we do not, or that is read in another precision.
+parameter or a gradient that no backend can serve and that is found in the middle of a step, or raises what nobody can
+catch; address 0 handed to a kernel; an error that does not name the tensor; a learning rate that torch takes and we do
+not, or that is read in another precision.
 
-Runs in both passes: with ``TRITON_INTERPRET=1`` steps go by plans, without it by the kernels' function.
+Runs in both passes: with ``TRITON_INTERPRET=1`` steps take the kernels, without it torch.
 """
 
+import copy
 import math
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.testing._internal.two_tensor import TwoTensor
 
 import grass
-import grass_kernels
+from grass_kernels import KernelArgumentError
 from tests.support.pair import BF16, F16, F32, Pair, normal
+from tests.support.pairwise import pairwise
 
 needs_grad_dtype = pytest.mark.skipif(
     not hasattr(Tensor, "grad_dtype"), reason="torch before 2.10: a gradient has its tensor's dtype"
@@ -36,7 +39,7 @@ def assert_refused(optimizer: grass.AdamW, match: str) -> None:
     """Also when it is tried again."""
     before = content(optimizer)
     for _ in range(2):
-        with pytest.raises(grass_kernels.KernelArgumentError, match=match):
+        with pytest.raises(KernelArgumentError, match=match):
             optimizer.step()
         torch.testing.assert_close(content(optimizer), before, rtol=0, atol=0)
 
@@ -53,11 +56,10 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("steps", [0, 2], ids=["first step", "third step"])
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=["plain", "clipped"])
-@pytest.mark.parametrize("case", BAD)
-def test_a_bad_setting_of_the_second_group_is_refused_before_the_first_is_updated(case, options, steps):
+@pytest.mark.parametrize(("case", "clips", "steps"), pairwise(product(BAD, (False, True), (0, 2))))
+def test_a_bad_setting_of_the_second_group_is_refused_before_the_first_is_updated(case, clips, steps):
     settings, match = BAD[case]
+    options = {"max_grad_norm": 1.0} if clips else {}
     params = [nn.Parameter(normal(5, seed=i)) for i in range(2)]
     others = [nn.Parameter(p.detach().clone()) for p in params]
     optimizer, reference = (
@@ -85,34 +87,9 @@ def test_a_bad_setting_of_the_second_group_is_refused_before_the_first_is_update
     torch.testing.assert_close(content(optimizer), content(reference), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_a_schedule_in_numpy(dtype):
-    """Its product with a learning rate is numpy's too."""
-    numpy = pytest.importorskip("numpy")
-    pair = Pair(dtype)
-    schedules = [LambdaLR(opt, lambda i: numpy.float32(1 / (1 + i))) for opt in (pair.ours, pair.torchs)]
-    for _ in range(3):
-        pair.go()
-        for schedule in schedules:
-            schedule.step()
-    assert isinstance(pair.ours.param_groups[0]["lr"], numpy.float32)
-
-
-def test_other_settings_in_numpy():
-    numpy = pytest.importorskip("numpy")
-    pair = Pair()
-
-    def set_all(optimizer, _):
-        for group in optimizer.param_groups:
-            group.update(eps=numpy.float32(1e-3), weight_decay=numpy.float64(0.2), lr=numpy.float64(0.03))
-
-    pair.go()
-    pair.both(set_all)
-    pair.go(2)
-
-
-@pytest.mark.parametrize("dtype", [BF16, F16, F32, torch.float64])
-@pytest.mark.parametrize("of", [F32, BF16])
+@pytest.mark.parametrize(
+    ("dtype", "of"), [(BF16, F32), (F16, BF16), (F32, BF16), (torch.float64, F32), (torch.float64, BF16)]
+)
 def test_a_learning_rate_in_a_tensor_of_any_dtype(dtype, of):
     """On the CPU, as schedules of others make it; what it holds is what counts, also if it is written in place."""
     pair = Pair(of)
@@ -124,6 +101,37 @@ def test_a_learning_rate_in_a_tensor_of_any_dtype(dtype, of):
             rate.mul_(factor)
             group["lr"] = float(rate)
         pair.go()
+
+
+def test_betas_in_a_list_that_is_written_in_place():
+    pair = Pair()
+    pair.both(lambda optimizer, _: [group.update(betas=[0.9, 0.99]) for group in optimizer.param_groups])
+    pair.go(2)
+
+    def write(optimizer, params):
+        optimizer.param_groups[0]["betas"][:] = [0.4, 0.8]
+        optimizer.param_groups[1]["betas"][1] = 0.7
+
+    pair.both(write)
+    pair.go(2)
+
+
+@pytest.mark.parametrize(("betas", "steps"), [(None, 0), ((0.9,), 1), ((0.9, 0.99, 0.999), 1)])
+def test_betas_that_are_not_two_are_refused(betas, steps):
+    pair = Pair()
+    pair.go(steps)
+    pair.set_grads()
+    pair.ours.param_groups[1]["betas"] = betas
+    assert_refused(pair.ours, r"betas are .*: give two numbers")
+
+
+def test_a_bad_setting_of_what_torch_updates_changes_nothing():
+    params = [nn.Parameter(normal(4, seed=0)), nn.Parameter(normal(4, seed=1).double())]
+    optimizer = grass.AdamW([{"params": [p]} for p in params], lr=0.1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.param_groups[1]["weight_decay"] = "much"
+    assert_refused(optimizer, "weight_decay")
 
 
 # Parameters and gradients
@@ -175,31 +183,56 @@ def test_what_keeps_its_elements_elsewhere_is_refused(which):
     p = nn.Parameter(wrapped) if which == "parameter" else nn.Parameter(torch.ones(4))
     p.grad = TwoTensor(torch.ones(4), torch.ones(4))
     optimizer = grass.AdamW([{"params": [plain]}, {"params": [p]}], lr=0.1)
-    with pytest.raises(grass_kernels.KernelArgumentError, match=f"{which}.*TwoTensor.*to_local"):
+    with pytest.raises(KernelArgumentError, match=f"{which}.*TwoTensor.*to_local"):
         optimizer.step()
     assert torch.equal(plain, torch.ones(4))
 
 
-def test_a_tensor_lr_written_in_place():
-    pair = Pair()
-    pair.both(
-        lambda optimizer, _: [
-            group.update(lr=torch.tensor(float(group["lr"]))) for group in optimizer.param_groups
-        ]
-    )
-    pair.go(2)
-    pair.both(lambda optimizer, _: [group["lr"].mul_(3) for group in optimizer.param_groups])
-    pair.go(2)
+def free(t: Tensor) -> None:
+    t.untyped_storage().resize_(0)
 
 
-def test_betas_in_a_list_that_is_written_in_place():
-    pair = Pair()
-    pair.both(lambda optimizer, _: [group.update(betas=[0.9, 0.99]) for group in optimizer.param_groups])
-    pair.go(2)
+NOWHERE = {
+    "a gradient, freed": lambda p, state: free(p.grad),
+    "a gradient of zeros that are not stored": lambda p, state: setattr(
+        p, "grad", torch._efficientzerotensor(p.shape)
+    ),
+    "a parameter, freed": lambda p, state: free(p.data),
+    "its moments, freed": lambda p, state: free(state["exp_avg"]),
+}
 
-    def write(optimizer, params):
-        optimizer.param_groups[0]["betas"][:] = [0.4, 0.8]
-        optimizer.param_groups[1]["betas"][1] = 0.7
 
-    pair.both(write)
-    pair.go(2)
+@pytest.mark.parametrize("what", NOWHERE)
+@pytest.mark.parametrize("first", [True, False])
+def test_what_has_no_memory_is_refused(what, first):
+    """In the first step, and when there is a plan; beside a parameter that could be updated."""
+    p, q = (nn.Parameter(normal(5, seed=i)) for i in range(2))
+    p.grad, q.grad = normal(5, seed=2), normal(5, seed=3)
+    optimizer = grass.AdamW([p, q] if not first else [p], lr=0.1)
+    if not first or "moments" in what:
+        optimizer.step()
+    if first:
+        optimizer = copy.deepcopy(optimizer)
+        (p,) = optimizer.param_groups[0]["params"]
+        p.grad = normal(5, seed=2)
+        optimizer.add_param_group({"params": [q]})
+    before = q.detach().clone()
+    count = float(optimizer.state[q]["step"]) if q in optimizer.state else 0
+    NOWHERE[what](p, optimizer.state.get(p))
+    with pytest.raises(KernelArgumentError, match=r"parameter 0, a .* has no memory"):
+        optimizer.step()
+    assert torch.equal(q, before)
+    assert q not in optimizer.state or float(optimizer.state[q]["step"]) == count
+
+
+def test_a_dtype_outside_the_table_is_refused_before_anything_changes():
+    p = nn.Parameter(normal(4, seed=1).to(torch.float8_e4m3fn))
+    first, optimizer = beside_another(p)
+    p.grad = torch.ones(4).to(p.dtype)
+    before = first.detach().clone()
+    with pytest.raises(
+        KernelArgumentError, match=r"parameter 1, .* torch\.float8_e4m3fn, which AdamW does not update"
+    ):
+        optimizer.step()
+    assert torch.equal(first, before)
+    assert not optimizer.state[first]

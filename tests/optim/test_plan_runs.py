@@ -1,9 +1,9 @@
-"""What a plan does, step after step, beside what it is told.
+"""What a plan does step after step.
 
 Would catch: a long-lived plan that differs from a fresh call, a write that autograd does not see, a kernel that is
 compiled again because a number, an address or a count has changed.
 
-Runs in both passes: with ``TRITON_INTERPRET=1`` steps go by plans, without it by the kernels' function.
+Runs in both passes: with ``TRITON_INTERPRET=1`` steps take the kernels, without it torch.
 """
 
 import copy
@@ -93,8 +93,10 @@ def test_a_long_lived_plan_is_a_fresh_call(option):
 # What autograd is told
 
 
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"amsgrad": True}, {"master_weights": True}])
-@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(F32, {}), (BF16, {"max_grad_norm": 1.0}), (F32, {"amsgrad": True}), (BF16, {"master_weights": True})],
+)
 def test_versions_advance_with_every_step(dtype, options):
     params = [nn.Parameter(normal(*s, seed=i).to(dtype)) for i, s in enumerate(SHAPES)]
     optimizer = grass.AdamW(params, **HYPER, **options)
@@ -160,7 +162,7 @@ def specialisation(kernel, arguments: dict) -> tuple:
     ids=lambda options: "-".join(options) or "plain",
 )
 def test_nothing_is_compiled_after_the_first_step(options, monkeypatch):
-    """A thousand steps in which numbers, addresses and counts change: no kernel sees anything new to it."""
+    """Many steps in which numbers, addresses and counts change: no kernel sees anything new to it."""
     seen: set[tuple] = set()
     names: list[str] = []
 
@@ -176,7 +178,7 @@ def test_nothing_is_compiled_after_the_first_step(options, monkeypatch):
     optimizer = grass.AdamW([{"params": params[:2]}, {"params": params[2:]}], **options)
     generator = torch.Generator().manual_seed(0)
     first = 0
-    for step in range(1000):
+    for step in range(200):
         draw = torch.randint(0, 1 << 30, (8,), generator=generator).tolist()
         for i, (p, d) in enumerate(zip(params, draw, strict=False)):
             shift = d % 5 if step else 0
@@ -193,5 +195,5 @@ def test_nothing_is_compiled_after_the_first_step(options, monkeypatch):
         if step == 0:
             first = len(seen)
             assert {"_prologue_kernel", "_masked_adamw_kernel"} <= set(names)
-    assert len(names) > 3000
+    assert len(names) > 600
     assert len(seen) == first, "compiled again:\n" + "\n".join(sorted(map(str, seen)))

@@ -3,16 +3,19 @@
 Would catch: a step that goes on with a tensor that is no longer in the state, while somebody still holds it: of the
 first parameter or a later one, a moment, a maximum, a counter or a remainder; a tensor read by the strides, the address
 or the dtype that it had; one that no kernel can read and that is refused when others have been updated, or without its
-name; in a store: a value that never reaches the store.
+name; in a store: a value that never reaches the store; memory of states that a plan keeps alive.
 
-Oracle: `torch.optim.AdamW`. Runs in both passes: with ``TRITON_INTERPRET=1`` steps go by plans.
+Oracle: `torch.optim.AdamW`. Runs in both passes: with ``TRITON_INTERPRET=1`` steps take the kernels.
 """
 
 import collections
 import copy
+import gc
 import itertools
 import subprocess
 import sys
+import weakref
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -21,10 +24,18 @@ from torch import Tensor, nn
 
 import grass
 from tests.support import tiny
-from tests.support.twins import BF16, F16, F32, F64, KINDS, MAXIMA, Twins, normal
+from tests.support.buffers import interpreter_only
+from tests.support.pairwise import pairwise
+from tests.support.twins import BF16, F16, F32, F64, KINDS, MAXIMA, Twins, in_turn, normal, spread
 
 MOMENTS = ("exp_avg", "exp_avg_sq", MAXIMA)
 PLACES = range(3)
+host_only = pytest.mark.plain_only(reason="no kernel takes part, and the other pass is slow")
+
+
+def on_the_host(cases: list[tuple]) -> list:
+    """Cases of which those with a store are of the plain pass alone."""
+    return [case if case[1] == "AdamW" else pytest.param(*case, marks=host_only) for case in cases]
 
 
 def values(t: Tensor, seed: int = 7) -> Tensor:
@@ -125,9 +136,7 @@ def test_a_replaced_moment_is_used(change):
     twins.go()
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("key", MOMENTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "key", "dtype"), pairwise(product(KINDS, MOMENTS, (F32, BF16))))
 def test_a_replaced_moment_is_used_in_every_mode(kind, key, dtype):
     """Also while a store's newer values of the others are on the device."""
     twins = Twins(kind, dtype, amsgrad=True)
@@ -142,8 +151,9 @@ def test_a_replaced_moment_is_used_in_every_mode(kind, key, dtype):
     del kept
 
 
-@pytest.mark.parametrize("change", [new_data, other_order, transposed_in_place, other_storage])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "AdamW"])
+@pytest.mark.parametrize(
+    ("change", "kind"), in_turn([new_data, other_order, transposed_in_place, other_storage, other_order])
+)
 def test_a_moved_moment_is_used_in_every_mode(kind, change):
     twins = Twins(kind)
     twins.go()
@@ -178,6 +188,8 @@ print("done")
 """
 
 
+@interpreter_only
+@pytest.mark.slow
 def test_memory_that_was_reallocated_is_not_written():
     """In a process of its own: a step that writes to memory that was freed may end it."""
     ended = subprocess.run(
@@ -214,8 +226,7 @@ COUNTERS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("make", COUNTERS)
+@pytest.mark.parametrize(("make", "kind"), spread(COUNTERS))
 def test_a_replaced_counter_is_used(make, kind):
     twins = Twins(kind)
     twins.go()
@@ -246,8 +257,7 @@ def test_a_moved_counter_is_used(change):
 # Remainders
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", ["new tensor", "new data", "taken out", "other order"])
+@pytest.mark.parametrize(("how", "kind"), spread(["new tensor", "new data", "taken out", "other order"]))
 def test_a_replaced_remainder_is_used(how, kind):
     """Zeros: the exact value is then the parameter's own, from which torch goes on in float32."""
     place = 1
@@ -362,16 +372,9 @@ WHOLE = [
 ]  # fmt: skip
 
 
-EVERYWHERE = (swap_states, swap_moments, cleared, another_state)
-CASES = [
-    *((event, kind) for event in WHOLE for kind in ("AdamW", "streamed")),
-    *((event, kind) for event in EVERYWHERE for kind in ("none", "resident")),
-]
-
-
-@pytest.mark.parametrize(("event", "kind"), CASES)
+@pytest.mark.parametrize(("event", "kind"), spread(WHOLE))
 def test_replaced_states_are_used(event, kind):
-    """The old ones are kept; those that are dropped: test_plans_states.py."""
+    """The old ones live on, in somebody's variable."""
     twins = Twins(kind)
     twins.go()
     twins.settle()
@@ -410,7 +413,7 @@ def test_replaced_states_are_used_inside_backward(mode):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_states_that_are_replaced_before_every_step(kind):
-    """No step may find what an earlier one has found at a reused address."""
+    """The old ones are dropped: no step may find what an earlier one has found at a reused address."""
     twins = Twins(kind)
     twins.go()
     for place in itertools.islice(itertools.cycle(PLACES), 6):
@@ -469,8 +472,7 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "streamed"])
-@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize(("odd", "kind"), on_the_host(spread(ODD)))
 def test_an_odd_moment_is_used_or_refused_by_name(odd, kind):
     place, key = 2, "exp_avg_sq"
     twins = Twins(kind)
@@ -530,8 +532,7 @@ ODD_COUNTERS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "streamed"])
-@pytest.mark.parametrize("odd", ODD_COUNTERS)
+@pytest.mark.parametrize(("odd", "kind"), on_the_host(spread(ODD_COUNTERS)))
 def test_an_odd_counter_is_used_or_refused_by_name(odd, kind):
     place = 2
     twins = Twins(kind)
@@ -556,8 +557,7 @@ ODD_REMAINDERS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "streamed"])
-@pytest.mark.parametrize("odd", ODD_REMAINDERS)
+@pytest.mark.parametrize(("odd", "kind"), on_the_host(spread(ODD_REMAINDERS)))
 def test_an_odd_remainder_is_refused_by_name(odd, kind):
     place = 2
     twins = Twins(kind, BF16, ours={"master_weights": True})
@@ -586,3 +586,22 @@ def test_replaced_states_are_saved(kind):
     twins.go(2)
     twins.compare_states()
     del kept
+
+
+def test_states_loaded_between_steps_are_used():
+    twins = Twins()
+    twins.go()
+    saved = {id(opt): copy.deepcopy(opt.state_dict()) for opt in (twins.ours, twins.torchs)}
+    twins.go(2)
+    twins.both(lambda optimizer, params: optimizer.load_state_dict(saved[id(optimizer)]))
+    twins.go(2)
+
+
+def test_memory_of_dropped_states_is_freed():
+    """A plan has addresses: it does not keep what its user has let go."""
+    twins = Twins()
+    twins.go(2)
+    watched = [weakref.ref(t) for state in twins.ours.state.values() for t in state.values()]
+    twins.ours.state.clear()
+    gc.collect()
+    assert not any(ref() is not None for ref in watched)

@@ -10,6 +10,7 @@ import grass
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SHAPES = ((4, 4), (2, 3, 2, 2), (33,))
 HYPER = {"lr": 0.01, "weight_decay": 0.1}
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -21,12 +22,18 @@ def misaligned(g: Tensor) -> Tensor:
 
 
 class Pair:
-    """Our optimizer and torch's for-loop, on twins. Every event is done to both, every step compared."""
+    """Our optimizer and torch's for-loop, on twins. Every event is done to both, every step compared.
 
-    def __init__(self, dtype: torch.dtype = F32, **options) -> None:
+    Args:
+        dtype: of our parameters; torch's are float32.
+        ours: options of ours alone.
+        options: of both.
+    """
+
+    def __init__(self, dtype: torch.dtype = F32, ours: dict | None = None, **options) -> None:
         self.params = [nn.Parameter(normal(*s, seed=i).to(dtype)) for i, s in enumerate(SHAPES)]
         self.twins = [nn.Parameter(p.detach().float().clone()) for p in self.params]
-        self.ours = grass.AdamW(self._groups(self.params), **{**HYPER, **options})
+        self.ours = grass.AdamW(self._groups(self.params), **{**HYPER, **options, **(ours or {})})
         self.torchs = torch.optim.AdamW(self._groups(self.twins), **{**HYPER, **options}, foreach=False)
         self.count = 0
 
@@ -76,58 +83,3 @@ class Pair:
         for _ in range(steps):
             self.set_grads(make)
             self.step()
-
-
-# States
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def replace_first(optimizer, params):
-    optimizer.state[params[0]]["exp_avg"] = torch.full_like(params[0], 0.5)
-
-
-def replace_counters(optimizer, params):
-    for p in params:
-        optimizer.state[p]["step"] = torch.tensor(41.0)
-
-
-def replace_dicts(optimizer, params):
-    for i, p in enumerate(params):
-        moments = {key: (normal(*p.shape, seed=90 + i) ** 2).to(F32) for key in MOMENTS}
-        optimizer.state[p] = {"step": torch.tensor(7.0), **moments}
-
-
-def pop_one(optimizer, params):
-    optimizer.state.pop(params[1])
-
-
-def clear(optimizer, params):
-    optimizer.state.clear()
-
-
-def move_data(optimizer, params):
-    for p in params:
-        for key in MOMENTS:
-            optimizer.state[p][key].data = optimizer.state[p][key].data + 0.25
-
-
-def write_in_place(optimizer, params):
-    for p in params:
-        optimizer.state[p]["exp_avg"].mul_(2)
-        optimizer.state[p]["step"].fill_(12)
-
-
-def replace_last_entry(optimizer, params):
-    optimizer.state[params[2]]["exp_avg_sq"] = torch.full_like(params[2], 0.25)
-
-
-def replace_last_counter(optimizer, params):
-    optimizer.state[params[2]]["step"] = torch.tensor(5.0)
-
-
-STATE_EVENTS = [
-    replace_first, replace_counters, replace_dicts, pop_one, clear, move_data, write_in_place, replace_last_entry,
-    replace_last_counter,
-]  # fmt: skip
-NOTICED_IF_DROPPED = (replace_last_entry, replace_last_counter)

@@ -22,11 +22,11 @@ def pairwise(rows: Iterable[Row]) -> list[Row]:
     Args:
         rows: tuples of equal length, as `itertools.product` gives them.
     """
-    candidates = list(rows)
-    missing: set[Hashable] = set().union(*map(_pairs, candidates))
+    candidates = [(row, _pairs(row)) for row in rows]
+    missing: set[Hashable] = set().union(*(pairs for _, pairs in candidates))
     taken: list[Row] = []
     while missing:
-        best = max(candidates, key=lambda row: len(_pairs(row) & missing))
+        best, pairs = max(candidates, key=lambda candidate: len(candidate[1] & missing))
         taken.append(best)
-        missing -= _pairs(best)
+        missing -= pairs
     return taken

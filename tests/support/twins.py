@@ -3,7 +3,8 @@
 Every event is done to both, every step is compared. The method has all layers active and no probe, so that it is AdamW.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -16,9 +17,21 @@ SHAPES = ((4, 4), (4, 4), (33,))
 HYPER = {"lr": 0.01, "weight_decay": 0.1}
 KINDS = {"AdamW": None, "none": "none", "resident": "resident", "streamed": "streamed"}
 """`grass.AdamW`, and the method by its offload mode."""
+METHODS = [kind for kind in KINDS if kind != "AdamW"]
 MAXIMA = "max_exp_avg_sq"
 KEYS = ("step", "exp_avg", "exp_avg_sq", MAXIMA)
 REFUSALS = (ValueError, TypeError, RuntimeError, AssertionError)
+
+
+def in_turn(names: Iterable[Any]) -> list[tuple[Any, str]]:
+    """Each name beside one mode of the method."""
+    return list(zip(names, cycle(METHODS), strict=False))
+
+
+def spread(names: Iterable[Any]) -> list[tuple[Any, str]]:
+    """Each name for `grass.AdamW`, and in one mode of the method."""
+    names = list(names)
+    return [*((name, "AdamW") for name in names), *in_turn(names)]
 
 
 def normal(*shape: int, seed: int) -> Tensor:
