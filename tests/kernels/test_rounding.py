@@ -243,6 +243,7 @@ def test_other_steps_seeds_and_places_draw_otherwise():
         assert 0.3 < float((one != other).double().mean()) < 0.5  # 0.3 of the way: 2 * 0.3 * 0.7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("lost", [0, 1, 0x4000, 0x8000, 0xC000, 0xFFFF, 0x2F0B])
 def test_rounding_is_unbiased(lost, sign):

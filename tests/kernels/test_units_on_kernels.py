@@ -315,6 +315,7 @@ def trained(dtype: torch.dtype, options: dict[str, Any], **mode: Any) -> dict[st
 
 
 @interpreter_only
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "options", "modes"),
     [
