@@ -33,7 +33,7 @@ class MeanGradientNorm:
 
     def __init__(self, num_params: Sequence[int], ema: float, device: torch.device) -> None:
         self.ema = ema
-        self.importance = torch.zeros(len(num_params))
+        self.importance = torch.zeros(len(num_params), device="cpu")
         self.num_refreshes = 0
         self.accumulated = False
         self.set_num_params(num_params, device)
@@ -43,8 +43,8 @@ class MeanGradientNorm:
 
     def set_num_params(self, num_params: Sequence[int], device: torch.device) -> None:
         """Replace N_l."""
-        counts = torch.tensor([max(1, n) for n in num_params], dtype=torch.float32)
-        self._num_params = counts.to(device)
+        counts = [max(1, n) for n in num_params]
+        self._num_params = torch.tensor(counts, dtype=torch.float32, device=device)
 
     @property
     def device(self) -> torch.device:
@@ -93,7 +93,7 @@ class MeanGradientNorm:
         mean = total / count.clamp_min(1)
         if probe:
             # A layer without a finite norm gets the mean over the other layers.
-            default = mean[observed].mean() if observed.any() else torch.tensor(0.0)
+            default = mean[observed].mean() if observed.any() else 0.0
             self.importance = torch.where(observed, mean, default)
         else:
             before = self.importance

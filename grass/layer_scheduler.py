@@ -82,7 +82,7 @@ class LayerScheduler:
                 self.importance.importance = weight_norms.float().cpu()
                 self.sampler.refresh(self.importance.importance)
             else:
-                self.importance.importance = torch.ones(len(num_params))
+                self.importance.importance = torch.ones(len(num_params), device="cpu")
         self._apply(self.schedule.start(), ends_probe=False)
         self.beginning = self.state_dict()
 
@@ -146,12 +146,12 @@ class LayerScheduler:
             "format": _FORMAT_VERSION,
             "config": _config_numbers(self.config),
             "names_checksum": self._names_checksum,
-            "num_params": torch.tensor(self.num_params),
+            "num_params": torch.tensor(self.num_params, device="cpu"),
             "step_count": self.schedule.step_count,
             # always of the same shape: checkpoint libraries load into the tensors of a newly constructed optimizer
             "active": self._as_tensor(self.active),
             "next_active": self._as_tensor(self.next_active or ()),
-            "draw_counts": torch.tensor(self.draw_counts),
+            "draw_counts": torch.tensor(self.draw_counts, device="cpu"),
             "sampler": self.sampler.state_dict(),
             "importance": self.importance.state_dict(),
         }
@@ -159,7 +159,7 @@ class LayerScheduler:
     def _as_tensor(self, layers: tuple[int, ...]) -> Tensor:
         """Return layers as int64 [active_layers], padded with -1."""
         padding = [-1] * (self.config.active_layers - len(layers))
-        return torch.tensor([*layers, *padding], dtype=torch.int64)
+        return torch.tensor([*layers, *padding], dtype=torch.int64, device="cpu")
 
     def check(self, state: dict[str, Any]) -> None:
         """Check that a state fits, without loading it.

@@ -64,7 +64,7 @@ class Sampler:
 
     def __init__(self, config: GrassConfig, eligible: list[bool]) -> None:
         self.config = config
-        self.eligible = torch.tensor(eligible)
+        self.eligible = torch.tensor(eligible, device="cpu")
         config.check_layers(int(self.eligible.sum()))
         self.generator = torch.Generator().manual_seed(config.seed)
         self.num_draws = 0
@@ -100,7 +100,7 @@ class Sampler:
         self.probabilities = state["probabilities"].detach().cpu().double()
 
     def _from_importance(self, importance: Tensor) -> Tensor:
-        scaled = torch.full(self.eligible.shape, -torch.inf, dtype=torch.float64)
+        scaled = torch.full_like(self.eligible, -torch.inf, dtype=torch.float64)
         kind, tau, floor = (
             self.config.importance_scale,
             self.config.temperature,
@@ -128,8 +128,9 @@ class ShuffledSampler(Sampler):
     def __init__(self, config: GrassConfig, eligible: list[bool]) -> None:
         super().__init__(config, eligible)
         indices = self.eligible.nonzero().flatten()
-        order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(config.seed))
-        self.permutation = torch.arange(len(eligible))
+        generator = torch.Generator().manual_seed(config.seed)
+        order = torch.randperm(len(indices), generator=generator, device="cpu")
+        self.permutation = torch.arange(len(eligible), device="cpu")
         self.permutation[indices] = indices[order]
 
     def refresh(self, importance: Tensor) -> None:

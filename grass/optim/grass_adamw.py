@@ -663,7 +663,7 @@ class GrassAdamW(AdamW):
 
     def _load_method(self, method: dict[str, Any]) -> None:
         self._scheduler.load_state_dict(method)
-        torn = [layer for layer in method.get("torn", torch.empty(0)).tolist() if layer >= 0]
+        torn = [layer for layer in method["torn"].tolist() if layer >= 0] if "torn" in method else []
         if torn:
             warnings.warn(
                 f"the state was saved inside a step that did not end: layers {torn} are one update ahead of the "

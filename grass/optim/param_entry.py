@@ -110,7 +110,7 @@ def weight_norms(params: Sequence[Sequence[Tensor]]) -> Tensor:
     for layer in params:
         total = sum(float(torch.linalg.vector_norm(p)) ** 2 for p in layer)
         norms.append((total / max(1, sum(p.numel() for p in layer))) ** 0.5)
-    return torch.tensor(norms)
+    return torch.tensor(norms, device="cpu")
 
 
 def refuse_distributed(model: nn.Module) -> None:

@@ -184,7 +184,7 @@ class StateMaker:
         device = step_device(group, p, self.options)
         step = state["step"]
         if not isinstance(step, Tensor) or (step.dtype, step.device) != (torch.float32, device):
-            state["step"] = torch.as_tensor(step, dtype=torch.float32).to(device).reshape(())
+            state["step"] = _counter(step, device)
         for key in STATE_KEYS[1:]:
             value = state.get(key)
             if not isinstance(value, Tensor):
@@ -209,10 +209,15 @@ class StateMaker:
         if remainder is not None and is_bits and has_remainder(group, p, options):
             state["remainder"] = self._copy(p, "remainder", remainder, torch.int16)
         if "step" in saved:
-            step = torch.as_tensor(saved["step"], dtype=torch.float32)
-            state["step"] = step.detach().to(step_device(group, p, options), copy=True).reshape(())
+            state["step"] = _counter(saved["step"], step_device(group, p, options))
 
     def _copy(self, p: Tensor, kind: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         if self.storage is not None and p in self.storage:
             return self.storage.write(p, kind, value)
         return value.to(device=p.device, dtype=dtype, copy=True)
+
+
+def _counter(step: Any, device: torch.device) -> Tensor:
+    """A step counter of its own memory, from a number or a tensor of one."""
+    value = step.detach() if isinstance(step, Tensor) else torch.tensor(step, device="cpu")
+    return value.to(device, torch.float32, copy=True).reshape(())
