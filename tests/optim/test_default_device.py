@@ -1,7 +1,7 @@
 """``torch.set_default_device`` changes nothing: what is of the host stays there.
 
-Would catch: a tensor of the host (probabilities, permutation, counters of a state dict) made on the default device, where
-its generator, its mask or its values are not.
+Would catch: a tensor of the host (probabilities, permutation, counters of a state dict) made on the default device,
+where its generator, its mask or its values are not.
 
 The default device is meta, which stands for a GPU here: what is made there has no values.
 """
