@@ -305,6 +305,7 @@ class AdamW(torch.optim.AdamW):
             "state": {key: entry for key, entry in theirs.items() if key not in params or entry},
         }
 
+    @torch.inference_mode(False)  # what is made in it no later step could write to
     def _restore(self, saved: dict[str, Any]) -> None:
         """Copy the states of a state dict in their saved precision."""
         saved_ids = [key for group in saved["param_groups"] for key in group["params"]]

@@ -15,6 +15,7 @@ from torch import nn
 
 import grass
 from tests.support import tiny
+from tests.support.twins import Twins
 
 pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
 
@@ -267,3 +268,14 @@ def test_a_damaged_state_is_refused_whole(part: str) -> None:
         opt.load_state_dict({})
     assert opt.step_count == 0
     assert [p.requires_grad for p in model.parameters()] == before
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "none", "streamed"])
+def test_loaded_in_inference_mode(kind: str) -> None:
+    """States are made there that steps outside can write to."""
+    twins = Twins(kind)
+    twins.go(2)
+    saved = copy.deepcopy(twins.ours.state_dict())
+    with torch.inference_mode():
+        twins.ours.load_state_dict(saved)
+    twins.go(2)
