@@ -37,7 +37,16 @@ class Fallback:
 
     def prepare(self, groups: Sequence[dict[str, Any]]) -> None:
         """Check the hyperparameters of the group, before any group is updated."""
-        check_settings(groups[self._index], self.device)
+        group = groups[self._index]
+        check_settings(group, self.device)
+        if group["foreach"] and not group["capturable"]:
+            tensors = {"lr": group["lr"], "betas[0]": group["betas"][0], "betas[1]": group["betas"][1]}
+            for name, value in tensors.items():
+                if isinstance(value, Tensor):  # torch would notice when other groups have been updated
+                    raise RuntimeError(
+                        f"{name} as a Tensor is not supported for capturable=False and foreach=True: leave foreach "
+                        "out, or give a number"
+                    )
 
     def upload(self, reading: Any, groups: Sequence[dict[str, Any]]) -> None:
         """Hold the tensors of a step until `finish`."""

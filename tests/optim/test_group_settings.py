@@ -590,3 +590,19 @@ def test_a_number_after_a_tensor_that_was_written_to():
             param.grad = torch.ones(3)
             optimizer.step()
     torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("setting", ["lr", "betas"])
+def test_tensors_that_torch_refuses_with_foreach_are_refused_before_any_update(setting: str) -> None:
+    """A group of float64, which torch updates, behind one that kernels do."""
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=F64))]
+    optimizer = grass.AdamW([{"params": params[:1]}, {"params": params[1:], "foreach": True}], lr=0.1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = snapshot(optimizer)
+    value = torch.tensor(0.1) if setting == "lr" else (torch.tensor(0.9), torch.tensor(0.99))
+    optimizer.param_groups[1][setting] = value
+    with pytest.raises(RuntimeError, match=setting):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
