@@ -232,7 +232,7 @@ def masked_adamw_(
     found_inf: Tensor | None = None,
     clip_coef: Tensor | None = None,
 ) -> None:
-    """Perform masked AdamW: see :func:`grass_kernels.masked_adamw_`."""
+    """Compute masked AdamW: see :func:`grass_kernels.masked_adamw_`."""
     layers = [0] * len(params) if layer_index is None else [int(i) for i in layer_index]
     mask = None if active is None else [bool(a) for a in active]
     indices = [i for i, layer in enumerate(layers) if mask is None or mask[layer]]

@@ -60,11 +60,11 @@ def make_entries(
 def assign_layers(
     params: Sequence[Tensor], model: nn.Module, layers: LayerMap, config: GrassConfig
 ) -> list[int]:
-    """The layer of each parameter: L for what is in no layer and always trains, L + 1 for what never does.
+    """Return the layer of each parameter: L outside if it always trains, L + 1 if it never does.
 
     Raises:
-        ParameterError: a parameter is not the model's.
-        ConfigError: a name pattern of ``always_active`` that matches nothing.
+        ParameterError: a parameter does not belong to the model.
+        ConfigError: a name pattern of ``always_active`` matches nothing.
     """
     patterns = config.always_active_patterns
     named: dict[Tensor, tuple[str, int | None]] = {

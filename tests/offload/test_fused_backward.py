@@ -183,7 +183,7 @@ def test_a_second_backward_that_was_not_declared_is_an_error_at_its_first_hook(a
     watch(model, arrived.append)
     with pytest.raises(BackwardError, match=r"that update stays.*with optimizer\.accumulate\(\)") as raised:
         backward(model, 2)
-    assert "step(), which counts what was updated, or zero_grad()" in str(raised.value)
+    assert "step(), which counts the updates as a step, or zero_grad()" in str(raised.value)
     assert isinstance(raised.value, grass.GrassError)
     assert not arrived, "a hook behind the first one's layer was reached"
     assert all(p.grad is None for p in model.parameters())
