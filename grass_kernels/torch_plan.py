@@ -261,9 +261,7 @@ def _update_in_fp32(
     for param, remainder, wide in zip(params, remainders, wide_params, strict=True):
         if remainder is not None:
             wide.copy_(rounding.join_fp32(param, remainder))
-    wide_grads = _widen(grads, scratch[1], copy=factor is not None)
-    if factor is not None:
-        scratch[1][: sum(g.numel() for g in grads)].mul_(factor)
+    wide_grads = _widen(grads, scratch[1], factor)
     wide_exp_avgs, wide_exp_avg_sqs = _widen(exp_avgs, scratch[2]), _widen(exp_avg_sqs, scratch[3])
     steps = [row.step for row in batch]
     maximize = hyper.maximize and factor is None
@@ -283,23 +281,26 @@ def _update_in_fp32(
     layout.copy_all(stored, updated)
 
 
-def _widen(tensors: list[Tensor], scratch: Tensor, copy: bool = False) -> list[Tensor]:
-    """Return the tensors in fp32: as they are, or copied to `scratch` one after another."""
-    if not copy and all(t.dtype == torch.float32 for t in tensors):
+def _widen(tensors: list[Tensor], scratch: Tensor, factor: Tensor | None = None) -> list[Tensor]:
+    """Return the tensors in fp32: themselves, or copies in `scratch`, one after another, multiplied by `factor`."""
+    if factor is None and all(t.dtype == torch.float32 for t in tensors):
         return tensors
-    wide, sources, start = [], [], 0
-    for t in tensors:
-        if copy or t.dtype != torch.float32:
-            stop = start + t.numel()
-            wide.append(scratch[start:stop])
-            sources.append(t)
-            start = stop
+    wide, start = list(tensors), 0
+    targets, sources = [], []
+    for i, t in enumerate(tensors):
+        if factor is None and t.dtype == torch.float32:
+            continue
+        wide[i] = scratch[start : start + t.numel()]
+        start += t.numel()
+        if factor is not None and t.dtype == torch.float32:
+            torch.mul(t, factor, out=wide[i])
         else:
-            wide.append(t)
-    targets = (
-        wide if len(sources) == len(wide) else [w for w, t in zip(wide, tensors, strict=True) if w is not t]
-    )
+            targets.append(wide[i])
+            sources.append(t)
     layout.copy_all(targets, sources)
+    if factor is not None:
+        for target in targets:
+            target.mul_(factor)
     return wide
 
 

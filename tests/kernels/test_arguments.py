@@ -115,7 +115,10 @@ BAD = {
     "step a number": (replace("steps", 1, 0.0), r"steps\[1\] is 0.0: give a tensor"),
     "seed a fraction": (put(rounding_seeds=[1, 1.5, 2]), r"rounding_seeds\[1\] is 1.5"),
     "layer a fraction": (put(layer_index=[0, 1.5, 1]), r"layer_index\[1\] is 1.5"),
-    "remainder dtype": (put(remainders=[torch.zeros(4), None, None]), r"remainders\[0\] is float32 for a float32"),
+    "remainder dtype": (
+        put(remainders=[torch.zeros(4), None, None]),
+        r"remainders\[0\] is float32 for a float32",
+    ),
     "two roundings": (put(remainders=[None] * 3, rounding_seeds=[1, 2, 3]), r"both given"),
     "lr": (put(lr=torch.ones(2)), r"lr is float32 of shape \(2,\)"),
     "lr dtype": (put(lr=torch.tensor(1)), r"lr is int64"),
