@@ -27,7 +27,7 @@ _structure = itemgetter(
     "amsgrad", "differentiable", "capturable", "foreach", "fused", "decoupled_weight_decay"
 )
 _moments = itemgetter("exp_avg", "exp_avg_sq", "step")
-_grad, _dtype, _nbytes = map(attrgetter, ("grad", "dtype", "nbytes"))
+_grad, _dtype, _nbytes, _shape = map(attrgetter, ("grad", "dtype", "nbytes", "shape"))
 
 
 class Reading(NamedTuple):
@@ -81,7 +81,8 @@ def read_step(
         [] if all(contiguous) else list(map(Tensor.stride, tensors)),
         list(map(Tensor.data_ptr, [*rows, *moments, *steps])),
         list(map(_dtype, [*rows, *grads])),
-        list(map(_nbytes, tensors)),
+        list(map(_shape, rows)),
+        list(map(_nbytes, [*grads, *moments])),
     )
     return Reading(
         rows,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import grass
 import grass_kernels
-from grass_kernels import _triton
+from grass_kernels import KernelArgumentError, _triton
 from tests.support.pair import BF16, F16, F32, MOMENTS, Pair, misaligned, normal
 
 # Gradients
@@ -483,3 +483,18 @@ def test_any_sequence_of_events(acts):
         for i in missing:
             pair.params[i].grad = pair.twins[i].grad = None
         pair.step()
+
+
+def test_a_parameter_of_another_shape_in_the_same_memory_is_refused() -> None:
+    """Its moments have the shape it had: torch refuses the step, and names no parameter."""
+    p = nn.Parameter(torch.ones(2, 3))
+    optimizer = grass.AdamW([p], lr=0.1)
+    p.grad = torch.ones(2, 3)
+    optimizer.step()
+    before = p.detach().clone()
+    p.grad = None
+    p.data = p.data.view(3, 2)
+    p.grad = torch.ones(3, 2)
+    with pytest.raises(KernelArgumentError, match="exp_avg of parameter 0"):
+        optimizer.step()
+    assert torch.equal(p.detach().view(2, 3), before)
