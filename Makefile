@@ -34,7 +34,8 @@ test: lint types unit interpreter
 # In under 2 minutes: what is marked slow, what stands around the core, and other Tritons are left out.
 test-fast: lint types
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(CORE) tests/test_*.py
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(CORE)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow" tests/kernels \
+		$(addprefix tests/optim/test_, method_on_kernels.py plans.py stale_remainders.py)
 
 lint: $(READY)
 	$(BIN)/ruff check .
