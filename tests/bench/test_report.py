@@ -191,7 +191,7 @@ def test_a_number_does_not_read_like_its_target(value, targets, shown):
 
 
 def test_the_commands_measure_every_figure():
-    """What no stage of `make gpu` can fill would stay unmeasured for ever."""
+    """A figure that no stage of `make gpu` can fill would stay unmeasured for ever."""
     rows = [
         *(kernel(case, variant) for case in figure_cases() for variant in ("grass", "grass_kernels")),
         *(host(v, 1.0, n, s) for v in VARIANTS for n in TENSORS for s in SITUATIONS),

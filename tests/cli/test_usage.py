@@ -1,4 +1,4 @@
-"""What every command of `grass` and of `python -m bench` has in common.
+"""Usage that every command of `grass` and of `python -m bench` has in common.
 
 Would catch: a wrong exit code (0 ok, 1 failed, 2 wrong usage); a traceback, or several lines, where one line is due;
 wrong usage that is found after something was written or printed; an option that means one thing here and another
@@ -174,7 +174,7 @@ def test_every_command_has_help_and_json_where_it_prints_rows(program, capsys):
 
 
 def test_an_option_means_one_thing():
-    """What tells: how many values of which kind it takes, and what it is called in the help."""
+    """The meaning of an option: number and kind of its values, and its name in the help."""
     meanings: dict[str, dict] = {}
     for make in (make_parser, make_bench_parser):
         for command, parser in commands(make()).items():

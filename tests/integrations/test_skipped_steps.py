@@ -131,7 +131,7 @@ def test_skipped_steps_of_the_method_are_seen_as_torchs_are(fused, offload):
 
 @pytest.mark.parametrize("fused", [None, True])
 def test_skipped_steps_of_a_probe_are_seen_as_torchs_are(fused):
-    """Where gradients are measured and freed, the scaler must still see the overflow."""
+    """The scaler sees an overflow in the probe too, which measures gradients and frees them."""
     found, expected = run(the_method(fused, probe_steps=100)), run(theirs(fused=fused))
     assert found["skipped"] == expected["skipped"]
     assert found["rates"] == expected["rates"]

@@ -325,7 +325,7 @@ def test_coupled_weight_decay_comes_and_goes(kind):
 @pytest.mark.parametrize("offload", ["none", "streamed"])
 @pytest.mark.parametrize("key", ["decoupled_weight_decay", "weight_decay", "eps"])
 def test_settings_are_read_or_refused_inside_backward(key, offload):
-    """Where a layer is updated with its last gradient: a refusal comes before any layer is."""
+    """With fused backward a refusal comes before any layer is updated."""
     value = {"decoupled_weight_decay": False, "weight_decay": torch.tensor(0.25), "eps": torch.tensor(1e-3)}[
         key
     ]

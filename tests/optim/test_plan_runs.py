@@ -1,4 +1,4 @@
-"""What a plan does step after step.
+"""Runs of a plan, step after step.
 
 Would catch: a long-lived plan that differs from a fresh call, a write that autograd does not see, a kernel that is
 compiled again because a number, an address or a count has changed.

@@ -406,7 +406,7 @@ def run_with_replaced_states(**mode) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("mode", FUSED, ids=lambda mode: mode["offload"])
 def test_replaced_states_are_used_inside_backward(mode):
-    """Where the update of a layer comes with its last gradient."""
+    """With fused backward, which updates a layer with its last gradient."""
     found = run_with_replaced_states(**mode, fused_backward=True)
     tiny.assert_identical(found, run_with_replaced_states(offload="none"))
 
@@ -574,7 +574,7 @@ def test_an_odd_remainder_is_refused_by_name(odd, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_replaced_states_are_saved(kind):
-    """What was put in is in the state dict, before the next step too, and is what a resumed run goes on with."""
+    """A replaced state is in the state dict, before the next step too, and a resumed run goes on with it."""
     twins = Twins(kind)
     twins.go()
     kept = held(twins)
