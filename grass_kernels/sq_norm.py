@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grass_kernels import _triton, arguments, layout, operators, reference
+from grass_kernels import _triton, arguments, layout, operators
 from grass_kernels._triton import jit, runs_triton, tl, tl_dtype
 from grass_kernels.conversions import ALIGNMENT, block_mask, block_pointers, load_fp32, pointer
 from grass_kernels.inputs import Inputs
@@ -26,6 +26,9 @@ from grass_kernels.table import (
     Table,
     build_table,
 )
+
+_PIECE = 4 * CHUNK
+"""Elements of a gradient that torch's norm copies to fp32 at a time: 256 KiB."""
 
 
 @jit()
@@ -171,53 +174,25 @@ def torch_sq_norms(
 ) -> Tensor:
     """Compute squared norms by layer without Triton, by torch's norms of dense tensors on one device.
 
-    Low-precision gradients are processed in pieces that fit a cache: torch would copy them to fp32 as a whole.
+    Low-precision gradients are processed in pieces that fit a cache: torch copies each to fp32.
     """
     device = grads[0].device if grads else torch.device("cpu")
-    whole: list[Tensor] = []
-    index: list[int] = []
     pieces: list[Tensor] = []
-    index_of_pieces: list[int] = []
+    index: list[int] = []
     for grad, layer in zip(grads, layers, strict=True):
-        if grad.dtype == torch.float32:
-            whole.append(grad)
-            index.append(layer)
-        else:
-            split = layout.flat(grad).split(reference.PIECE)
-            pieces += split
-            index_of_pieces += [layer] * len(split)
-    norms = [*_norms(whole), *_norms_in_fp32(pieces, device)]
+        whole = grad.dtype == torch.float32 or grad.numel() <= _PIECE
+        split = (grad,) if whole else layout.flat(grad).split(_PIECE)
+        pieces += split
+        index += [layer] * len(split)
     sq_norms = torch.zeros(num_layers, dtype=torch.float32, device=device)
-    if norms:
-        places = torch.tensor(index + index_of_pieces, dtype=torch.int64, device="cpu").to(device)
-        sq_norms.index_add_(0, places, torch.stack(norms).square())
+    if pieces:
+        norms = torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float32))
+        places = torch.tensor(index, dtype=torch.int64, device="cpu").to(device)
+        sq_norms.index_add_(0, places, norms.square())
     if grad_scale is not None:
         inverse = 1 / grad_scale
         sq_norms = sq_norms * inverse * inverse
     return sq_norms
-
-
-def _norms(tensors: list[Tensor]) -> Sequence[Tensor]:
-    return torch._foreach_norm(tensors, 2) if tensors else ()
-
-
-def _norms_in_fp32(pieces: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Return the norms of 1-D tensors of at most `PIECE` elements, by batches of fp32 copies."""
-    scratch = torch.empty(reference.PIECE if pieces else 0, dtype=torch.float32, device=device)
-    norms: list[Tensor] = []
-    batch: list[Tensor] = []
-    copies: list[Tensor] = []
-    held = 0
-    for piece in (*pieces, None):
-        if piece is None or held + piece.numel() > reference.PIECE:
-            layout.copy_all(copies, batch)
-            norms += _norms(copies)
-            batch, copies, held = [], [], 0
-        if piece is not None:
-            batch.append(piece)
-            copies.append(scratch[held : held + piece.numel()])
-            held += piece.numel()
-    return norms
 
 
 @torch.no_grad()

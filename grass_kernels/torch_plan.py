@@ -194,6 +194,7 @@ def _update_rows(
         scratch: Four tensors, fp32 ``[PIECE]``, on the CPU.
     """
     whole: dict[torch.dtype, list[_Row]] = {}
+    scaled: list[_Row] = []
     in_fp32: list[_Row] = []
     for row in rows:
         t = row.tensors
@@ -202,6 +203,8 @@ def _update_rows(
             _update_by_reference(row, factor, hyper)
         elif factor is None and row.plain:
             whole.setdefault(t.param.dtype, []).append(row)
+        elif row.plain and t.param.dtype != torch.float32:
+            scaled.append(row)
         else:
             in_fp32.append(row)
     for members in whole.values():
@@ -210,6 +213,8 @@ def _update_rows(
         )
         steps = [row.step for row in members]
         _fused_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, hyper, hyper.maximize)
+    for piece in chain.from_iterable(row.pieces() for row in scaled):
+        _update_scaled(piece, factor, hyper, scratch[0])
     batch: list[_Row] = []
     held = 0
     for piece in chain.from_iterable(row.pieces() for row in in_fp32):
@@ -231,8 +236,9 @@ def _fused_adamw(
     steps: list[Tensor],
     hyper: Hyperparameters,
     maximize: bool,
+    grad_scale: Tensor | None = None,
 ) -> None:
-    """Call torch's fused AdamW for tensors of one dtype."""
+    """Call torch's fused AdamW for tensors of one dtype. With `grad_scale`, it divides `grads` in place."""
     torch._fused_adamw_(
         params,
         grads,
@@ -247,7 +253,17 @@ def _fused_adamw(
         eps=hyper.eps,
         amsgrad=False,
         maximize=maximize,
+        grad_scale=grad_scale,
     )
+
+
+def _update_scaled(piece: _Row, factor: Tensor | None, hyper: Hyperparameters, scratch: Tensor) -> None:
+    """Update low-precision tensors by torch's fused AdamW, which scales a copy of the gradient in fp32."""
+    assert factor is not None
+    param, grad, exp_avg, exp_avg_sq, *_ = piece.tensors
+    copy = scratch.view(grad.dtype)[: len(grad)].copy_(grad)
+    inverse = factor.abs().reciprocal()
+    _fused_adamw([param], [copy], [exp_avg], [exp_avg_sq], [piece.step], hyper, hyper.maximize, inverse)
 
 
 def _update_in_fp32(

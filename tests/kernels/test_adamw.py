@@ -58,9 +58,16 @@ def test_against_float64(buffers: Buffers, dtypes, function):
     ],
     ids=lambda options: "-".join(options),
 )
-@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, BF16, F32)], ids=name)
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, BF16, F32), (BF16, BF16, BF16)], ids=name)
 def test_options_against_float64(buffers: Buffers, dtypes, options):
     assert_as_exact_as_torch(Problem(buffers, dtypes, sizes=[BLOCK + 300]), **{**HYPER, **options})
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, BF16, BF16)], ids=name)
+def test_clipped_tensors_of_several_pieces(buffers: Buffers, dtypes):
+    """Of more elements than torch's path updates at a time."""
+    problem = Problem(buffers, dtypes, sizes=[2 * reference.PIECE + 5, 9])
+    assert_as_exact_as_torch(problem, **HYPER, clip_coef=torch.tensor(0.37))
 
 
 @pytest.mark.parametrize("dtypes", [(F32, F32, F32), (F16, F16, F32)], ids=name)

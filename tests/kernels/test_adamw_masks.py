@@ -118,8 +118,9 @@ def test_counters_advance_once_whatever_the_number_of_chunks(buffers: Buffers):
     assert [t.item() for t in problem.steps] == [5.0, 1.0, 8.0]
 
 
-def test_gradients_are_only_read(buffers: Buffers):
-    problem = Problem(buffers, (BF16, BF16, F32))
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, BF16, F32), (BF16, BF16, BF16)], ids=name)
+def test_gradients_are_only_read(buffers: Buffers, dtypes):
+    problem = Problem(buffers, dtypes)
     before = [g.clone() for g in problem.grads]
     problem.update(grad_scale=torch.tensor(2.0), clip_coef=torch.tensor(0.5), maximize=True, **HYPER)
     assert all(same_bits(a, b) for a, b in zip(problem.grads, before, strict=True))

@@ -113,21 +113,24 @@ def test_gradients_are_only_read():
 
 
 @pytest.mark.skipif(_triton.INTERPRETING, reason="about torch's path: run without TRITON_INTERPRET")
-def test_no_full_size_copy_of_a_bf16_gradient():
-    largest = 0
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_no_full_size_copy_of_a_low_precision_gradient(dtype):
+    """torch's norm copies its inputs to fp32: the largest is small, and the sum is of all of them."""
+    inputs: list[int] = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
-                largest = max(largest, out.untyped_storage().nbytes())
-            return out
+            if func is torch.ops.aten._foreach_norm.Scalar:
+                inputs.extend(t.numel() for t in args[0])
+            return func(*args, **(kwargs or {}))
 
-    grad = torch.ones(1 << 22, dtype=torch.bfloat16)
+    grads = [torch.randn(n).to(dtype) for n in (300_001, 5, 70_000)]
     with Watch():
-        layer_sq_norms([grad], [0], 1)
-    assert 0 < largest <= 1 << 20
+        norms = layer_sq_norms(grads, [1, 1, 0], 2)
+    assert sum(inputs) == 370_006
+    assert max(inputs) <= 1 << 16
+    squares = [g.double().square().sum().item() for g in grads]
+    assert norms.tolist() == pytest.approx([squares[2], squares[0] + squares[1]], rel=1e-5)
 
 
 def test_bytes():
