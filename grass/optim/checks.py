@@ -100,7 +100,7 @@ def check_entries(entries: Sequence[ParamEntry], groups: Sequence[dict[str, Any]
             )
 
 
-def check_shapes(state: dict[str, Any], p: Tensor, index: int) -> None:
+def check_state_shapes(state: dict[str, Any], p: Tensor, index: int) -> None:
     """Check that the states of a parameter have its shape.
 
     Raises:
@@ -142,7 +142,7 @@ def check_states(
                 raise KernelArgumentError(
                     f"{name} has elements that share memory, as in expanded tensors: assign its clone()"
                 )
-        check_shapes(own, p, entry.index)
+        check_state_shapes(own, p, entry.index)
         _check_step(found.get("step", 0), entry.index)
         kept = (torch.float32, torch.bfloat16) if takes_kernel(group, p, options) else (p.dtype,)
         missing = moment_dtype(group, p, options)

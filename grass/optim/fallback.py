@@ -22,6 +22,7 @@ class Fallback:
         group: index of the parameter group.
         num_layers: number of layers.
         device: device of the norms: that of the first parameter.
+        max_grad_norm: norm that all gradients are clipped to.
     """
 
     def __init__(
@@ -31,13 +32,14 @@ class Fallback:
         group: int,
         num_layers: int,
         device: torch.device,
+        max_grad_norm: float | None,
     ) -> None:
         self._positions, self._layers, self._index, self._num_layers = positions, layers, group, num_layers
-        self.device = device
+        self.device, self._max_grad_norm = device, max_grad_norm
 
     def prepare(self, groups: Sequence[dict[str, Any]]) -> None:
         """Check the hyperparameters of the group, before any group is updated."""
-        group = groups[self._index]
+        self._group = group = groups[self._index]
         check_settings(group, self.device)
         if group["foreach"] and not group["capturable"]:
             tensors = {"lr": group["lr"], "betas[0]": group["betas"][0], "betas[1]": group["betas"][1]}
@@ -48,9 +50,8 @@ class Fallback:
                         "out, or give a number"
                     )
 
-    def upload(self, reading: Any, groups: Sequence[dict[str, Any]]) -> None:
+    def upload(self, reading: Any) -> None:
         """Hold the tensors of a step until `finish`."""
-        self._group = groups[self._index]
         columns = (reading.params, reading.grads, reading.exp_avgs, reading.exp_avg_sqs, reading.steps)
         self._tensors = [[column[position] for position in self._positions] for column in columns]
         self._maxima = [reading.max_exp_avg_sqs[position] for position in self._positions]
@@ -68,7 +69,6 @@ class Fallback:
     def begin(
         self,
         norms: bool,
-        max_grad_norm: float | None,
         clip_by: Tensor | None,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
@@ -79,8 +79,8 @@ class Fallback:
         self._found_inf = found_inf
         self._skips = False
         if clip_by is not None:
-            assert max_grad_norm is not None
-            coef, not_finite = reference.clip_coefficient(clip_by, max_grad_norm)
+            assert self._max_grad_norm is not None
+            coef, not_finite = reference.clip_coefficient(clip_by, self._max_grad_norm)
             self._factor = coef if self._factor is None else coef * self._factor
             self._skips = bool(not_finite)  # a device sync: the host decides whether to launch
         if found_inf is not None and not self._group["fused"]:

@@ -22,7 +22,7 @@ from grass.layer_scheduler import Change, LayerScheduler
 from grass.layers import LayerMap, Pattern
 from grass.optim import state_dict as state_dicts
 from grass.optim.adamw import AdamW
-from grass.optim.checks import check_groups, check_shapes, refuse_sparse
+from grass.optim.checks import check_groups, check_state_shapes, refuse_sparse
 from grass.optim.embeddings import keep_graph_through_frozen_embeddings
 from grass.optim.fused_backward import FusedBackward, tied_parameters
 from grass.optim.offload_manager import OffloadManager, TransferStats, buckets_of
@@ -518,7 +518,7 @@ class GrassAdamW(AdamW):
         buckets = buckets_of(self._current_entries(), self.param_groups, self.state, self._options)
         if not self._offload.store.has_room_for(buckets):
             for entry in self._entries:
-                check_shapes(self.state.get(entry.param, {}), entry.param, entry.index)
+                check_state_shapes(self.state.get(entry.param, {}), entry.param, entry.index)
             self._rebuild_store()
 
     def _build_plan(self, params: Sequence[Tensor], bucket: int | None) -> tuple[StepPlan, Reading] | None:
@@ -644,7 +644,7 @@ class GrassAdamW(AdamW):
         """
         given = state_dict
         state_dict, method = state_dicts.split_method(given)
-        state_dicts.check_shapes(state_dict, self.param_groups)
+        state_dicts.check_structure(state_dict, self.param_groups)
         entries = self._current_entries()
         if method is not None:
             self._scheduler.check(method)

@@ -81,7 +81,7 @@ def check_complete(state_dict: dict[str, Any], groups: list[dict[str, Any]], exp
         )
 
 
-def check_shapes(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+def check_structure(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> None:
     """Check that the groups and states of a state dict fit the parameters.
 
     Raises:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
 import grass_kernels
+from grass.errors import StateMismatchError
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 KERNEL_DTYPES = (torch.float32, *LOW_PRECISION)
@@ -198,8 +199,18 @@ class StateMaker:
 
     @torch.inference_mode(False)
     def restore(self, state: dict[str, Any], group: dict[str, Any], p: Tensor, saved: dict[str, Any]) -> None:
-        """Copy moments, remainder and step counter from a saved state, in their own precision."""
+        """Copy moments, remainder and step counter from a saved state, in their own precision.
+
+        Raises:
+            StateMismatchError: a moment that is no tensor, or a step counter that is no number.
+        """
         options = self.options
+        for name in ("step", *moment_keys(group)):
+            if name in saved and not _is_readable(name, saved[name]):
+                raise StateMismatchError(
+                    f"{name} of a parameter of shape {tuple(p.shape)} in the state dict is {saved[name]!r}, and must "
+                    f"be {'a number' if name == 'step' else 'a tensor'}: load the state dict of an AdamW"
+                )
         for name in moment_keys(group):
             if name in saved:
                 state[name] = self._copy(p, name, saved[name].detach(), moment_dtype(group, p, options))
@@ -215,6 +226,13 @@ class StateMaker:
         if self.storage is not None and p in self.storage:
             return self.storage.write(p, kind, value)
         return value.to(device=p.device, dtype=dtype, copy=True)
+
+
+def _is_readable(name: str, value: Any) -> bool:
+    """Return if a saved value can be a moment, or a step counter."""
+    if name == "step":
+        return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, int | float)
+    return isinstance(value, Tensor)
 
 
 def _counter(step: Any, device: torch.device) -> Tensor:

@@ -21,7 +21,7 @@ from grass.optim.fallback import Fallback
 from grass.optim.hyperparameters import are_plain, hyperparameters_of, settings_of
 from grass.optim.param_entry import ParamEntry
 from grass.optim.states import Options, takes_kernel
-from grass_kernels import AdamWPlan, Hyperparameters, Part, TensorLists, TorchPlan, layout
+from grass_kernels import AdamWPlan, Part, TensorLists, TorchPlan, layout
 
 _structure = itemgetter(
     "amsgrad", "differentiable", "capturable", "foreach", "fused", "decoupled_weight_decay"
@@ -186,6 +186,7 @@ class StepPlan:
                 index,
                 num_layers,
                 entries[positions[0]].param.device,
+                options.max_grad_norm,
             )
             for index, positions in by_group.items()
         ]
@@ -227,14 +228,14 @@ class StepPlan:
         """
         self.check(groups)
         with self._residency.updating():
-            kept = [backend.upload(reading, groups) for backend in self._backends]
+            kept = [backend.upload(reading) for backend in self._backends]
             measured = None
             if self._options.max_grad_norm is not None:
                 measured = _total(backend.measure(scaler.grad_scale) for backend in self._backends)
             for backend in self._backends:
                 device = backend.device
                 scales = (_to(t, device) for t in (measured, *scaler))
-                backend.begin(measured is None, self._options.max_grad_norm, *scales)
+                backend.begin(measured is None, *scales)
             for bucket in self._buckets:
                 self._residency.run(bucket, self._run_unit)
             taken = [backend.finish() for backend in self._backends]
@@ -267,9 +268,9 @@ class _KernelBackend:
         own = [entries[i] for i in positions]
         self._layers = [entry.layer for entry in own]
         self._seeds = [entry.index if options.stochastic_rounding else None for entry in own]
-        self._groups = [entry.group for entry in own]
-        self._used = sorted(set(self._groups))
-        self._amsgrad = [bool(groups[index]["amsgrad"]) for index in self._groups]
+        self._used = sorted({entry.group for entry in own})
+        """Indices of the groups with parameters here; the plan numbers them 0, 1, ..."""
+        self._amsgrad = [bool(groups[entry.group]["amsgrad"]) for entry in own]
         self._any_amsgrad = any(self._amsgrad)
         self._max_grad_norm = math.inf if options.max_grad_norm is None else options.max_grad_norm
         self._settings: list[Any] | None = None
@@ -287,11 +288,13 @@ class _KernelBackend:
             )
             for unit in unit_numbers
         ]
-        capturable, num_groups = any(group["capturable"] for group in groups), len(groups)
+        capturable = any(group["capturable"] for group in groups)
+        numbers = {index: number for number, index in enumerate(self._used)}
+        group_of = [numbers[entry.group] for entry in own]
 
         def make(lists: TensorLists) -> AdamWPlan | TorchPlan:
             plan = grass_kernels.make_plan(
-                lists, num_layers, device, self._groups, num_groups, capturable, units or None
+                lists, num_layers, device, group_of, len(numbers), capturable, units or None
             )
             if isinstance(plan, AdamWPlan):
                 plan.buffers.append(self.sq_norms)
@@ -310,7 +313,7 @@ class _KernelBackend:
         return column if self._positions is None else [column[position] for position in self._positions]
 
     def _lists(self, reading: Reading) -> TensorLists:
-        maxima: list[Tensor | None] = [None] * len(self._groups)
+        maxima: list[Tensor | None] = [None] * len(self._layers)
         if self._any_amsgrad:
             found = self._select(reading.max_exp_avg_sqs)
             maxima = [t if used else None for t, used in zip(found, self._amsgrad, strict=True)]
@@ -342,14 +345,13 @@ class _KernelBackend:
         plain = all(map(are_plain, settings))
         if plain and settings == self._settings:
             return
-        unused = Hyperparameters(0.0, 0, False, (0.0, 0.0), 0.0, 0.0)
-        hyperparameters = [unused] * len(groups)
-        for index in self._used:
-            hyperparameters[index] = hyperparameters_of(groups[index], self.device, self._max_grad_norm)
+        hyperparameters = [
+            hyperparameters_of(groups[index], self.device, self._max_grad_norm) for index in self._used
+        ]
         # A tensor may be written to: it is no value to compare with.
         self._settings, self._hyperparameters = settings if plain else None, hyperparameters
 
-    def upload(self, reading: Reading, groups: Sequence[dict[str, Any]]) -> object:
+    def upload(self, reading: Reading) -> object:
         """Prepare the launches of a step; see `AdamWPlan.upload`."""
         lists, addresses = self._lists(reading), self._select(reading.addresses)
         if not self._is_regular:
@@ -369,7 +371,6 @@ class _KernelBackend:
     def begin(
         self,
         norms: bool,
-        max_grad_norm: float | None,
         clip_by: Tensor | None,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,

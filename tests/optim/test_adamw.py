@@ -276,6 +276,30 @@ def test_a_checkpoint_of_other_groups_is_refused_and_changes_nothing():
     assert not optimizer._optimizer_load_state_dict_post_hooks
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("exp_avg", None, "None, and must be a tensor"),
+        ("exp_avg_sq", 0.5, "0.5, and must be a tensor"),
+        ("step", None, "None, and must be a number"),
+        ("step", torch.zeros(2), "and must be a number"),
+    ],
+)
+def test_a_state_that_is_no_tensor_is_refused_and_changes_nothing(key, value, expected):
+    params = parameters()
+    optimizer = grass.AdamW(params)
+    train(optimizer, params, range(1))
+    before = copy.deepcopy(optimizer.state_dict())
+    damaged = copy.deepcopy(before)
+    damaged["state"][1][key] = value
+    damaged["state"][0]["exp_avg"].zero_()
+    with pytest.raises(
+        grass.StateMismatchError, match=f"{key} of a parameter of shape .* in the state dict is .*{expected}"
+    ):
+        optimizer.load_state_dict(damaged)
+    assert_equal_to_the_bit(optimizer.state_dict(), before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_users_load_hook_sees_and_keeps_what_it_does(dtype):
     params = parameters(dtype)
