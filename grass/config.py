@@ -6,14 +6,10 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin
 
 from grass.errors import ConfigError
+from grass.offload.pipeline import Offload
+from grass.sampling import ImportanceScale, SamplerName
 
-# State dicts store a choice by its position: append new ones at the end.
-ImportanceScale = Literal["mean", "log", "zscore", "none"]
-SamplerName = Literal["adaptive", "static", "uniform", "weight_norm", "cyclic", "shuffled"]
-Moments = Literal["keep", "reset"]
-Offload = Literal["none", "resident", "streamed"]
-
-SAMPLERS: tuple[str, ...] = get_args(SamplerName)
+Moments = Literal["keep", "reset"]  # as of all choices, state dicts store the position: append new ones
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,23 @@ replacement by Gumbel top-k on ``log p``, which is Plackett-Luce sampling: each 
 proportional to p among the remaining ones. Samplers compute in float64 on the CPU and have a generator of their own,
 so draws neither depend on the random state of torch nor change it.
 
-A new sampler is a subclass of `Sampler`, an entry in `SAMPLER_CLASSES` and a name in `grass.config.SamplerName`.
+A new sampler is a subclass of `Sampler`, an entry in `SAMPLER_CLASSES` and a name in `SamplerName`.
 
 Source: paper, "sampling probability". The scales are an addition of this library: raw gradient norms between 1e-6 and
 1e-3 would make the softmax uniform.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from grass.config import GrassConfig, ImportanceScale
+if TYPE_CHECKING:
+    from grass.config import GrassConfig
+
+# State dicts store a choice by its position: append new ones at the end.
+ImportanceScale = Literal["mean", "log", "zscore", "none"]
+SamplerName = Literal["adaptive", "static", "uniform", "weight_norm", "cyclic", "shuffled"]
 
 
 def scale_importance(importance: Tensor, kind: ImportanceScale) -> Tensor:
@@ -62,7 +67,7 @@ class Sampler:
     probes = True
     adapts = True
 
-    def __init__(self, config: GrassConfig, eligible: list[bool]) -> None:
+    def __init__(self, config: "GrassConfig", eligible: list[bool]) -> None:
         self.config = config
         self.eligible = torch.tensor(eligible, device="cpu")
         config.check_layers(int(self.eligible.sum()))
@@ -125,7 +130,7 @@ class ShuffledSampler(Sampler):
     A control experiment: the probabilities keep their values, but not their layers.
     """
 
-    def __init__(self, config: GrassConfig, eligible: list[bool]) -> None:
+    def __init__(self, config: "GrassConfig", eligible: list[bool]) -> None:
         super().__init__(config, eligible)
         indices = self.eligible.nonzero().flatten()
         generator = torch.Generator().manual_seed(config.seed)
@@ -182,7 +187,7 @@ SAMPLER_CLASSES: dict[str, type[Sampler]] = {
 }
 
 
-def make_sampler(config: GrassConfig, eligible: list[bool]) -> Sampler:
+def make_sampler(config: "GrassConfig", eligible: list[bool]) -> Sampler:
     """Construct the sampler that ``config.sampler`` names.
 
     Raises:

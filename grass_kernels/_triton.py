@@ -58,7 +58,7 @@ def runs_triton(device: torch.device) -> bool:
 @functools.cache
 def tl_dtype(dtype: torch.dtype) -> Any:
     """Return the Triton dtype of a torch dtype."""
-    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+    return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 @functools.cache

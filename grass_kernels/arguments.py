@@ -10,10 +10,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from grass_kernels import layout
+from grass_kernels.conversions import DTYPES, STATE_DTYPES
 from grass_kernels.errors import KernelArgumentError
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-STATE_DTYPES = (torch.float32, torch.bfloat16)
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _LR_DTYPES = (torch.float32, torch.float64)
 

@@ -1,4 +1,4 @@
-"""Device functions: addresses to pointers, and storage types to fp32 and back.
+"""Dtypes of the kernels, and device functions: addresses to pointers, and storage types to fp32 and back.
 
 bf16 is read and written as 16 bits, by integer arithmetic. Triton's interpreter truncates where a GPU rounds, and
 converts bf16 denormals incorrectly, so tests of a kernel with ``.to(tl.bfloat16)`` in the interpreter would prove
@@ -8,8 +8,14 @@ interpreter converts it by IEEE 754.
 
 # ruff: noqa: N803, SIM300 - constexpr arguments are in capitals, as everywhere in Triton
 
+import torch
+
 from grass_kernels._triton import constexpr, jit, tl
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of parameters and gradients."""
+STATE_DTYPES = (torch.float32, torch.bfloat16)
+"""Dtypes of moments. In fp16 the squares of small gradients would underflow."""
 ALIGNMENT = constexpr(16)
 """Bytes of a 128-bit access, and its alignment."""
 DRAWS = constexpr(8)

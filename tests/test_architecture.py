@@ -15,8 +15,9 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"grass_kernels"},
     {"grass.errors"},
+    {"grass.sampling", "grass.offload"},
     {"grass.config"},
-    {"grass.schedule", "grass.sampling", "grass.importance", "grass.layer_stacks", "grass.offload"},
+    {"grass.schedule", "grass.importance", "grass.layer_stacks"},
     {"grass.layer_discovery"},
     {"grass.layer_scheduler", "grass.layers"},
     {"grass.optim", "grass.activation_checkpointing"},
@@ -47,9 +48,15 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
-    """Absolute names of the modules a file imports; `from a import b` counts as both a and a.b."""
+    """Absolute names of the modules a file imports when it runs; `from a import b` counts as both a and a.b."""
     tree = ast.parse(path.read_text())
-    nodes = tree.body if top_level_only else ast.walk(tree)
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    nodes = tree.body if top_level_only else [node for node in ast.walk(tree) if id(node) not in for_types]
     names = set()
     for node in nodes:
         if isinstance(node, ast.Import):

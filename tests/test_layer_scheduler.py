@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from grass import GrassConfig, StateMismatchError
-from grass.config import SAMPLERS
 from grass.layer_scheduler import LayerScheduler
+from grass.sampling import SAMPLER_CLASSES
 
 SIZES = [10, 20, 40, 10, 30]
 NAMES = [f"layers.{i}" for i in range(5)]
@@ -137,7 +137,7 @@ def test_draw_counts_and_changes_agree_with_the_sets() -> None:
     assert sum(counts) == 2 * method.sampler.num_draws
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", SAMPLER_CLASSES)
 def test_resumed_anywhere_the_method_continues_exactly(name: str) -> None:
     whole = scheduler(sampler=name)
     history = advance(whole, 0, 24)

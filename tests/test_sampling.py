@@ -7,6 +7,7 @@ that does not continue where it was saved, probabilities lost to underflow.
 import io
 import math
 from itertools import permutations
+from typing import get_args
 
 import pytest
 import torch
@@ -14,8 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from grass import ConfigError, GrassConfig
-from grass.config import SAMPLERS
-from grass.sampling import make_sampler, scale_importance
+from grass.sampling import SAMPLER_CLASSES, SamplerName, make_sampler, scale_importance
 
 IMPORTANCE = torch.tensor([3e-4, 1e-4, 2e-4, 8e-4, 1.5e-4])
 
@@ -118,7 +118,7 @@ def test_the_floor_holds_and_probabilities_sum_to_one(floor: float) -> None:
     assert s.probabilities.sum().item() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", get_args(SamplerName))
 def test_layers_that_cannot_train_are_never_drawn(name: str) -> None:
     eligible = [True, False, True, True, False, True]
     s = sampler(eligible=eligible, sampler=name, min_probability=0.1, active_layers=3)
@@ -185,7 +185,7 @@ def test_draws_neither_touch_nor_follow_the_global_generator() -> None:
     assert [other.draw() for _ in range(10)] != sets
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", get_args(SamplerName))
 def test_a_saved_sampler_continues_exactly(name: str) -> None:
     whole = sampler(sampler=name)
     whole.refresh(IMPORTANCE)
@@ -215,8 +215,8 @@ def test_a_saved_state_is_a_copy() -> None:
 
 
 def test_which_samplers_probe_and_adapt() -> None:
-    probes = {name for name in SAMPLERS if sampler(sampler=name).probes}
-    adapts = {name for name in SAMPLERS if sampler(sampler=name).adapts}
+    probes = {name for name in SAMPLER_CLASSES if sampler(sampler=name).probes}
+    adapts = {name for name in SAMPLER_CLASSES if sampler(sampler=name).adapts}
     assert probes == {"adaptive", "static", "shuffled"}
     assert adapts == {"adaptive", "shuffled"}
 

@@ -9,14 +9,18 @@ Every wait names the hazard that it prevents: see the table in docs/architecture
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from operator import itemgetter
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from grass.offload.store import ALIGNMENT, Store
+from grass.offload.store import ALIGNMENT, Bucket, Store
 from grass.offload.streams import COMPUTE, D2H, H2D, HOST, UPDATE, CopyEngine, Operation
-from grass.offload.units import Unit, cut
+from grass.offload.units import Unit, cut, elements_in
+
+Offload = Literal["none", "resident", "streamed"]
+"""Choices of ``GrassConfig(offload=...)``: no pipeline, or one of the two of this file."""
 
 Update = Callable[[Unit, dict[str, Tensor]], None]
 """Update a unit, given its sections as 1-D tensors on the device, by work on the current stream: `UPDATE`."""
@@ -342,6 +346,32 @@ class ResidentPipeline(_PipelineBase):
         """See `Pipeline`."""
         held = sum(buffer.memory.numel() for buffer in self._buffers)
         return self._moved[0], self._moved[1], held
+
+
+def make_pipeline(
+    mode: Offload,
+    store: Store,
+    engine: CopyEngine,
+    device: torch.device,
+    buffer_bytes: int,
+    buffer_count: int,
+) -> Pipeline:
+    """Construct the pipeline of a mode; the last two arguments are those of `StreamedPipeline`."""
+    if mode == "resident":
+        return ResidentPipeline(store, engine, device)
+    return StreamedPipeline(store, engine, device, buffer_bytes, buffer_count)
+
+
+def check_buffers(mode: Offload, buckets: Sequence[Bucket], buffer_bytes: int) -> None:
+    """Check that a buffer holds a unit of every bucket, the widest first.
+
+    Raises:
+        ConfigError: a buffer smaller than a chunk.
+    """
+    if mode == "streamed":
+        widths = [(sum(dtype.itemsize for dtype in b.dtypes.values()), b.dtypes) for b in buckets if b.params]
+        for _, dtypes in sorted(widths, key=itemgetter(0), reverse=True):
+            elements_in(buffer_bytes, dtypes)
 
 
 def _tensors(views: dict[str, Tensor]) -> list[Tensor]:

@@ -11,12 +11,13 @@ from torch import Tensor
 from grass.config import GrassConfig
 from grass.errors import OffloadError
 from grass.offload.host import check_host_memory
-from grass.offload.pipeline import Pipeline, ResidentPipeline, StreamedPipeline, Update
+from grass.offload.pipeline import Pipeline, Update, check_buffers, make_pipeline
 from grass.offload.store import Bucket, Store, allocates_host_memory
 from grass.offload.streams import CopyEngine, engine_for
-from grass.offload.units import Unit, elements_in
+from grass.offload.units import Unit
 from grass.optim.param_entry import ParamEntry
-from grass.optim.states import KERNEL_DTYPES, KINDS, Options, has_remainder, moment_dtype, moment_keys
+from grass.optim.states import KINDS, Options, has_remainder, moment_dtype, moment_keys
+from grass_kernels.conversions import DTYPES
 
 MEBIBYTE = 2**20
 
@@ -70,10 +71,7 @@ class OffloadManager:
         self._params = [p for bucket in buckets for p in bucket.params]
         self._device = self._common_device()
         self.store = Store(buckets, pinned=self._device.type == "cuda")
-        if config.offload == "streamed":
-            for bucket in sorted(buckets, key=_width, reverse=True):
-                if bucket.params:
-                    elements_in(self._buffer_bytes, bucket.dtypes)
+        check_buffers(config.offload, buckets, self._buffer_bytes)
         held = 0 if before is None else before.store.num_bytes
         if allocates_host_memory():
             check_host_memory(self.store.max_bytes - held)
@@ -98,13 +96,10 @@ class OffloadManager:
     def pipeline(self) -> Pipeline:
         """The pipeline to the device of the parameters, made when first needed."""
         if self._pipeline is None:
-            store, engine = self.store, self._make_engine(self._device)
-            if self._config.offload == "resident":
-                self._pipeline = ResidentPipeline(store, engine, self._device)
-            else:
-                self._pipeline = StreamedPipeline(
-                    store, engine, self._device, self._buffer_bytes, self._config.buffer_count
-                )
+            config, engine = self._config, self._make_engine(self._device)
+            self._pipeline = make_pipeline(
+                config.offload, self.store, engine, self._device, self._buffer_bytes, config.buffer_count
+            )
             # copies in flight must not outlive the memory they read and write
             self._end = weakref.finalize(self, self._pipeline.close)
             self._end.atexit = False
@@ -219,11 +214,6 @@ class OffloadManager:
         return view.copy_(value)
 
 
-def _width(bucket: Bucket) -> int:
-    """Bytes per element, of all kinds of states."""
-    return sum(dtype.itemsize for dtype in bucket.dtypes.values())
-
-
 def buckets_of(
     entries: Sequence[ParamEntry],
     groups: Sequence[dict[str, Any]],
@@ -237,7 +227,7 @@ def buckets_of(
     buckets = [Bucket([], {}) for _ in range(1 + max((entry.bucket for entry in entries), default=-1))]
     for entry in entries:
         group, p = groups[entry.group], entry.param
-        if not entry.can_train or p.dtype not in KERNEL_DTYPES:
+        if not entry.can_train or p.dtype not in DTYPES:
             continue
         params, dtypes = buckets[entry.bucket]
         params.append(p)

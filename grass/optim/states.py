@@ -8,9 +8,9 @@ from torch.optim.optimizer import _device_dtype_check_for_fused
 
 import grass_kernels
 from grass.errors import StateMismatchError
+from grass_kernels.conversions import DTYPES as KERNEL_DTYPES
 
-LOW_PRECISION = (torch.bfloat16, torch.float16)
-KERNEL_DTYPES = (torch.float32, *LOW_PRECISION)
+LOW_PRECISION = tuple(dtype for dtype in KERNEL_DTYPES if dtype.itemsize < 4)
 KINDS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 """Keys of the moments in a state."""
 STATE_KEYS = ("step", *KINDS, "remainder")
