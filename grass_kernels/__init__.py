@@ -11,8 +11,9 @@ from grass_kernels.adamw import make_plan, masked_adamw_, masked_adamw_bytes
 from grass_kernels.arguments import is_supported
 from grass_kernels.errors import KernelArgumentError
 from grass_kernels.inputs import Hyperparameters
-from grass_kernels.plan import AdamWPlan, Part, TensorLists, Unit
+from grass_kernels.plan import AdamWPlan, TensorLists, Unit
 from grass_kernels.sq_norm import layer_sq_norms, layer_sq_norms_bytes
+from grass_kernels.table import Part
 from grass_kernels.torch_plan import TorchPlan
 
 operators.implement(layer_sq_norms, masked_adamw_)

@@ -24,7 +24,7 @@ from grass_kernels.adamw_kernel import (
 from grass_kernels.inputs import Hyperparameters, Inputs
 from grass_kernels.prologue import _prologue_kernel
 from grass_kernels.sq_norm import launch_norms, launch_sum_layers
-from grass_kernels.table import BLOCK, CHUNK, COEFFICIENTS, ChunkRun, Piece, build_table
+from grass_kernels.table import BLOCK, CHUNK, COEFFICIENTS, ChunkRun, Part, build_table, whole_parts
 
 
 class Key(NamedTuple):
@@ -42,20 +42,19 @@ STATE_KINDS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "remainder")
 """Kinds of states that have the shape of their parameter."""
 
 
-class Part(NamedTuple):
-    """A range of chunks of a parameter, in a unit."""
-
-    tensor: int  # index in the lists
-    first_chunk: int
-    num_chunks: int
-    start: int = 0  # first element in the sections of the unit
-
-
 class Unit(NamedTuple):
-    """Parts that are updated by one call of `run`, and the memory of their states between updates."""
+    """Parts that are updated by one call of `run`, and the memory of their states between updates.
+
+    Without sections states are updated in place.
+    """
 
     parts: Sequence[Part]
     sections: Mapping[str, Tensor]  # 1-D, by kind of state: the lists' states are views of them
+
+    @classmethod
+    def whole(cls, params: Sequence[Tensor]) -> "Unit":
+        """Return the unit of all parameters, updated in place."""
+        return cls(whole_parts([p.numel() for p in params]), {})
 
 
 class TensorLists(NamedTuple):
@@ -126,9 +125,6 @@ class AdamWPlan:
         num_groups: Number of parameter groups.
         capturable: Whether a later step may be captured in a graph.
         units: Units that the parameters are divided into; None is one unit, updated in place.
-
-    Attributes:
-        buffers: Tensors that launches read and write besides the lists; the caller adds its output for norms.
     """
 
     def __init__(
@@ -144,17 +140,16 @@ class AdamWPlan:
         count = len(lists.params)
         self.device = device
         keys = lists.keys()
-        pieces = None
-        if units is not None:
-            pieces = [
-                Piece(part.tensor, part.first_chunk, part.num_chunks, keys[part.tensor]._replace(unit=number))
-                for number, unit in enumerate(units)
-                for part in unit.parts
-            ]
+        units = units or [Unit.whole(lists.params)]
+        parts = [
+            (part, keys[part.tensor]._replace(unit=number))
+            for number, unit in enumerate(units)
+            for part in unit.parts
+        ]
         self.table = build_table(
             numels=[p.numel() for p in lists.params],
             keys=keys,
-            pieces=pieces,
+            parts=parts,
             layers=lists.layers,
             num_layers=num_layers,
             device=device,
@@ -172,14 +167,14 @@ class AdamWPlan:
         for run in self.table.runs:
             self._runs.setdefault(run.key.unit, []).append(run)  # type: ignore[attr-defined]
         self._section_addresses = [
-            {kind: section.data_ptr() for kind, section in unit.sections.items()} for unit in units or ()
+            {kind: section.data_ptr() for kind, section in unit.sections.items()} for unit in units
         ]
         self._inputs = Inputs(count, num_groups, device, capturable)
         self._data = self._inputs.data
         self._coefficients = torch.empty(count * COEFFICIENTS.value, dtype=torch.float32, device=device)
         self._partials = torch.empty(self.table.num_partials, dtype=torch.float32, device=device)
-        self.buffers = [self.table.data, self._inputs.data, self._coefficients, self._partials]
-        self._stream = _current_stream(device)
+        self._buffers = [self.table.data, self._inputs.data, self._coefficients, self._partials]
+        self._stream = self._used_on = _current_stream(device)
 
     def upload(
         self,
@@ -199,10 +194,9 @@ class AdamWPlan:
         """
         if addresses is None:
             addresses = [g.data_ptr() for g in lists.grads]
-        stream = _current_stream(self.device)
-        if stream != self._stream:  # else the allocator could reuse the memory while it is read
-            for buffer in self.buffers:
-                buffer.record_stream(stream)
+        self._used_on = stream = _current_stream(self.device)
+        for buffer in self._buffers:
+            self._record_use(buffer)
         if stream is not None and torch.cuda.is_current_stream_capturing():
             self._data, kept = self._inputs.for_graph(addresses, hyperparameters)
             return (self, kept)
@@ -210,8 +204,14 @@ class AdamWPlan:
         self._data = self._inputs.data
         return None
 
+    def _record_use(self, buffer: Tensor) -> None:
+        """Keep the allocator from reusing memory that another stream than that of the construction uses."""
+        if self._used_on != self._stream:
+            buffer.record_stream(self._used_on)
+
     def measure(self, sq_norms: Tensor, grad_scale: Tensor | None = None) -> None:
         """Write the squared gradient norms by layer, float32 ``[num_layers]``, in a pass that only reads gradients."""
+        self._record_use(sq_norms)
         launch_norms(self.table, self._data, self._partials)
         launch_sum_layers(self.table, self._partials, grad_scale, sq_norms)
 
@@ -260,7 +260,7 @@ class AdamWPlan:
 
         Args:
             unit: Index in `units`; 0 without units.
-            views: Sections of the unit in a buffer, 1-D by kind; None updates the states in place.
+            views: Sections of the unit in a buffer, 1-D by kind; None or empty updates the states in place.
         """
         shifts = dict.fromkeys(STATE_KINDS, 0)
         for kind, view in (views or {}).items():
@@ -294,6 +294,7 @@ class AdamWPlan:
     def finish(self, sq_norms: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
         """End the step, and write the squared norms of all units to `sq_norms`, float32 ``[num_layers]``."""
         if sq_norms is not None:
+            self._record_use(sq_norms)
             launch_sum_layers(self.table, self._partials, grad_scale, sq_norms)
 
 

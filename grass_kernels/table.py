@@ -63,13 +63,13 @@ COEFFICIENTS = constexpr(16)
 _CPU = torch.device("cpu")  # explicit everywhere: the user may have set another default device
 
 
-class Piece(NamedTuple):
-    """A range of chunks of a tensor."""
+class Part(NamedTuple):
+    """A range of chunks of a tensor, in a unit."""
 
-    tensor: int
+    tensor: int  # index in the lists
     first_chunk: int
     num_chunks: int
-    key: Hashable  # pieces with equal keys are one launch
+    start: int = 0  # first element in the sections of the unit
 
 
 class ChunkRun(NamedTuple):
@@ -99,18 +99,18 @@ def build_table(
     num_layers: int,
     device: torch.device,
     columns: Mapping[str, Sequence[int]] | None = None,
-    pieces: Sequence[Piece] | None = None,
+    parts: Sequence[tuple[Part, Hashable]] | None = None,
 ) -> Table:
     """Build a table of tensors, and upload it.
 
     Args:
         numels: Number of elements of each tensor.
-        keys: Key of each tensor: tensors with equal keys are one launch. Ignored with `pieces`.
+        keys: Key of each tensor: tensors with equal keys are one launch. Ignored with `parts`.
         layers: Layer of each tensor, in ``[0, num_layers)``.
         num_layers: Number of layers.
         device: Device of the tensors and the table.
         columns: Further columns of `COLUMNS` by name, one entry per tensor; others are 0.
-        pieces: Ranges of chunks with their keys; None is one range per tensor.
+        parts: Parts and their keys: parts with equal keys are one launch; None is one part per tensor.
 
     Returns:
         The table. The upload is queued on the device's current stream, without a device sync.
@@ -145,23 +145,28 @@ def build_table(
     for name, column in known.items():
         rows[:, COLUMNS.index(name)] = column
 
-    if pieces is None:
-        pieces = [Piece(i, 0, n, key) for i, (n, key) in enumerate(zip(chunks.tolist(), keys, strict=True))]
-    runs = _write_chunks(words[chunks_start:], pieces, chunks_start)
+    if parts is None:
+        parts = list(zip(whole_parts(numels), keys, strict=True))
+    runs = _write_chunks(words[chunks_start:], parts, chunks_start)
     data = words.to(device, non_blocking=True)
     return Table(data, count, num_chunks, num_layers, layers_start, runs)
 
 
-def _write_chunks(out: Tensor, pieces: Sequence[Piece], start: int) -> list[ChunkRun]:
+def whole_parts(numels: Sequence[int]) -> list[Part]:
+    """Return the parts of whole tensors, one each, with these numbers of elements."""
+    return [Part(i, 0, -(-numel // CHUNK)) for i, numel in enumerate(numels)]
+
+
+def _write_chunks(out: Tensor, parts: Sequence[tuple[Part, Hashable]], start: int) -> list[ChunkRun]:
     """Fill `out` with the chunk words, key by key, and return the run of each key."""
-    pieces_of: dict[Hashable, list[Piece]] = {}
-    for piece in pieces:
-        pieces_of.setdefault(piece.key, []).append(piece)
+    parts_of: dict[Hashable, list[Part]] = {}
+    for part, key in parts:
+        parts_of.setdefault(key, []).append(part)
     runs, filled = [], 0
-    for key, members in pieces_of.items():
-        tensors = torch.tensor([piece.tensor for piece in members], device=_CPU)
-        firsts = torch.tensor([piece.first_chunk for piece in members], device=_CPU)
-        counts = torch.tensor([piece.num_chunks for piece in members], device=_CPU)
+    for key, members in parts_of.items():
+        tensors = torch.tensor([part.tensor for part in members], device=_CPU)
+        firsts = torch.tensor([part.first_chunk for part in members], device=_CPU)
+        counts = torch.tensor([part.num_chunks for part in members], device=_CPU)
         total = int(counts.sum())
         if total:
             before = counts.cumsum(0) - counts

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from grass_kernels import layout, operators, reference, rounding
 from grass_kernels.inputs import Hyperparameters
-from grass_kernels.plan import STATE_KINDS, Part, TensorLists, Unit
+from grass_kernels.plan import STATE_KINDS, TensorLists, Unit
 from grass_kernels.reference import Tensors
 from grass_kernels.sq_norm import torch_sq_norms
-from grass_kernels.table import CHUNK
+from grass_kernels.table import CHUNK, Part
 
 
 class TorchPlan:
@@ -44,7 +44,7 @@ class TorchPlan:
         self.device, self._num_layers = device, num_layers
         self._groups = list(groups) if groups is not None else [0] * count
         self._layers = lists.layers
-        self._parts = None if units is None else [unit.parts for unit in units]
+        self._parts = [unit.parts for unit in units or [Unit.whole(lists.params)]]
         self._plain = [  # torch's fused AdamW is the same function
             device.type == "cpu" and maximum is None and remainder is None and len({p.dtype, g.dtype, m.dtype}) == 1
             and (seed is None or p.dtype != torch.bfloat16)
@@ -117,27 +117,24 @@ class TorchPlan:
         """See :meth:`AdamWPlan.run`."""
         if self._skips:
             return
-        by_hyper: dict[Hyperparameters, list[_Row]] = {}
-        for row, group in self._rows(unit, views):
+        by_hyper: dict[Hyperparameters, list[_Range]] = {}
+        for row, group in self._rows(unit, views or {}):
             by_hyper.setdefault(self._hyperparameters[group], []).append(row)
         scratch = torch.empty(4, reference.PIECE, dtype=torch.float32, device="cpu").unbind()
         for hyper, rows in by_hyper.items():
             _update_rows(rows, hyper, self._factors[hyper.maximize, hyper.max_grad_norm], scratch)
 
-    def _rows(self, unit: int, views: Mapping[str, Tensor] | None) -> Iterator[tuple["_Row", int]]:
+    def _rows(self, unit: int, views: Mapping[str, Tensor]) -> Iterator[tuple["_Range", int]]:
         lists = self._lists
         assert lists is not None
-        if self._parts is None:
-            columns = zip(*lists.tensors(), lists.steps, lists.seeds, self._plain, self._groups, strict=True)
-            for *tensors, step, seed, plain, group in columns:
-                flat = Tensors(*(None if t is None else layout.flat(t) for t in tensors))  # type: ignore[arg-type]
-                yield _Row(flat, step, seed, 0, plain), group
-            return
-        assert views is not None
+        states = lists.states()
         for part in self._parts[unit]:
             i = part.tensor
-            row = _Row(_part_of(lists, part, views), lists.steps[i], lists.seeds[i], part.first_chunk * CHUNK)
-            yield row._replace(plain=self._plain[i]), self._groups[i]
+            tensors = _tensors_of(
+                part, lists.params[i], lists.grads[i], [column[i] for column in states], views
+            )
+            start = part.first_chunk * CHUNK
+            yield _Range(tensors, lists.steps[i], lists.seeds[i], start, self._plain[i]), self._groups[i]
 
     def finish(self, sq_norms: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
         """See :meth:`AdamWPlan.finish`."""
@@ -147,19 +144,29 @@ class TorchPlan:
         self._factors = {}
 
 
-def _part_of(lists: TensorLists, part: Part, views: Mapping[str, Tensor]) -> Tensors:
-    """Return a range of chunks of a parameter, with its states in the sections of a unit."""
-    first = part.first_chunk * CHUNK
-    param = layout.flat(lists.params[part.tensor])[first : first + part.num_chunks * CHUNK]
-    states = [
-        None if column[part.tensor] is None else views[kind][part.start : part.start + len(param)]
-        for kind, column in zip(STATE_KINDS, lists.states(), strict=True)
+def _tensors_of(
+    part: Part, param: Tensor, grad: Tensor, states: Sequence[Tensor | None], views: Mapping[str, Tensor]
+) -> Tensors:
+    """Return a part as 1-D tensors, its states from the sections of a unit, if these are given."""
+    first, numel = part.first_chunk * CHUNK, min(param.numel(), part.num_chunks * CHUNK)
+
+    def range_of(t: Tensor) -> Tensor:
+        flat = layout.flat(t)
+        return flat if numel == len(flat) else flat[first : first + numel]
+
+    own = range_of(param)
+    moved = [
+        None
+        if t is None
+        else views[kind][part.start : part.start + len(own)]
+        if kind in views
+        else range_of(t)
+        for kind, t in zip(STATE_KINDS, states, strict=True)
     ]
-    grad = layout.flat(lists.grads[part.tensor])[first : first + len(param)]
-    return Tensors(param, grad, *states)  # type: ignore[arg-type]
+    return Tensors(own, range_of(grad), *moved)  # type: ignore[arg-type]
 
 
-class _Row(NamedTuple):
+class _Range(NamedTuple):
     """A parameter, or a range of its elements."""
 
     tensors: Tensors
@@ -168,7 +175,7 @@ class _Row(NamedTuple):
     start: int = 0  # first element in the parameter
     plain: bool = False  # supported by torch's fused AdamW without copies
 
-    def pieces(self) -> Iterator["_Row"]:
+    def pieces(self) -> Iterator["_Range"]:
         start = self.start
         for piece in self.tensors.pieces():
             yield self._replace(tensors=piece, start=start)
@@ -183,7 +190,7 @@ class _Row(NamedTuple):
 
 
 def _update_rows(
-    rows: Sequence[_Row], hyper: Hyperparameters, factor: Tensor | None, scratch: Sequence[Tensor]
+    rows: Sequence[_Range], hyper: Hyperparameters, factor: Tensor | None, scratch: Sequence[Tensor]
 ) -> None:
     """Update parameters, or ranges of them, whose step counters have been incremented.
 
@@ -193,9 +200,9 @@ def _update_rows(
         factor: Factor of the gradients, fp32 scalar, including the sign; None is 1, or -1 to maximize.
         scratch: Four tensors, fp32 ``[PIECE]``, on the CPU.
     """
-    whole: dict[torch.dtype, list[_Row]] = {}
-    scaled: list[_Row] = []
-    in_fp32: list[_Row] = []
+    whole: dict[torch.dtype, list[_Range]] = {}
+    scaled: list[_Range] = []
+    in_fp32: list[_Range] = []
     for row in rows:
         t = row.tensors
         if t.param.device.type != "cpu" or t.max_exp_avg_sq is not None:
@@ -215,7 +222,7 @@ def _update_rows(
         _fused_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, hyper, hyper.maximize)
     for piece in chain.from_iterable(row.pieces() for row in scaled):
         _update_scaled(piece, factor, hyper, scratch[0])
-    batch: list[_Row] = []
+    batch: list[_Range] = []
     held = 0
     for piece in chain.from_iterable(row.pieces() for row in in_fp32):
         numel = piece.tensors.param.numel()
@@ -257,7 +264,7 @@ def _fused_adamw(
     )
 
 
-def _update_scaled(piece: _Row, factor: Tensor | None, hyper: Hyperparameters, scratch: Tensor) -> None:
+def _update_scaled(piece: _Range, factor: Tensor | None, hyper: Hyperparameters, scratch: Tensor) -> None:
     """Update low-precision tensors by torch's fused AdamW, which scales a copy of the gradient in fp32."""
     assert factor is not None
     param, grad, exp_avg, exp_avg_sq, *_ = piece.tensors
@@ -267,7 +274,7 @@ def _update_scaled(piece: _Row, factor: Tensor | None, hyper: Hyperparameters, s
 
 
 def _update_in_fp32(
-    batch: Sequence[_Row], factor: Tensor | None, hyper: Hyperparameters, scratch: Sequence[Tensor]
+    batch: Sequence[_Range], factor: Tensor | None, hyper: Hyperparameters, scratch: Sequence[Tensor]
 ) -> None:
     """Update fp32 copies, which fit a cache, and store the results."""
     params, grads, exp_avgs, exp_avg_sqs, _, remainders = map(
@@ -320,7 +327,7 @@ def _widen(tensors: list[Tensor], scratch: Tensor, factor: Tensor | None = None)
     return wide
 
 
-def _update_by_reference(row: _Row, factor: Tensor | None, hyper: Hyperparameters) -> None:
+def _update_by_reference(row: _Range, factor: Tensor | None, hyper: Hyperparameters) -> None:
     if factor is None:
         factor = reference.grad_factor(hyper.maximize, None, None)
     c = reference.coefficients(

@@ -129,10 +129,7 @@ def measure_steps(task: Task, device: torch.device, *, vanilla: bool) -> list[Sp
     pipeline = make_pipeline(task, engine, device)
     cycles = cycles_per_second()
     most = max(
-        p.start - unit.start + p.numel
-        for s in task.order()
-        for unit in pipeline.units(s)
-        for p in unit.pieces
+        p.start - unit.start + p.numel for s in task.order() for unit in pipeline.units(s) for p in unit.parts
     )
     param, grad = (torch.zeros(most, dtype=torch.bfloat16, device=device) for _ in range(2))
     step = torch.zeros((), device=device)

@@ -11,12 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import grass_kernels
 from grass.errors import ConfigError
 from grass.offload.store import ALIGNMENT, Slab
 from grass_kernels.table import CHUNK
 
 
-class Piece(NamedTuple):
+class Part(NamedTuple):
     """A range of chunks of a parameter."""
 
     param: Tensor
@@ -32,21 +33,36 @@ class Unit:
     Attributes:
         bucket: bucket of the slab.
         label: name in logs: "3.1" is the second unit of bucket 3.
-        pieces: ranges of chunks in the unit.
+        parts: ranges of chunks in the unit.
         start: first element in the sections.
         host: 1-D views of the sections in host memory, by kind.
         num_bytes: bytes of all sections, without padding.
         ready, written: events of the last fetch and the last write-back.
     """
 
-    def __init__(self, bucket: int, index: int, slab: Slab, pieces: Sequence[Piece]) -> None:
-        self.bucket, self.label, self.pieces = bucket, f"{bucket}.{index}", tuple(pieces)
-        self.start = pieces[0].start
-        stop = pieces[-1].start + pieces[-1].numel
+    def __init__(self, bucket: int, index: int, slab: Slab, parts: Sequence[Part]) -> None:
+        self.bucket, self.label, self.parts = bucket, f"{bucket}.{index}", tuple(parts)
+        self.start = parts[0].start
+        stop = parts[-1].start + parts[-1].numel
         self.host = {kind: section[self.start : stop] for kind, section in slab.sections.items()}
         self.num_bytes = sum(t.numel() * t.itemsize for t in self.host.values())
         self.ready: object = None
         self.written: object = None
+
+    def for_kernels(self, indices: Mapping[Tensor, int]) -> grass_kernels.Unit:
+        """Return the unit as the kernels take it.
+
+        Args:
+            indices: index of each parameter in the lists of the kernels; parts of other parameters are left out.
+        """
+        parts = [
+            grass_kernels.Part(
+                indices[part.param], part.first_chunk, part.num_chunks, part.start - self.start
+            )
+            for part in self.parts
+            if part.param in indices
+        ]
+        return grass_kernels.Unit(parts, self.host)
 
     def views(self, memory: Tensor) -> dict[str, Tensor]:
         """Return 1-D views of its sections in a uint8 buffer, each aligned to `ALIGNMENT` bytes."""
@@ -71,24 +87,24 @@ def cut(bucket: int, slab: Slab, capacity: int | None) -> list[Unit]:
     dtypes = {kind: section.dtype for kind, section in slab.sections.items()}
     limit = slab.numel if capacity is None else elements_in(capacity, dtypes)
     units: list[Unit] = []
-    pieces: list[Piece] = []
+    parts: list[Part] = []
 
     def close() -> None:
-        if pieces:
-            units.append(Unit(bucket, len(units), slab, pieces))
-            pieces.clear()
+        if parts:
+            units.append(Unit(bucket, len(units), slab, parts))
+            parts.clear()
 
     for p, start in slab.starts.items():
         done, total = 0, -(-p.numel() // CHUNK)
         while done < total:
             begin = start + done * CHUNK
-            room = limit - (begin - pieces[0].start if pieces else 0)
+            room = limit - (begin - parts[0].start if parts else 0)
             rest = p.numel() - done * CHUNK
             taken = rest if rest <= room else room // CHUNK * CHUNK
             if taken <= 0:
                 close()
                 continue
-            pieces.append(Piece(p, done, -(-taken // CHUNK), begin, taken))
+            parts.append(Part(p, done, -(-taken // CHUNK), begin, taken))
             done += -(-taken // CHUNK)
     close()
     return units

@@ -18,7 +18,7 @@ from grass.optim.checks import check_entries, check_states, refuse_in_capture, r
 from grass.optim.hyperparameters import settings_of
 from grass.optim.param_entry import ParamEntry
 from grass.optim.states import STATE_KEYS, Options, StateMaker
-from grass.optim.step_plan import InPlace, Reading, Residency, Scaler, StepPlan, read_step
+from grass.optim.step_plan import InPlace, Reading, Scaler, Scope, StepPlan, read_step
 
 _logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class AdamW(torch.optim.AdamW):
     def _reset_caches(self) -> None:
         """Drop what one step caches for the next."""
         self._states = StateMaker(self._options)
-        self._plans: dict[int | None, StepPlan] = {}  # by bucket; None: all parameters
+        self._plans: dict[object, StepPlan] = {}  # by the name of the parameters that are updated together
         self._sq_norms: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -193,55 +193,68 @@ class AdamW(torch.optim.AdamW):
 
     # -- one update ---------------------------------------------------------------------------------------
 
-    _residency: Residency = InPlace()
+    def _update(self) -> Tensor | None:
+        """Update all parameters that have gradients; see `_update_together`."""
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        return self._update_together("all", params, self._scope)
 
-    def _update(self, bucket: int | None = None) -> Tensor | None:
-        """Update the parameters of a bucket that have gradients; None is all.
+    def _scope(self) -> Scope:
+        """Return what a plan covers: each parameter with a gradient, as a layer of its own."""
+        members = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
+        entries = [ParamEntry(p, group, i, i) for i, (group, p) in enumerate(members) if p.grad is not None]
+        return Scope(entries, len(members), InPlace(), [0])
+
+    def _update_together(
+        self, name: object, params: Sequence[Tensor], scope: Callable[[], Scope]
+    ) -> Tensor | None:
+        """Update those of some parameters that have gradients, by the plan that is kept under a name while it is valid.
+
+        Args:
+            name: name of the plan.
+            params: the parameters.
+            scope: function that returns what a new plan covers: those of `params` that have gradients.
 
         Returns:
             float32 [layers], squared norms of the gradients by layer; None without any gradient.
         """
-        params = self._params_of(bucket)
-        plan, reading = self._plans.get(bucket), None
+        plan, reading = self._plans.get(name), None
         if plan is not None:
             # what cannot be read is checked, and refused by name, when the plan is built
             with contextlib.suppress(KeyError, TypeError, RuntimeError, AttributeError):
                 reading = read_step(params, self.state, self._optional_kinds())
         if plan is None or reading is None or not plan.is_valid(reading, self.param_groups):
-            self._plans.pop(bucket, None)
-            built = self._build_plan(params, bucket)
+            self._plans.pop(name, None)
+            built = self._build_plan(params, scope)
             if built is None:
                 return None
             plan, reading = built
-            self._plans[bucket] = plan
+            self._plans[name] = plan
         scaler = Scaler(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         sq_norms, kept = plan.run(reading, self.param_groups, scaler)
         self._graphs += kept
         return sq_norms
 
-    def _build_plan(self, params: Sequence[Tensor], bucket: int | None) -> tuple[StepPlan, Reading] | None:
+    def _build_plan(
+        self, params: Sequence[Tensor], scope_of: Callable[[], Scope]
+    ) -> tuple[StepPlan, Reading] | None:
         """Check the tensors of a step, create missing states, and build the plan; None without any gradient."""
         refuse_in_capture()
         refuse_sparse(self.param_groups)
         for group in self.param_groups:
             settings_of(group)  # raises unless there are two betas
             self._options.check_group(group)
-        entries, num_layers = self._entries_with_grads(bucket)
-        if not entries:
+        scope = scope_of()
+        if not scope.entries:
             return None
-        check_entries(entries, self.param_groups, self._options)
-        check_states(entries, self.param_groups, self.state, self._options)
-        for entry in entries:
+        check_entries(scope.entries, self.param_groups, self._options)
+        check_states(scope.entries, self.param_groups, self.state, self._options)
+        for entry in scope.entries:
             group, state = self.param_groups[entry.group], self.state[entry.param]
             self._states.allocate(state, group, entry.param)
             self._states.move_to_param(state, group, entry.param)
         reading = read_step(params, self.state, self._optional_kinds())
-        buckets = self._buckets_of(entries)
-        plan = StepPlan(
-            reading, entries, self.param_groups, self._options, num_layers, self._residency, buckets
-        )
-        _logger.debug("new plan for %d parameters", len(entries))
-        return plan, reading
+        _logger.debug("new plan for %d parameters", len(scope.entries))
+        return StepPlan(reading, scope, self.param_groups, self._options), reading
 
     def _optional_kinds(self) -> list[str]:
         """Return the kinds of states that some parameters have beside two moments and a step counter."""
@@ -249,20 +262,6 @@ class AdamW(torch.optim.AdamW):
         if any(group["amsgrad"] for group in self.param_groups):
             kinds.append("max_exp_avg_sq")
         return kinds
-
-    def _params_of(self, bucket: int | None) -> list[Tensor]:
-        """Return the parameters of a bucket, or all; this class has a single bucket."""
-        return list(chain.from_iterable(group["params"] for group in self.param_groups))
-
-    def _entries_with_grads(self, bucket: int | None) -> tuple[list[ParamEntry], int]:
-        """Return the records of parameters with gradients, and the number of layers: each parameter is one."""
-        members = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
-        entries = [ParamEntry(p, group, i, i) for i, (group, p) in enumerate(members) if p.grad is not None]
-        return entries, len(members)
-
-    def _buckets_of(self, entries: Sequence[ParamEntry]) -> list[int]:
-        """Return the buckets whose states pass through the residency, in the order of updates."""
-        return [0]
 
     # -- state dicts ------------------------------------------------------------------------------------------
 

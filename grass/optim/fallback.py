@@ -86,6 +86,12 @@ class Fallback:
         if found_inf is not None and not self._group["fused"]:
             self._skips |= bool(found_inf)
 
+    def run(self, unit: int, views: dict[str, Tensor]) -> None:
+        """Do nothing: states of these parameters are in no unit, and are updated in `finish`."""
+
+    def increment_versions(self, reading: Any) -> None:
+        """Do nothing: torch does it."""
+
     def finish(self) -> Tensor | None:
         """Update the parameters; returns the squared norms if `begin` was called with ``norms=True``."""
         has_inference_tensors = any(t.is_inference() for column in self._tensors for t in column)

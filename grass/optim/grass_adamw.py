@@ -6,6 +6,7 @@ are complete, the offload manager keeps states in host memory.
 """
 
 import contextlib
+import functools
 import logging
 import warnings
 import weakref
@@ -38,7 +39,7 @@ from grass.optim.param_entry import (
 from grass.optim.probe import Probe
 from grass.optim.requires_grad import RequiresGradLease, trainable_flags
 from grass.optim.states import takes_kernel
-from grass.optim.step_plan import Reading, StepPlan
+from grass.optim.step_plan import InPlace, Residency, Scope
 
 _logger = logging.getLogger(__name__)
 
@@ -320,7 +321,7 @@ class GrassAdamW(AdamW):
             layers = {min(bucket, len(self._layers)) for bucket in self._observed_order}
         else:
             sq_norms = self._update()
-            plan = self._plans.get(None)
+            plan = self._plans.get("all")
             layers = set() if plan is None else plan.layers
         if sq_norms is not None:
             observed = [layer in layers for layer in range(len(self._layers) + 1)]
@@ -405,11 +406,11 @@ class GrassAdamW(AdamW):
 
     # -- one update ---------------------------------------------------------------------------------------
 
-    def _update(self, bucket: int | None = None) -> Tensor | None:
+    def _update(self) -> Tensor | None:
         if self._offload is not None:
             self._offload.update_device()
-        sq_norms = super()._update(bucket)
-        if self._offload is not None and bucket is None:
+        sq_norms = super()._update()
+        if self._offload is not None:
             self._offload.join()
         return sq_norms
 
@@ -418,10 +419,12 @@ class GrassAdamW(AdamW):
         self._refuse_if_ended()
         if self._fused is not None and not self._fused.done:
             check_groups(self.param_groups, self._options)
-        sq_norms = self._update(bucket)
         if self._offload is not None:
-            grads = [p.grad for p in self._params_of(bucket)]
-            self._offload.keep([grad for grad in grads if grad is not None])
+            self._offload.update_device()
+        params = [entry.param for entry in self._current_entries() if entry.bucket == bucket]
+        sq_norms = self._update_together(bucket, params, functools.partial(self._scope, bucket))
+        if self._offload is not None:
+            self._offload.keep([p.grad for p in params if p.grad is not None])
             # The stream of backward waits for the updates, even if no step follows.
             if torch._C._current_graph_task_id() != -1:  # inside backward; `step` joins by itself
                 torch.autograd.Variable._execution_engine.queue_callback(self._offload.join)
@@ -440,11 +443,6 @@ class GrassAdamW(AdamW):
         Needed with ``fused_backward`` only. Otherwise, and while probing, it does nothing.
         """
         return contextlib.nullcontext() if self._fused is None else self._fused.accumulate()
-
-    def _params_of(self, bucket: int | None) -> list[Tensor]:
-        if bucket is None:
-            return super()._params_of(None)
-        return [entry.param for entry in self._current_entries() if entry.bucket == bucket]
 
     def _current_entries(self) -> list[ParamEntry]:
         """Return the records of all parameters, in the current order of the groups."""
@@ -481,7 +479,10 @@ class GrassAdamW(AdamW):
         self._rebuild_store()
         self._switch_parameters()
 
-    def _entries_with_grads(self, bucket: int | None) -> tuple[list[ParamEntry], int]:
+    def _scope(self, bucket: int | None = None) -> Scope:
+        """Return what a plan covers: active parameters with gradients, of a bucket or of all."""
+        self._ensure_capacity()
+        self._prepare_states_for_offload()
         entries = []
         for entry in self._current_entries():
             if entry.param.grad is None or bucket not in (None, entry.bucket):
@@ -490,7 +491,13 @@ class GrassAdamW(AdamW):
                 entries.append(entry)
             else:
                 entry.param.grad = None  # set by the user, or before a checkpoint was loaded
-        return entries, len(self._layers) + 1
+        residency: Residency = InPlace()
+        buckets = [0]
+        if self._offload is not None:
+            stored = {entry.bucket for entry in entries if entry.param in self._offload}
+            residency = self._offload
+            buckets = [b for b in self._update_order(range(len(self._layers))) if b in stored]
+        return Scope(entries, len(self._layers) + 1, residency, buckets)
 
     # -- states in host memory ------------------------------------------------------------------------------
 
@@ -502,7 +509,6 @@ class GrassAdamW(AdamW):
                 before.drain()
             buckets = buckets_of(self._entries, self.param_groups, self.state, self._options)
             self._offload = self._states.storage = OffloadManager(buckets, self._config, before)
-            self._residency = self._offload
             if before is not None:
                 before.close()
         self._observed_order = []
@@ -521,19 +527,19 @@ class GrassAdamW(AdamW):
                 check_state_shapes(self.state.get(entry.param, {}), entry.param, entry.index)
             self._rebuild_store()
 
-    def _build_plan(self, params: Sequence[Tensor], bucket: int | None) -> tuple[StepPlan, Reading] | None:
-        self._ensure_capacity()
-        if self._offload is not None:
-            for entry in self._entries:
-                group = self.param_groups[entry.group]
-                if entry.param in self._offload and not takes_kernel(group, entry.param, self._options):
-                    raise ConfigError(
-                        f"parameter {entry.index} is in a group with settings that the kernels do not support "
-                        "(differentiable, capturable, decoupled_weight_decay=False, or betas in tensors on a device), "
-                        "and states in host memory need the kernels: use offload='none', or other settings"
-                    )
-            self._offload.clone_misplaced({p: self.state[p] for _, p in self._members() if p in self.state})
-        return super()._build_plan(params, bucket)
+    def _prepare_states_for_offload(self) -> None:
+        """Check that all states in the store can be updated there, and clone those that are in another's place."""
+        if self._offload is None:
+            return
+        for entry in self._entries:
+            group = self.param_groups[entry.group]
+            if entry.param in self._offload and not takes_kernel(group, entry.param, self._options):
+                raise ConfigError(
+                    f"parameter {entry.index} is in a group with settings that the kernels do not support "
+                    "(differentiable, capturable, decoupled_weight_decay=False, or betas in tensors on a device), "
+                    "and states in host memory need the kernels: use offload='none', or other settings"
+                )
+        self._offload.clone_misplaced({p: self.state[p] for _, p in self._members() if p in self.state})
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self._ensure_capacity()
@@ -553,12 +559,6 @@ class GrassAdamW(AdamW):
         outside = sorted((bucket for bucket in training if bucket >= len(self._layers)), reverse=True)
         order = [*outside[:-1], *sorted(training.intersection(active), reverse=True), *outside[-1:]]
         return self._observed_order if sorted(self._observed_order) == sorted(order) else order
-
-    def _buckets_of(self, entries: Sequence[ParamEntry]) -> list[int]:
-        if self._offload is None:
-            return super()._buckets_of(entries)
-        stored = {entry.bucket for entry in entries if entry.param in self._offload}
-        return [bucket for bucket in self._update_order(range(len(self._layers))) if bucket in stored]
 
     # -- parameters -----------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import grass_kernels
 from grass.config import GrassConfig
 from grass.errors import OffloadError
 from grass.offload.host import check_host_memory
@@ -137,6 +138,10 @@ class OffloadManager:
     def units(self, bucket: int) -> Sequence[Unit]:
         """See `Pipeline`."""
         return self.pipeline.units(bucket)
+
+    def parts(self, unit: Unit, indices: Mapping[Tensor, int]) -> grass_kernels.Unit:
+        """See `grass.optim.step_plan.Residency`."""
+        return unit.for_kernels(indices)
 
     def run(self, bucket: int, update: Update) -> None:
         """See `Pipeline`."""

@@ -7,7 +7,7 @@ addresses, dtypes, sizes and strides of all tensors that are read or written. A 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import compress
 from operator import attrgetter, itemgetter
@@ -21,7 +21,7 @@ from grass.optim.fallback import Fallback
 from grass.optim.hyperparameters import are_plain, hyperparameters_of, settings_of
 from grass.optim.param_entry import ParamEntry
 from grass.optim.states import Options, takes_kernel
-from grass_kernels import AdamWPlan, Part, TensorLists, TorchPlan, layout
+from grass_kernels import AdamWPlan, TensorLists, TorchPlan, Unit, layout
 
 _structure = itemgetter(
     "amsgrad", "differentiable", "capturable", "foreach", "fused", "decoupled_weight_decay"
@@ -111,26 +111,74 @@ class Residency(Protocol):
         """Return the context in which a step is launched."""
 
     def units(self, bucket: int) -> Sequence[Any]:
-        """Return the units of a bucket (`grass.offload.units.Unit`), in the order of updates."""
+        """Return the units of a bucket, hashable, in the order of updates."""
+
+    def parts(self, unit: Any, indices: Mapping[Tensor, int]) -> Unit:
+        """Return a unit for the kernels: its parts that belong to parameters in `indices`."""
 
     def run(self, bucket: int, update: Callable[[Any, dict[str, Tensor]], None]) -> None:
         """Call ``update(unit, views)`` for every unit of a bucket; `views` are its states by kind, 1-D."""
 
 
 class InPlace:
-    """States on the device of their parameters, updated as one unit."""
+    """States on the device of their parameters: one unit, and no views."""
 
     def updating(self) -> AbstractContextManager[None]:
         """See `Residency`."""
         return nullcontext()
 
-    def units(self, bucket: int) -> Sequence[Any]:
+    def units(self, bucket: int) -> Sequence[int]:
         """See `Residency`."""
-        return ()
+        return [bucket]
 
-    def run(self, bucket: int, update: Callable[[Any, Any], None]) -> None:
+    def parts(self, unit: int, indices: Mapping[Tensor, int]) -> Unit:
         """See `Residency`."""
-        update(None, None)
+        return Unit.whole(list(indices))
+
+    def run(self, bucket: int, update: Callable[[int, dict[str, Tensor]], None]) -> None:
+        """See `Residency`."""
+        update(bucket, {})
+
+
+class Scope(NamedTuple):
+    """What a plan covers."""
+
+    entries: Sequence[ParamEntry]
+    """Records of the parameters with gradients."""
+    num_layers: int
+    residency: Residency
+    """Where states are during an update."""
+    buckets: Sequence[int]
+    """Buckets that pass through the residency, in the order of updates."""
+
+
+class Backend(Protocol):
+    """What updates the parameters of a plan on one device, or of one group."""
+
+    device: torch.device
+
+    def prepare(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Check and convert the hyperparameters, before any parameter is updated."""
+
+    def upload(self, reading: Reading) -> object:
+        """Prepare the launches of a step; returns what a graph that is being captured must keep alive, or None."""
+
+    def measure(self, grad_scale: Tensor | None) -> Tensor:
+        """Return the squared gradient norms by layer, float32 [layers], in a pass that only reads gradients."""
+
+    def begin(
+        self, norms: bool, clip_by: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """Increment the step counters; see `grass_kernels.AdamWPlan.begin`."""
+
+    def run(self, unit: int, views: dict[str, Tensor]) -> None:
+        """Update one unit."""
+
+    def finish(self) -> Tensor | None:
+        """End the step, and return the squared norms if `begin` was called with ``norms=True``."""
+
+    def increment_versions(self, reading: Reading) -> None:
+        """Increment the versions of tensors that were written by address, as autograd expects."""
 
 
 class StepPlan:
@@ -138,30 +186,24 @@ class StepPlan:
 
     Args:
         reading: tensors of the step, with complete states.
-        entries: records of ``reading.params``.
+        scope: what the plan covers.
         groups: parameter groups of the optimizer.
         options: options of the optimizer.
-        num_layers: number of layers.
-        residency: where states are during an update.
-        buckets: buckets that pass through the residency, in the order of updates; one, with any number, for `InPlace`.
     """
 
     def __init__(
         self,
         reading: Reading,
-        entries: Sequence[ParamEntry],
+        scope: Scope,
         groups: Sequence[dict[str, Any]],
         options: Options,
-        num_layers: int,
-        residency: Residency,
-        buckets: Sequence[int],
     ) -> None:
         self._key, self._addresses = reading.key, reading.addresses
         self._lengths = [len(group["params"]) for group in groups]
         self._structures = list(map(_structure, groups))
-        self._options, self._num_layers = options, num_layers
-        self._residency, self._buckets = residency, buckets
-        units = [unit for bucket in buckets for unit in residency.units(bucket)]
+        self._options = options
+        entries, num_layers, self._residency, self._buckets = scope
+        units = [unit for bucket in self._buckets for unit in self._residency.units(bucket)]
         self._unit_numbers = {unit: number for number, unit in enumerate(units)}
         self.layers = {entry.layer for entry in entries}
         """Layers with parameters in the step."""
@@ -173,24 +215,23 @@ class StepPlan:
                 by_device.setdefault(entry.param.device, []).append(position)
             else:
                 by_group.setdefault(entry.group, []).append(position)
-        self._kernels = [
-            _KernelBackend(
-                positions, device, reading, entries, groups, options, num_layers, self._unit_numbers
-            )
-            for device, positions in by_device.items()
+        self._backends: list[Backend] = [
+            *(
+                _KernelBackend(positions, device, reading, scope, units, groups, options)
+                for device, positions in by_device.items()
+            ),
+            *(
+                Fallback(
+                    positions,
+                    [entries[i].layer for i in positions],
+                    index,
+                    num_layers,
+                    entries[positions[0]].param.device,
+                    options.max_grad_norm,
+                )
+                for index, positions in by_group.items()
+            ),
         ]
-        fallbacks = [
-            Fallback(
-                positions,
-                [entries[i].layer for i in positions],
-                index,
-                num_layers,
-                entries[positions[0]].param.device,
-                options.max_grad_norm,
-            )
-            for index, positions in by_group.items()
-        ]
-        self._backends: list[_KernelBackend | Fallback] = [*self._kernels, *fallbacks]
 
     def is_valid(self, reading: Reading, groups: Sequence[dict[str, Any]]) -> bool:
         """Return if the plan fits a reading, whose gradients may have moved, and whose hyperparameters may differ."""
@@ -240,13 +281,13 @@ class StepPlan:
                 self._residency.run(bucket, self._run_unit)
             taken = [backend.finish() for backend in self._backends]
             sq_norms = measured if measured is not None else _total(taken)  # type: ignore[arg-type]
-        for kernels in self._kernels:
-            kernels.increment_versions(reading)
+        for backend in self._backends:
+            backend.increment_versions(reading)
         return sq_norms, [entry for entry in kept if entry is not None]
 
-    def _run_unit(self, unit: Any, views: dict[str, Tensor] | None) -> None:
-        for kernels in self._kernels:
-            kernels.run(0 if unit is None else self._unit_numbers[unit], views)
+    def _run_unit(self, unit: Any, views: dict[str, Tensor]) -> None:
+        for backend in self._backends:
+            backend.run(self._unit_numbers[unit], views)
 
 
 class _KernelBackend:
@@ -257,13 +298,13 @@ class _KernelBackend:
         positions: list[int],
         device: torch.device,
         reading: Reading,
-        entries: Sequence[ParamEntry],
+        scope: Scope,
+        units: Sequence[Any],
         groups: Sequence[dict[str, Any]],
         options: Options,
-        num_layers: int,
-        unit_numbers: Mapping[Any, int],
     ) -> None:
         self.device = device
+        entries, num_layers, residency, _ = scope
         self._positions = None if len(positions) == len(entries) else positions
         own = [entries[i] for i in positions]
         self._layers = [entry.layer for entry in own]
@@ -277,28 +318,15 @@ class _KernelBackend:
         self.sq_norms = torch.empty(num_layers, dtype=torch.float32, device=device)
 
         indices = {entry.param: i for i, entry in enumerate(own)}
-        units = [
-            grass_kernels.Unit(
-                [
-                    Part(indices[piece.param], piece.first_chunk, piece.num_chunks, piece.start - unit.start)
-                    for piece in unit.pieces
-                    if piece.param in indices
-                ],
-                unit.host,
-            )
-            for unit in unit_numbers
-        ]
+        own_units = [residency.parts(unit, indices) for unit in units]
         capturable = any(group["capturable"] for group in groups)
         numbers = {index: number for number, index in enumerate(self._used)}
         group_of = [numbers[entry.group] for entry in own]
 
         def make(lists: TensorLists) -> AdamWPlan | TorchPlan:
-            plan = grass_kernels.make_plan(
-                lists, num_layers, device, group_of, len(numbers), capturable, units or None
+            return grass_kernels.make_plan(
+                lists, num_layers, device, group_of, len(numbers), capturable, own_units
             )
-            if isinstance(plan, AdamWPlan):
-                plan.buffers.append(self.sq_norms)
-            return plan
 
         lists = self._lists(reading)
         self._has_inference_tensors = any(
@@ -381,7 +409,7 @@ class _KernelBackend:
         with torch.inference_mode() if self._has_inference_tensors else nullcontext():
             self._plan.begin(norms=norms, clip_by=clip_by, grad_scale=grad_scale, found_inf=found_inf)
 
-    def run(self, unit: int, views: dict[str, Tensor] | None) -> None:
+    def run(self, unit: int, views: dict[str, Tensor]) -> None:
         """See `AdamWPlan.run`."""
         assert self._plan is not None
         with torch.inference_mode() if self._has_inference_tensors else nullcontext():
@@ -403,7 +431,7 @@ def _to(t: Tensor | None, device: torch.device) -> Tensor | None:
     return t if t is None or t.device == device else t.to(device, non_blocking=True)
 
 
-def _total(parts: Iterator[Tensor] | Sequence[Tensor]) -> Tensor:
+def _total(parts: Iterable[Tensor]) -> Tensor:
     """Return the sum on the device of the first part; a single part is returned as it is."""
     first, *others = parts
     for part in others:

@@ -96,7 +96,7 @@ class Slabbed:
             grass_kernels.Unit(
                 [
                     Part(places[p.param], p.first_chunk, p.num_chunks, p.start - unit.start)
-                    for p in unit.pieces
+                    for p in unit.parts
                 ],
                 unit.host,
             )
@@ -246,7 +246,7 @@ def test_parameters_that_are_transposed_are_walked_as_they_lie() -> None:
     assert len(units) == 2
     places = [slab.view(p, kind) for kind in kinds]
     parts = [
-        grass_kernels.Unit([Part(0, u.pieces[0].first_chunk, u.pieces[0].num_chunks)], u.host) for u in units
+        grass_kernels.Unit([Part(0, u.parts[0].first_chunk, u.parts[0].num_chunks)], u.host) for u in units
     ]
     steps = [torch.tensor(0.0)]
     nothing: list[None] = [None]

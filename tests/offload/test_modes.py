@@ -261,8 +261,8 @@ def test_small_units_really_cut_layers() -> None:
     list(ragged.steps(model, opt, 0, STEPS))
     units = [opt._offload.units(layer) for layer in opt.active_layers]
     assert all(len(members) > 1 for members in units)
-    pieces = [piece for members in units for unit in members for piece in unit.pieces]
-    assert len(pieces) > len({piece.param for piece in pieces}), "some parameter is in two units"
+    parts = [part for members in units for unit in members for part in unit.parts]
+    assert len(parts) > len({part.param for part in parts}), "some parameter is in two units"
 
 
 # -- losses of other kinds ------------------------------------------------------------------------

@@ -52,16 +52,16 @@ def check_cover(params: list[Tensor], slab: Slab, units: list[Unit]) -> None:
     found = []
     for number, unit in enumerate(units):
         assert (unit.bucket, unit.label) == (7, f"7.{number}")
-        assert unit.pieces
+        assert unit.parts
         reach = unit.start
-        for piece in unit.pieces:
-            p = piece.param
-            found += [(p, chunk) for chunk in range(piece.first_chunk, piece.first_chunk + piece.num_chunks)]
-            offset = piece.start - slab.starts[p]
-            assert offset == piece.first_chunk * CHUNK, "cut inside a chunk"
-            assert piece.numel == min(p.numel() - offset, piece.num_chunks * CHUNK)
-            assert piece.start >= reach
-            reach = piece.start + piece.numel
+        for part in unit.parts:
+            p = part.param
+            found += [(p, chunk) for chunk in range(part.first_chunk, part.first_chunk + part.num_chunks)]
+            offset = part.start - slab.starts[p]
+            assert offset == part.first_chunk * CHUNK, "cut inside a chunk"
+            assert part.numel == min(p.numel() - offset, part.num_chunks * CHUNK)
+            assert part.start >= reach
+            reach = part.start + part.numel
         assert list(unit.host) == list(slab.sections)
         for kind, section in slab.sections.items():
             view = unit.host[kind]
@@ -98,7 +98,7 @@ def test_units_cover_a_slab_within_their_buffers(sizes: list[int], name: str, mo
             view.fill_(number + 1)
         assert all(bool((view == i + 1).all()) for i, view in enumerate(views.values())), "they overlap"
     for unit, after in itertools.pairwise(units):
-        first = after.pieces[0]
+        first = after.parts[0]
         with_one_more = first.start + min(first.numel, CHUNK) - unit.start
         assert with_one_more > limit, "another chunk had room in the unit before"
 
@@ -117,8 +117,8 @@ def test_where_cuts_are_depends_on_each_parameter_alone() -> None:
     for before in (0, 1, 127, 5000, CHUNK - 1):
         params, slab = slab_of([before, 3 * CHUNK + 10], KINDS["float32"])
         for units in (cut(0, slab, least(KINDS["float32"])), cut(0, slab, 2 * least(KINDS["float32"]))):
-            pieces = [piece for unit in units for piece in unit.pieces if piece.param is params[1]]
-            starts = [piece.start - slab.starts[params[1]] for piece in pieces]
+            parts = [part for unit in units for part in unit.parts if part.param is params[1]]
+            starts = [part.start - slab.starts[params[1]] for part in parts]
             assert all(start % CHUNK == 0 for start in starts)
 
 
