@@ -45,6 +45,13 @@ class LayerMap:
     outside_num_params: int
     tied: tuple[tuple[str, str], ...] = ()
 
+    def __repr__(self) -> str:
+        names = self.names if len(self.names) <= 3 else (self.names[0], "...", self.names[-1])
+        return (
+            f"LayerMap({len(self.names)} layers: {', '.join(names)}; {sum(self.num_params):,} elements in layers, "
+            f"{self.outside_num_params:,} outside)"
+        )
+
     @classmethod
     def from_model(cls, model: nn.Module, pattern: Pattern | None = None) -> LayerMap:
         """Find the layers of a model, or take those that `pattern` names.

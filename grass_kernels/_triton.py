@@ -6,7 +6,7 @@ Backends by device (:func:`runs_triton`):
 CUDA, ROCm          Triton, on the tensors' device and its current stream
 CPU, interpreting   Triton's interpreter (``TRITON_INTERPRET=1`` when this package is imported): the
                     same kernels, tables and launchers as on a GPU, for tests on any machine
-everything else     torch: its fused AdamW on the CPU where that is the same function, otherwise the
+everything else     torch: its fused AdamW on the CPU where it computes the same, otherwise the
                     reference
 ==================  ==============================================================================
 

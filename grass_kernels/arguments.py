@@ -10,11 +10,10 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from grass_kernels import layout
-from grass_kernels.conversions import DTYPES, STATE_DTYPES
+from grass_kernels.conversions import DTYPES, LR_DTYPES, STATE_DTYPES
 from grass_kernels.errors import KernelArgumentError
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
-_LR_DTYPES = (torch.float32, torch.float64)
 
 
 def is_supported(param_dtype: torch.dtype, grad_dtype: torch.dtype, state_dtype: torch.dtype) -> bool:
@@ -357,7 +356,7 @@ def check_hyperparameters(
         if not 0 <= beta < 1:
             raise KernelArgumentError(f"betas[{i}] is {beta}: give a number in [0, 1)")
     if isinstance(lr, Tensor) and (
-        lr.numel() != 1 or lr.device not in (device, torch.device("cpu")) or lr.dtype not in _LR_DTYPES
+        lr.numel() != 1 or lr.device not in (device, torch.device("cpu")) or lr.dtype not in LR_DTYPES
     ):
         raise KernelArgumentError(
             f"lr is {_short_name(lr.dtype)} of shape {tuple(lr.shape)} on {lr.device}: give a number, or a "

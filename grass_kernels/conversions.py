@@ -16,6 +16,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of parameters and gradients."""
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 """Dtypes of moments. In fp16 the squares of small gradients would underflow."""
+LR_DTYPES = (torch.float32, torch.float64)
+"""Dtypes of a learning rate that kernels read on the device."""
 ALIGNMENT = constexpr(16)
 """Bytes of a 128-bit access, and its alignment."""
 DRAWS = constexpr(8)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from grass_kernels import _triton, reference
 from grass_kernels._triton import constexpr
+from grass_kernels.conversions import LR_DTYPES
 
 NUM_STAGING_BUFFERS = 8
 """Number of uploads in flight: how many steps the host can be ahead of the device."""
@@ -101,7 +102,7 @@ def split_lr(lr: float | Tensor, device: torch.device) -> tuple[float, int, bool
     """
     if not isinstance(lr, Tensor):
         return float(lr), 0, False
-    is_read = lr.device == device and lr.dtype in (torch.float32, torch.float64) and device.type != "cpu"
+    is_read = lr.device == device and lr.dtype in LR_DTYPES and device.type != "cpu"
     if not is_read or not _triton.runs_triton(device):
         return float(lr.detach()), 0, False
     return 0.0, lr.data_ptr(), lr.dtype == torch.float64
@@ -223,7 +224,7 @@ class _StagingBuffer:
         self._event = record_event(device, self._event)
 
 
-# The boundary to the device, with `_triton.launch`: replaced by measurements of host time.
+# Functions that touch the device: `python -m bench host` mocks them, and `_triton.launch`.
 
 
 def copy_to_device(target: Tensor, source: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What every test starts from: the same random numbers, one thread, and memory that shows if it is read
+"""Fixtures of every test: the same random numbers, one thread, and memory that shows if it is read
 before it is written."""
 
 from collections.abc import Iterator

@@ -25,7 +25,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.fixture
 def names(tmp_path):
-    """What the examples take for granted."""
+    """Names that the examples use without defining them."""
     transformers = pytest.importorskip("transformers", reason="the examples train its models")
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}

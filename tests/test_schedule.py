@@ -18,7 +18,7 @@ def cases(draw: st.DrawFn) -> tuple[int, int, int, int]:
 
 
 def expected(probe: int, period: int, update: int, ahead: int, steps: int) -> list[Events]:
-    """What is due after each step, counted by periods instead of remainders."""
+    """Actions due after each step, counted by periods instead of remainders."""
     refresh, draw, switch = ({probe} if probe > 0 else set() for _ in range(3))
     for number in range(1, steps + 2):  # the period that begins after number * T_s adapt steps
         boundary = probe + number * period

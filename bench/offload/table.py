@@ -11,7 +11,7 @@ HEAD = (
 LEGEND = (
     "floor: no schedule of the same operations is faster: the longest of compute, copies in, copies out.\n"
     "bound: no order of copies through this ring is: gradients come when they do, and the next forward waits for all\n"
-    "updates. What backward completes last cannot be hidden; it is most where the lowest layers train\n"
+    "updates. Copies of the last gradients of backward cannot be hidden: mostly those of the lowest layers\n"
     "(--layer-indices 0,1).\n"
     "exposed: nothing is computed. hidden: the share of the copies' own time that lies behind compute.\n"
     "The figures from floor on are of what was measured, if anything was."

@@ -86,7 +86,7 @@ def run_command(parser: Parser, argv: Sequence[str] | None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # What is still buffered would be written, and fail again, when Python ends.
+        # Python would otherwise flush the buffer again at exit, and fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except (UsageError, ConfigError, RunFolderError) as error:

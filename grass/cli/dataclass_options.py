@@ -18,7 +18,7 @@ from grass.cli.values import comma_list
 
 
 def argument_docs(cls: type) -> dict[str, str]:
-    """The text of each entry under ``Args:`` in a class's docstring, on one line."""
+    """Return the text of each entry under ``Args:`` in a class's docstring, on one line."""
     doc = inspect.getdoc(cls) or ""
     section = re.search(r"^Args:\n((?:[ \t]+.*\n|\n)+)", doc + "\n", re.MULTILINE)
     if section is None:
@@ -38,12 +38,12 @@ def add_dataclass_options(
     """Add a group with an option for each field of a dataclass.
 
     Args:
-        parser: gets the group.
+        parser: parser that the group is added to.
         title: of the group.
         cls: the dataclass; fields of type int, float, str, bool, optional ones, and lists of str
             (given with commas, or by giving the option several times).
         other_help: texts to show in place of the docstring's, by field.
-        types: what checks a value, by field.
+        types: converters of values, by field.
     """
     group = parser.add_argument_group(title)
     docs = {**argument_docs(cls), **(other_help or {})}
@@ -69,7 +69,7 @@ def add_dataclass_options(
 
 
 def given_options(namespace: argparse.Namespace, cls: type) -> dict[str, Any]:
-    """Return what the user gave for the fields of a dataclass. A list of one is its element."""
+    """Return the values given for the fields of a dataclass. A list of one is its element."""
     names = {field.name for field in dataclasses.fields(cls)}
     given = {name: value for name, value in vars(namespace).items() if name in names}
     return {

@@ -46,7 +46,7 @@ def add_parser(subparsers: "_SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
     types = {"model": model_name, "data": input_file, "eval": input_file}
     add_dataclass_options(parser, "the run", FinetuneOptions, types=types)
-    seed = "of all that is random: the data's order, the choice of held-out records, the drawing of layers"
+    seed = "random seed of the order of the data, the choice of held-out records, and the draws of layers"
     add_dataclass_options(parser, "the method (GrassConfig)", GrassConfig, {"seed": seed})
     parser.set_defaults(run=run)
 
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--eval-fraction needs --model and --data as well")
     if given.get("steps") and given.get("epochs"):
         raise UsageError("--steps and --epochs exclude each other: pass one of them")
-    # Both check themselves: a wrong value need not wait for torch and transformers.
+    # Both check themselves: a wrong value need not wait for transformers.
     config = GrassConfig(**given_config)
     options = FinetuneOptions(**given)
     try:

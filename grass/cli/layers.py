@@ -37,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the map; the exit code."""
+    """Print the layer map, and return the exit code."""
     model = build_without_weights(args.model)
     try:
         layers = LayerMap.from_model(model, args.pattern)
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def build_without_weights(name: str) -> nn.Module:
-    """The model of a folder or hub name on the meta device, of the class that trains it as a language model.
+    """Return the model of a folder or hub name on the meta device, of the class that trains it as a language model.
 
     Raises:
         MissingPackageError: transformers is not installed.
@@ -83,7 +83,7 @@ def build_without_weights(name: str) -> nn.Module:
 
 
 def describe(name: str, model: nn.Module, layers: LayerMap) -> dict[str, Any]:
-    """The map in plain numbers and strings; what is outside by the largest modules without a layer."""
+    """Return the map in plain numbers and strings; the outside by the largest modules without a layer."""
     total = sum(layers.num_params) + layers.outside_num_params
     tied: dict[str, list[str]] = {}
     for other, parameter in layers.tied:
@@ -122,7 +122,7 @@ def _largest_module_outside(parameter: str, layers: LayerMap) -> str:
 
 
 def table(described: dict[str, Any]) -> str:
-    """The map as aligned columns: layers, their sum, what is outside, its sum, the total."""
+    """Format the map in aligned columns: layers, their sum, the outside, its sum, the total."""
     total = described["num_params"]
     inside, beyond = described["layers_num_params"], described["outside_num_params"]
     head = ("layer", "path", "parameters", "share", "")
@@ -149,7 +149,7 @@ def table(described: dict[str, Any]) -> str:
 
 
 def human(number: int) -> str:
-    """A count with three significant digits and a unit: 950, 12.3 K, 202 M, 6.74 B."""
+    """Format a count with three significant digits and a unit: 950, 12.3 K, 202 M, 6.74 B."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         scaled = number / size
         if scaled >= 0.9995:  # what rounds to 1.00 of a unit takes that unit

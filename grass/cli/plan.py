@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 DTYPES = ("bfloat16", "float16", "float32")
 
 _DESCRIPTION = """\
-Predict the peak device memory of fine-tuning, method by method: a real training step runs on tensors that hold
-nothing. No GPU is needed and no weights are loaded. Figures are what tensors take, in GiB; CUDA itself and its
-libraries take some 0.5 GiB beside, and fragments of the allocator more.
+Predict the peak device memory of fine-tuning, method by method: a real training step runs on fake tensors. No GPU is
+needed and no weights are loaded. Figures are sizes of tensors in GiB; CUDA needs about 0.5 GiB in addition, and
+fragmentation of the allocator is not included.
 
 Rows: full is torch's fused AdamW with moments in the weights' dtype; lora-r128 is peft's on all linear layers; lisa
 draws layers uniformly and drops their moments, in the weights' dtype. grass keeps the moments of all layers on the
 device once they have been drawn, grass-resident those of the layers that train and of the next ones, grass-streamed
-a ring of buffers; -fused updates inside backward. While -probing nothing is updated. The layers that train are the
-last ones, which takes the most; with -fused, those before the last one where that takes more.
+a ring of buffers; -fused updates inside backward. While -probing nothing is updated. The active layers are the last
+ones, the worst case; with -fused, the layers before the last one if these need more.
 """
 
 _EXAMPLES = """\
@@ -37,9 +37,9 @@ examples:
   grass plan --model ./checkpoint --seq 2048 --loss full --plot memory.png
   grass plan --model qwen2.5-7b --json
 
-The host's states are what the store takes when every layer has been drawn. The floor of a step is the longest of its
-arithmetic at --tflops and of the states' two ways over the bus at --pcie-gbs; resident states go once in
---sample-interval steps.
+Host memory is that of the store when every layer has been drawn. The lower bound of a step is the longest of compute at
+--tflops and the copies to and from the device at --pcie-gbs; resident states are copied once in --sample-interval
+steps.
 """
 
 
@@ -61,7 +61,7 @@ def add_parser(subparsers: Any) -> None:
     step = parser.add_argument_group("the step")
     step.add_argument("--batch", type=count, default=4, metavar="N", help="sequences [4]")
     step.add_argument("--seq", type=count, default=1024, metavar="N", help="tokens of a sequence [1024]")
-    step.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights [bfloat16]")
+    step.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the weights [bfloat16]")
     step.add_argument(
         "--checkpointing",
         action=argparse.BooleanOptionalAction,
@@ -80,7 +80,7 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     grass.add_argument(
         "--state-dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of the moments in the grass rows [float32]",
+        help="dtype of the moments in the grass rows [float32]",
     )  # fmt: skip
     grass.add_argument(
         "--sample-interval", type=count, default=GrassConfig.sample_interval, metavar="N",
@@ -92,20 +92,26 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     grass.add_argument(
         "--buffer-count", type=count, default=GrassConfig.buffer_count, metavar="N",
-        help=f"how many there are [{GrassConfig.buffer_count}]",
+        help=f"number of buffers of streamed states [{GrassConfig.buffer_count}]",
     )  # fmt: skip
     machine = parser.add_argument_group("the machine")
     machine.add_argument("--gpu-gib", type=positive, default=24.0, metavar="GIB", help="device memory [24]")
-    machine.add_argument("--host-gib", type=positive, metavar="GIB", help="host memory for states [enough]")
     machine.add_argument(
-        "--pcie-gbs", type=positive, default=25.0, metavar="X", help="1e9 bytes a second, each way [25]"
+        "--host-gib", type=positive, metavar="GIB", help="host memory for states [unlimited]"
+    )
+    machine.add_argument(
+        "--pcie-gbs",
+        type=positive,
+        default=25.0,
+        metavar="X",
+        help="1e9 bytes per second, in each direction [25]",
     )
     machine.add_argument(
         "--tflops",
         type=positive,
         default=150.0,
         metavar="X",
-        help="1e12 operations a second, as reached [150]",
+        help="1e12 operations per second, sustained [150]",
     )
     parser.add_argument(
         "--plot", metavar="FILE", help="draw peak against sequence length (PNG); takes longer"

@@ -53,8 +53,7 @@ class AdamW(torch.optim.AdamW):
         max_grad_norm: clip the norm of all gradients to this value inside the step. Gradients are only read. A
             norm that is not finite (also if squares overflow float32) skips the step, step counters included.
 
-    Between steps parameters, gradients and states may be moved, replaced, loaded or dropped. Not detected: a parameter
-    or state replaced by a negative view of itself.
+    Between steps parameters, gradients and states may be moved, replaced, loaded or dropped.
 
     Complex and float64 parameters, betas in tensors on a device and groups with ``decoupled_weight_decay=False`` are
     updated by torch's functional AdamW. Gradients are read-only: with ``fused=True`` and a GradScaler they are unscaled
@@ -101,6 +100,15 @@ class AdamW(torch.optim.AdamW):
         )
         self._graphs: list[object] = []  # buffers that captured steps read
         self._reset_caches()
+
+    def __repr__(self) -> str:
+        defaults = Options._field_defaults
+        options = {key: v for key, v in self._options._asdict().items() if v != defaults[key]}
+        text = super().__repr__()
+        if options:
+            lines = "".join(f"    {key}: {value}\n" for key, value in options.items())
+            text = f"{text[:-1]}Options\n{lines})"
+        return text
 
     def _reset_caches(self) -> None:
         """Drop what one step caches for the next."""
@@ -173,7 +181,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch._disable_dynamo  # torch.compiler.disable would import the compiler with this module
     def _step_outside_graph(self, closure: Callable[[], Any] | None) -> Any:
-        """`step` in a compiled function: addresses have no place in its graph."""
+        """`step` in a compiled function: it runs outside of the graph, which cannot use memory addresses."""
         return self._step(closure)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
@@ -187,7 +195,7 @@ class AdamW(torch.optim.AdamW):
         return loss
 
     def _check_capture(self) -> None:
-        """Raise for a step in a graph capture without ``capturable``, by torch's own check, which has two names."""
+        """Raise for a step in a graph capture without ``capturable``, by torch's check, which was renamed."""
         check = getattr(self, "_accelerator_graph_capture_health_check", None)
         (check or self._cuda_graph_capture_health_check)()
 
@@ -304,7 +312,7 @@ class AdamW(torch.optim.AdamW):
             "state": {key: entry for key, entry in theirs.items() if key not in params or entry},
         }
 
-    @torch.inference_mode(False)  # what is made in it no later step could write to
+    @torch.inference_mode(False)  # tensors created in inference mode cannot be written to outside of it
     def _restore(self, saved: dict[str, Any]) -> None:
         """Copy the states of a state dict in their saved precision."""
         saved_ids = [key for group in saved["param_groups"] for key in group["params"]]

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-import grass_kernels
 from grass.optim.hyperparameters import check_settings
 from grass_kernels import reference
 
@@ -44,7 +43,7 @@ class Fallback:
         if group["foreach"] and not group["capturable"]:
             tensors = {"lr": group["lr"], "betas[0]": group["betas"][0], "betas[1]": group["betas"][1]}
             for name, value in tensors.items():
-                if isinstance(value, Tensor):  # torch would notice when other groups have been updated
+                if isinstance(value, Tensor):  # torch raises this only after other groups have been updated
                     raise RuntimeError(
                         f"{name} as a Tensor is not supported for capturable=False and foreach=True: leave foreach "
                         "out, or give a number"
@@ -131,11 +130,3 @@ class Fallback:
                 eps=group["eps"],
                 maximize=group["maximize"],
             )
-
-
-@torch.no_grad()
-def sq_norm(grad: Tensor) -> Tensor:
-    """Return the squared norm of a gradient: float32, shape (), on its device; by the kernels if they support it."""
-    if grass_kernels.is_supported(grad.dtype, grad.dtype, torch.float32):
-        return grass_kernels.layer_sq_norms([grad], [0], 1)[0]
-    return torch.linalg.vector_norm(grad).square().float()

@@ -28,7 +28,7 @@ class FusedBackward:
 
     Attributes:
         handles: handles of the hooks.
-        done: buckets updated since the last step. After a backward that failed, these are one update ahead.
+        done: buckets updated since the last step. After a backward that failed, they have one update more than others.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class FusedBackward:
         self._arrived: dict[int, set[Tensor]] = {bucket: set() for bucket in members}
         self._sq_norms: list[Tensor] = []
         self._accumulating = 0
+        self._in_backward = False
         self.done: list[int] = []
         self.handles: list[RemovableHandle] = []
         for bucket, params in self._members.items():
@@ -77,7 +78,16 @@ class FusedBackward:
         arrived = self._arrived[bucket]
         arrived.add(param)
         if len(arrived) == len(self._members[bucket]):
-            self._run(bucket)
+            self._in_backward = True
+            try:
+                self._run(bucket)
+            finally:
+                self._in_backward = False
+
+    def at_end_of_backward(self, function: Callable[[], None]) -> None:
+        """Call a function when the backward that has called `update` ends; do nothing outside of one."""
+        if self._in_backward:
+            torch.autograd.Variable._execution_engine.queue_callback(function)
 
     @torch.no_grad()
     def _run(self, bucket: int) -> None:

@@ -67,8 +67,8 @@ class GrassAdamW(AdamW):
     schedule advances, and a logged gradient norm is near zero, since gradients are freed once measured.
 
     With ``offload`` states are in host memory: read them by `state_dict`, which waits for copies in flight, and
-    change them by `load_state_dict`. Not detected: direct writes to states. A copy of an optimizer (`copy`, pickle)
-    sets ``requires_grad`` of its own parameters; it has no model, so it does not accept new parameter groups.
+    change them by `load_state_dict`; direct writes are not detected. A copy of an optimizer (`copy`, pickle) sets
+    ``requires_grad`` of its own parameters; it has no model, so it does not accept new parameter groups.
 
     Raises:
         OffloadError: host memory too small for the states of all layers, or parameters on several devices.
@@ -186,7 +186,7 @@ class GrassAdamW(AdamW):
     # -- properties -----------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}\n{self._layers}\n{self._config}\n)"
+        return f"{super().__repr__()[:-1]}{self._layers}\n{self._config}\n)"
 
     @property
     def config(self) -> GrassConfig:
@@ -260,10 +260,10 @@ class GrassAdamW(AdamW):
 
     @property
     def torn_layers(self) -> tuple[int, ...]:
-        """Layers that ``fused_backward`` has updated in a step that has not ended; L stands for parameters outside.
+        """Torn layers: those that ``fused_backward`` has updated in a step that has not ended; L is the outside.
 
-        Between backward and `step` this is normal. After a backward that failed these layers are one update ahead;
-        weights, moments and step counters of each are consistent, and can be saved.
+        Between backward and `step` this is normal. After a backward that failed these layers have one update more than
+        the others; weights, moments and step counters of each are consistent, and can be saved.
         """
         if self._fused is None:
             return ()
@@ -425,9 +425,10 @@ class GrassAdamW(AdamW):
         sq_norms = self._update_together(bucket, params, functools.partial(self._scope, bucket))
         if self._offload is not None:
             self._offload.keep([p.grad for p in params if p.grad is not None])
-            # The stream of backward waits for the updates, even if no step follows.
-            if torch._C._current_graph_task_id() != -1:  # inside backward; `step` joins by itself
-                torch.autograd.Variable._execution_engine.queue_callback(self._offload.join)
+            if (
+                self._fused is not None
+            ):  # the stream of backward waits for the updates, even if no step follows
+                self._fused.at_end_of_backward(self._offload.join)
         return sq_norms
 
     def accumulate(self) -> contextlib.AbstractContextManager[None]:
@@ -635,7 +636,7 @@ class GrassAdamW(AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict, and continue exactly where it was taken, in any phase.
 
-        From a state dict of `torch.optim.AdamW` moments are loaded, and the method starts at its beginning, with a
+        From a state dict of `torch.optim.AdamW` moments are loaded, and the method starts with the probe, with a
         warning.
 
         Raises:

@@ -9,9 +9,8 @@ from torch import Tensor
 import grass_kernels
 from grass_kernels import Hyperparameters
 from grass_kernels.arguments import check_flag, check_hyperparameters, to_number
+from grass_kernels.conversions import LR_DTYPES
 from grass_kernels.inputs import split_lr
-
-_LR_DTYPES = (torch.float32, torch.float64)
 
 
 def settings_of(group: dict[str, Any]) -> tuple[Any, ...]:
@@ -32,12 +31,7 @@ def hyperparameters_of(
         KernelArgumentError: a hyperparameter is invalid; the message has its name.
     """
     lr, *rest, maximize = settings_of(group)
-    if (
-        not isinstance(lr, Tensor)
-        or lr.device != device
-        or device.type == "cpu"
-        or lr.dtype not in _LR_DTYPES
-    ):
+    if not isinstance(lr, Tensor) or lr.device != device or device.type == "cpu" or lr.dtype not in LR_DTYPES:
         lr = to_number("lr", lr)  # otherwise kernels read it on the device
     names = ("betas[0]", "betas[1]", "eps", "weight_decay")
     beta1, beta2, eps, weight_decay = map(to_number, names, rest)

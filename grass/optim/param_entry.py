@@ -17,7 +17,7 @@ class ParamEntry:
     """One parameter of an optimizer.
 
     With L layers, `layer` is 0 to L - 1 inside the layers, and L outside. A bucket is updated and moved together: a
-    layer, or a single parameter outside, since those get their gradients at the two ends of backward.
+    layer, or a single parameter outside: gradients of head and embedding are complete at opposite ends of backward.
     """
 
     param: Tensor

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from grass.optim.fallback import sq_norm
+import grass_kernels
 
 # Too small to affect a logged norm or clipping; a power of two, so that dividing by a loss scale is exact.
 _MARK = 2.0**-20
@@ -76,7 +76,7 @@ class Probe:
         kept = self._kept.get(grad.device)
         if kept is param:
             grad[first] -= _MARK  # this backward has added to it
-        norm = sq_norm(grad)
+        norm = _sq_norm(grad)
         if self._sums is None:
             self._sums = torch.zeros(len(self._observed), dtype=torch.float32, device=grad.device)
         self._sums[layer] += norm.to(self._sums.device, non_blocking=True)
@@ -139,3 +139,10 @@ class Probe:
             handle.remove()
         self.handles.clear()
         self.discard()
+
+
+def _sq_norm(grad: Tensor) -> Tensor:
+    """Return the squared norm of a gradient: float32, shape (), on its device; by the kernels if they support it."""
+    if grass_kernels.is_supported(grad.dtype, grad.dtype, torch.float32):
+        return grass_kernels.layer_sq_norms([grad], [0], 1)[0]
+    return torch.linalg.vector_norm(grad).square().float()

@@ -59,7 +59,7 @@ class RequiresGradLease:
         return self._original[p]
 
     def drop(self, params: Iterable[Tensor]) -> None:
-        """End for some of the parameters, and keep them no longer."""
+        """Restore ``requires_grad`` of some parameters, and remove them from the lease."""
         for p in params:
             trainable = self._original.pop(p)
             if not self.ended:

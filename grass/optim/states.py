@@ -206,7 +206,7 @@ class StateMaker:
         """
         options = self.options
         for name in ("step", *moment_keys(group)):
-            if name in saved and not _is_readable(name, saved[name]):
+            if name in saved and not _is_state(name, saved[name]):
                 raise StateMismatchError(
                     f"{name} of a parameter of shape {tuple(p.shape)} in the state dict is {saved[name]!r}, and must "
                     f"be {'a number' if name == 'step' else 'a tensor'}: load the state dict of an AdamW"
@@ -228,7 +228,7 @@ class StateMaker:
         return value.to(device=p.device, dtype=dtype, copy=True)
 
 
-def _is_readable(name: str, value: Any) -> bool:
+def _is_state(name: str, value: Any) -> bool:
     """Return if a saved value can be a moment, or a step counter."""
     if name == "step":
         return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, int | float)
@@ -236,6 +236,6 @@ def _is_readable(name: str, value: Any) -> bool:
 
 
 def _counter(step: Any, device: torch.device) -> Tensor:
-    """A step counter of its own memory, from a number or a tensor of one."""
+    """Return a new step counter, from a number or a tensor of one element."""
     value = step.detach() if isinstance(step, Tensor) else torch.tensor(step, device="cpu")
     return value.to(device, torch.float32, copy=True).reshape(())

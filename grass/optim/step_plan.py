@@ -31,7 +31,7 @@ _grad, _dtype, _nbytes, _shape = map(attrgetter, ("grad", "dtype", "nbytes", "sh
 
 
 class Reading(NamedTuple):
-    """Tensors of a step, and the key that a plan is compared by."""
+    """Tensors of a step, and the validity key of its plan."""
 
     params: Sequence[Tensor]  # parameters that have gradients
     grads: list[Tensor]
@@ -234,7 +234,7 @@ class StepPlan:
         ]
 
     def is_valid(self, reading: Reading, groups: Sequence[dict[str, Any]]) -> bool:
-        """Return if the plan fits a reading, whose gradients may have moved, and whose hyperparameters may differ."""
+        """Return True if the plan is valid for these tensors. Gradients may have moved; hyperparameters may differ."""
         if reading.key != self._key or [len(group["params"]) for group in groups] != self._lengths:
             return False
         if list(map(_structure, groups)) != self._structures:

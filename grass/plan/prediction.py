@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from grass.activation_checkpointing import checkpoint_activations
 from grass.config import GrassConfig, check_choices
@@ -18,6 +17,7 @@ from grass.plan import methods
 from grass.plan.losses import Loss, loss_of
 from grass.plan.methods import Method, Setting
 from grass.plan.models import (
+    FakeTensorMode,
     MisfitError,
     PlanError,
     build,

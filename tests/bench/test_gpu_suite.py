@@ -85,7 +85,7 @@ def test_a_stage_at_its_limit_may_finish_its_report_and_is_stopped_with_all_it_s
 
 
 def is_gone(pid: int) -> bool:
-    """Whether a process has ended; a zombie that nobody has waited for counts."""
+    """True if a process has ended; a zombie that nobody has waited for counts."""
     for _ in range(50):
         try:
             if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":

@@ -38,7 +38,7 @@ class Ids(Dataset):
 
 
 class Watch(TrainerCallback):
-    """What the method did, step by step."""
+    """Actions of the method, step by step."""
 
     def __init__(self) -> None:
         self.active: list[tuple[int, ...]] = []

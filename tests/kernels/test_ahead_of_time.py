@@ -43,12 +43,12 @@ def facts_of(version: str, kept: Path) -> dict[str, Any]:
 
 @pytest.fixture(params=VERSIONS)
 def facts(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """What one version made of every variant."""
+    """Compilations of every variant by one version."""
     return facts_of(request.param, Path(request.config.cache.mkdir("ahead-of-time")))
 
 
 def of_each_binary(facts: dict[str, Any]) -> list[tuple[str, aot.Variant, str, dict[str, Any]]]:
-    """What it is called in a message, variant, target and facts; those that did not compile fail their own test."""
+    """Name in messages, variant, target and facts; variants that did not compile fail their own test."""
     return [
         (f"{name} on {target}", aot.variants()[name], target, found)
         for name, of_target in facts["variants"].items()

@@ -1,4 +1,4 @@
-"""What the kernels refuse, and that they refuse it before they change anything.
+"""Errors of the kernels, raised before anything changes.
 
 Would catch: a bad call that updates the first tensors and raises at the third; a message without the
 position; a combination of dtypes accepted that no kernel computes; a device index read as a host value; Python's

@@ -44,7 +44,7 @@ def mixture_name(mixture: tuple[tuple[torch.dtype, ...], str]) -> str:
 
 
 class Tensors:
-    """What one call is given: lists of tensors by name, `grads` only read, all others read and written."""
+    """Arguments of a call: lists of tensors by name, `grads` only read, all others read and written."""
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ OFFLOADS = [STREAMED, RESIDENT]
 
 
 def trace(model: nn.Module) -> dict[str, Any]:
-    """What construction could leave on a model."""
+    """Traces that construction could leave on a model."""
     return {
         "requires_grad": [p.requires_grad for p in model.parameters()],
         "hooks": [len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()],

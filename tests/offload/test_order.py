@@ -63,7 +63,7 @@ class LazyMachine:
         self.over = set()
 
     def host(self, program, ignore):
-        """Let the host go through a program; yields when it has queued, or done, an operation."""
+        """Run a program on the host; yields when it has queued, or done, an operation."""
         for number, action in enumerate(program):
             if isinstance(action, Record):
                 self.events[action.event] = (action.queue, len(self.streams[action.queue]))
@@ -91,7 +91,7 @@ class LazyMachine:
 
 
 def can_overtake(program, first, second, ignore):
-    """Whether `second` can be run without `first`, in a program of which both are operations."""
+    """True if `second` can be run without `first`, in a program of which both are operations."""
     machine = LazyMachine()
     for number in machine.host(program, ignore):
         if number == second:

@@ -1,4 +1,4 @@
-"""What a step refuses, before it changes anything; and what settings may be.
+"""Errors of a step, raised before anything changes; and valid types of settings.
 
 Would catch: a setting of a later group that is refused when the first has been updated, or taken at the second try; a
 parameter or a gradient that no backend can serve and that is found in the middle of a step, or raises what nobody can

@@ -399,3 +399,14 @@ def test_what_can_be_read() -> None:
     assert opt.probabilities.min() > 0
     assert len(opt.draw_counts) == 5
     assert sum(opt.draw_counts) == 2 * opt.num_draws
+
+
+def test_repr_shows_options_layers_and_configuration() -> None:
+    opt = grass.GrassAdamW(tiny.stack(), lr=0.25, master_weights=True, config=tiny.config(active_layers=3))
+    text = repr(opt)
+    assert "lr: 0.25" in text
+    assert "master_weights: True" in text
+    assert "max_grad_norm" not in text  # the default
+    assert "LayerMap(5 layers: blocks.0, ..., blocks.4; " in text
+    assert "active_layers=3" in text
+    assert "\n    max_grad_norm: 2.0\n" in repr(grass.AdamW(tiny.stack().parameters(), max_grad_norm=2.0))

@@ -136,7 +136,7 @@ def test_backward_through_what_a_step_has_changed_raises(after):
 
 
 def specialisation(kernel, arguments: dict) -> tuple:
-    """What a kernel is compiled for, as its compiler's rules are: of integers whether they are 1 or a multiple of 16
+    """The specialization of a kernel, by the rules of its compiler: of integers whether they are 1 or a multiple of 16
     (unless excluded) and whether 32 bits hold them; of pointers their type and whether 16 bytes divide them."""
     excluded = {p.name for p in kernel.params if p.do_not_specialize}
     constants = {p.name for p in kernel.params if p.is_constexpr}

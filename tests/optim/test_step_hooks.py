@@ -54,7 +54,7 @@ def handles() -> Iterator[list]:
 
 
 def record(optimizer: torch.optim.Optimizer, handles: list, names: str = "abcd") -> Calls:
-    """What hooks see: before and after, of the instance and of all."""
+    """Calls of hooks: before and after the step, of the instance and global."""
     calls: Calls = []
 
     def hook(name):

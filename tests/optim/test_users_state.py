@@ -1,4 +1,4 @@
-"""What users keep in the state of an optimizer beside ours: per parameter, and under keys that are no parameters.
+"""Entries of users in the state of an optimizer, beside ours: per parameter, and under keys that are no parameters.
 
 Would catch: a step, a save, a load or a copy that fails on it, reads it as ours, moves it, converts it other than torch
 does or drops it, in any mode of the method, in its probe and when moments are reset; a result that differs for it.

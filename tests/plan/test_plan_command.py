@@ -119,7 +119,7 @@ def test_what_does_not_fit_the_model_is_wrong_usage_before_the_first_row(folder,
 
 
 def test_a_buffer_that_holds_a_chunk_of_small_moments_only(folder, capsys):
-    """What the refusal names is enough, and not for moments twice as wide."""
+    """The size that the error names is enough, and is not for moments twice as wide."""
     options = ("--buffer-mb", "0.01", "--state-dtype", "bfloat16")
     assert grass("plan", "--model", folder, *SMALL, *options) == 2
     least = float(capsys.readouterr().err.split()[-1])

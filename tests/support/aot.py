@@ -58,7 +58,7 @@ MIXTURES = [
     for dtypes, rounding in product(COMBINATIONS, ROUNDINGS)
     if rounding == "nearest" or dtypes[0] == BF16
 ]
-"""What a call can be given: the dtypes of parameters, gradients and moments, and how parameters are rounded."""
+"""Variants of a call: the dtypes of parameters, gradients and moments, and how parameters are rounded."""
 
 
 class Variant(NamedTuple):
@@ -198,7 +198,7 @@ def structural_variants() -> frozenset[str]:
 
 
 def places(version: str) -> list[tuple[str, str]]:
-    """What a version compiles: names of variants and targets."""
+    """Names of variants and targets that a version compiles."""
     return [
         (variant, target)
         for variant, target in product(variants(), TARGETS)
@@ -282,7 +282,7 @@ def _nvidia_facts(binary: Any) -> dict[str, Any]:
 
 
 def _inexact(llir: str, ptx: str) -> list[str]:
-    """What says that arithmetic is fused, reordered, approximate or flushes denormals."""
+    """Options and instructions by which arithmetic is fused, reordered, approximate or flushes denormals."""
     permissions = [m[1] for m in re.finditer(r"\b(contract|reassoc|arcp|afn|fast)\b.* float", llir)]
     return sorted(
         {*permissions, *re.findall(r"fma\.\S+|mad\.\w+\.f32|\S+\.ftz\S*|\S+\.approx\S*|div\.full\S*", ptx)}
@@ -322,12 +322,12 @@ def folder_of(version: str) -> Path:
 
 
 def has(version: str) -> bool:
-    """Whether this machine can compile with a version."""
+    """True if this machine can compile with a version."""
     return version == INSTALLED or (folder_of(version) / "triton").is_dir()
 
 
 def compiled_by(version: str, kept: Path) -> dict[str, Any]:
-    """What a version makes of its kernels. Kept in the folder `kept` until kernels or this file change."""
+    """Compile all kernels with a version. Kept in the folder `kept` until kernels or this file change."""
     own = [Path(__file__).with_name(f"{module}.py") for module in ("aot", "oracle", "pairwise")]
     sources = [*sorted((ROOT / "grass_kernels").glob("*.py")), *own]
     digest = hashlib.sha256("".join(path.read_text() for path in sources).encode()).hexdigest()[:16]
@@ -357,7 +357,7 @@ def _compile_in_a_process(version: str) -> dict[str, Any]:
 
 
 def errors_of(facts: dict[str, Any]) -> dict[str, str]:
-    """What did not compile, and why."""
+    """Variants that did not compile, and why."""
     return {
         f"{variant} on {target}": found["error"]
         for variant, of_target in facts["variants"].items()

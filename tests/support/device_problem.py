@@ -1,4 +1,4 @@
-"""What the tests of this room work on: guarded lists of tensors for the kernels, parameters for the optimizers."""
+"""Inputs of the GPU tests: guarded lists of tensors for the kernels, parameters for the optimizers."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

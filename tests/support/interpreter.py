@@ -6,7 +6,7 @@ from typing import Any
 
 
 def patch_once_a_launch() -> None:
-    """Let the interpreter replace the builtins of `triton.language` once in a launch.
+    """Make the interpreter replace the builtins of `triton.language` once in a launch.
 
     It does so again for each call of a device function, of which a program of ours has some sixty, and finds nothing
     left to replace: two thirds of its time. The builtins are given back at the end of the launch, as ever.

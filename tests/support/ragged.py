@@ -69,7 +69,7 @@ def config(**options: Any) -> grass.GrassConfig:
 
 
 class Moment(NamedTuple):
-    """What can be seen of a step: exact, by value."""
+    """Results of a step, exact, by value."""
 
     grad_norm: Tensor
     layer_grad_norms: Tensor
