@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from grass.errors import StateMismatchError
 from grass.optim.checks import check_entries, check_states, refuse_in_capture, refuse_sparse
 from grass.optim.hyperparameters import settings_of
 from grass.optim.param_entry import ParamEntry
-from grass.optim.states import STATE_KEYS, Options, StateMaker
+from grass.optim.states import HYPERPARAMETERS, Options, StateMaker, own_keys
 from grass.optim.step_plan import InPlace, Reading, Scaler, Scope, StepPlan, read_step
 
 _logger = logging.getLogger(__name__)
@@ -260,7 +261,12 @@ class AdamW(torch.optim.AdamW):
             group, state = self.param_groups[entry.group], self.state[entry.param]
             self._states.allocate(state, group, entry.param)
             self._states.move_to_param(state, group, entry.param)
-        reading = read_step(params, self.state, self._optional_kinds())
+        try:
+            reading = read_step(params, self.state, self._optional_kinds())
+        except (
+            RuntimeError
+        ):  # no addresses, as in transformations of torch.func: the plan is for this step only
+            reading = read_step(params, self.state, self._optional_kinds(), with_key=False)
         _logger.debug("new plan for %d parameters", len(scope.entries))
         return StepPlan(reading, scope, self.param_groups, self._options), reading
 
@@ -300,16 +306,24 @@ class AdamW(torch.optim.AdamW):
     def _strip_states(self, given: dict[str, Any], seen: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the dict without our states, which torch would cast and share; `_restore` copies them."""
         seen.append(given)
-        params = {key for group in given["param_groups"] for key in group["params"]}
-        theirs = {
-            key: {k: v for k, v in entry.items() if k not in STATE_KEYS}
-            if key in params and isinstance(entry, dict)
-            else entry
-            for key, entry in given["state"].items()
-        }
+        for number, group in enumerate(given["param_groups"]):
+            missing = [key for key in HYPERPARAMETERS if key not in group]
+            if missing:
+                raise StateMismatchError(
+                    f"group {number} of the state dict has no {missing[0]}: it is of another optimizer; load the state "
+                    "dict of an AdamW"
+                )
+        keys = [key for group in given["param_groups"] for key in group["params"]]
+        known = set(keys)
+        kept = dict(given["state"])
+        for key, (group, p) in zip(keys, self._members(), strict=False):  # torch refuses other lengths
+            entry = kept.get(key)
+            if isinstance(entry, dict):
+                own = ("step", *own_keys(entry, group, p, self._options))
+                kept[key] = {name: value for name, value in entry.items() if name not in own}
         return {
             **given,
-            "state": {key: entry for key, entry in theirs.items() if key not in params or entry},
+            "state": {key: entry for key, entry in kept.items() if key not in known or entry},
         }
 
     @torch.inference_mode(False)  # tensors created in inference mode cannot be written to outside of it

@@ -1,6 +1,7 @@
 """Checks of a step's parameters, gradients, states and settings, before anything is changed."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 import grass_kernels
 from grass.optim.hyperparameters import hyperparameters_of
 from grass.optim.param_entry import ParamEntry
-from grass.optim.states import STATE_KEYS, Options, moment_dtype, moment_keys, takes_kernel
+from grass.optim.states import STATE_KEYS, Options, moment_dtype, moment_keys, own_keys, takes_kernel
 from grass_kernels import KernelArgumentError, layout
 from grass_kernels.arguments import check_addressable, check_has_memory
 
@@ -52,6 +53,7 @@ def check_entries(entries: Sequence[ParamEntry], groups: Sequence[dict[str, Any]
     Raises:
         KernelArgumentError: a parameter or gradient cannot be updated; the message has the parameter's index.
         RuntimeError: a setting that torch rejects with the same type of error.
+        ValueError: a parameter was converted to a dtype that the options exclude.
     """
     for entry in entries:
         p, g, group = entry.param, entry.param.grad, groups[entry.group]
@@ -71,6 +73,7 @@ def check_entries(entries: Sequence[ParamEntry], groups: Sequence[dict[str, Any]
                 "remove capturable=True"
             )
         assert g is not None
+        options.check_param(p, f"parameter {entry.index}")
         known = grass_kernels.is_supported(p.dtype, p.dtype, torch.float32)
         if not known and p.dtype != torch.float64 and not p.is_complex():
             raise KernelArgumentError(
@@ -93,11 +96,25 @@ def check_entries(entries: Sequence[ParamEntry], groups: Sequence[dict[str, Any]
         check_addressable(f"the gradient of parameter {entry.index}", g)
         check_has_memory(f"parameter {entry.index}", p)
         check_has_memory(f"the gradient of parameter {entry.index}", g)
+        if takes_kernel(group, p, options) and not (_has_address(p) and _has_address(g)):
+            raise KernelArgumentError(
+                f"parameter {entry.index}, of shape {tuple(p.shape)}, or its gradient has no address, as in "
+                "transformations of torch.func (vmap, grad): use differentiable=True there, or torch.optim.AdamW"
+            )
         if layout.may_overlap(p):
             raise KernelArgumentError(
                 f"parameter {entry.index}, of shape {tuple(p.shape)} and strides {p.stride()}, has elements that share "
                 "memory, as in expanded tensors: pass a clone()"
             )
+
+
+def _has_address(t: Tensor) -> bool:
+    """Return False for a tensor in a transformation of `torch.func`."""
+    try:
+        t.data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 def check_state_shapes(state: dict[str, Any], p: Tensor, index: int) -> None:
@@ -129,7 +146,7 @@ def check_states(
     for entry in entries:
         p, group = entry.param, groups[entry.group]
         found = state.get(p, {})
-        own = {key: found[key] for key in STATE_KEYS[1:] if key in found}
+        own = {key: found[key] for key in own_keys(found, group, p, options)}
         for key, value in own.items():
             name = f"{key} of parameter {entry.index}"
             check_addressable(name, value)
@@ -169,7 +186,7 @@ def _check_step(step: Any, index: int) -> None:
         if fits:
             check_has_memory(f"step of parameter {index}", step)
             return
-    elif isinstance(step, int | float):
+    elif isinstance(step, Real):
         return
     raise KernelArgumentError(
         f"step of parameter {index} is {step!r}: assign the number of its updates, as a float32 tensor of shape ()"

@@ -58,12 +58,14 @@ class Fallback:
     @torch.no_grad()
     def measure(self, grad_scale: Tensor | None) -> Tensor:
         """Return the squared gradient norms by layer: float32 [layers]."""
-        sq_norms = torch.zeros(self._num_layers, dtype=torch.float32, device=self.device)
+        by_layer = [torch.zeros((), dtype=torch.float32, device=self.device)] * self._num_layers
         for grad, layer in zip(self._tensors[1], self._layers, strict=True):
-            sq_norms[layer] += torch.linalg.vector_norm(grad).square().float()
-        if grad_scale is not None:
-            sq_norms /= grad_scale.to(self.device).square()
-        return sq_norms
+            sq_norm = torch.linalg.vector_norm(grad).square().float()
+            by_layer[layer] = by_layer[layer] + sq_norm.to(
+                self.device
+            )  # not in place: gradients may be of vmap
+        sq_norms = torch.stack(by_layer)
+        return sq_norms if grad_scale is None else sq_norms / grad_scale.to(self.device).square()
 
     def begin(
         self,

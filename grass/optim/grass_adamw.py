@@ -645,7 +645,7 @@ class GrassAdamW(AdamW):
         """
         given = state_dict
         state_dict, method = state_dicts.split_method(given)
-        state_dicts.check_structure(state_dict, self.param_groups)
+        state_dicts.check_structure(state_dict, self.param_groups, self._options)
         entries = self._current_entries()
         if method is not None:
             self._scheduler.check(method)

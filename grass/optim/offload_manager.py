@@ -17,7 +17,7 @@ from grass.offload.store import Bucket, Store, allocates_host_memory
 from grass.offload.streams import CopyEngine, engine_for
 from grass.offload.units import Unit
 from grass.optim.param_entry import ParamEntry
-from grass.optim.states import KINDS, Options, has_remainder, moment_dtype, moment_keys
+from grass.optim.states import KINDS, Options, has_remainder, moment_dtype, moment_keys, own_keys
 from grass_kernels.conversions import DTYPES
 
 MEBIBYTE = 2**20
@@ -210,6 +210,7 @@ class OffloadManager:
         self.invalidate(p)
         return self.store.view(p, kind).zero_()
 
+    @torch.no_grad()
     def write(self, p: Tensor, kind: str, value: Tensor) -> Tensor:
         """See `grass.optim.states.StateStorage`."""
         self.invalidate(p)
@@ -237,7 +238,7 @@ def buckets_of(
         params, dtypes = buckets[entry.bucket]
         params.append(p)
         for kind in KINDS:
-            if kind in moment_keys(group) or kind in state.get(p, {}):
+            if kind in moment_keys(group) or kind in own_keys(state.get(p, {}), group, p, options):
                 dtypes[kind] = moment_dtype(group, p, options)
         if has_remainder(group, p, options):
             dtypes["remainder"] = torch.int16

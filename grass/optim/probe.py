@@ -76,7 +76,7 @@ class Probe:
         kept = self._kept.get(grad.device)
         if kept is param:
             grad[first] -= _MARK  # this backward has added to it
-        norm = _sq_norm(grad)
+        norm = sq_norm(grad)
         if self._sums is None:
             self._sums = torch.zeros(len(self._observed), dtype=torch.float32, device=grad.device)
         self._sums[layer] += norm.to(self._sums.device, non_blocking=True)
@@ -141,7 +141,7 @@ class Probe:
         self.discard()
 
 
-def _sq_norm(grad: Tensor) -> Tensor:
+def sq_norm(grad: Tensor) -> Tensor:
     """Return the squared norm of a gradient: float32, shape (), on its device; by the kernels if they support it."""
     if grass_kernels.is_supported(grad.dtype, grad.dtype, torch.float32):
         return grass_kernels.layer_sq_norms([grad], [0], 1)[0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grass.errors import StateMismatchError
-from grass.optim.states import KINDS, Options, has_remainder, moment_dtype, moment_keys
+from grass.optim.states import KINDS, Options, has_remainder, moment_dtype, moment_keys, own_keys
 
 
 def placeholder_state(group: dict[str, Any], p: Tensor, options: Options) -> dict[str, Tensor]:
@@ -81,7 +81,7 @@ def check_complete(state_dict: dict[str, Any], groups: list[dict[str, Any]], exp
         )
 
 
-def check_structure(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+def check_structure(state_dict: dict[str, Any], groups: list[dict[str, Any]], options: Options) -> None:
     """Check that the groups and states of a state dict fit the parameters.
 
     Raises:
@@ -94,8 +94,8 @@ def check_structure(state_dict: dict[str, Any], groups: list[dict[str, Any]]) ->
             f"the state dict has parameter groups of {[len(group) for group in saved]} parameters, this optimizer "
             f"of {[len(group) for group in own]}: the state dict is of another model, or of other groups"
         )
-    for group, keys in zip(own, saved, strict=True):
-        for p, key in zip(group, keys, strict=True):
+    for group, keys in zip(groups, saved, strict=True):
+        for p, key in zip(group["params"], keys, strict=True):
             entry = state_dict["state"].get(key, {})
             if not isinstance(entry, dict):
                 raise StateMismatchError(
@@ -106,14 +106,14 @@ def check_structure(state_dict: dict[str, Any], groups: list[dict[str, Any]]) ->
                 raise StateMismatchError(
                     f"the state dict has no {missing[0]} of parameter {key}: the file is damaged"
                 )
-            for kind in (*KINDS, "remainder"):
-                found = entry.get(kind)
-                if kind in entry and not _is_readable(found, kind, p):
+            for kind in own_keys(entry, group, p, options):
+                found = entry[kind]
+                if not _is_readable(found, kind, p):
                     raise StateMismatchError(
                         f"{kind} of parameter {key} in the state dict is {_describe(found)}, the parameter is "
                         f"{p.dtype}: states must be dense tensors, real or complex as their parameter"
                     )
-                if found is not None and found.shape != p.shape:
+                if found.shape != p.shape:
                     raise StateMismatchError(
                         f"{kind} of parameter {key} has shape {tuple(found.shape)} in the state dict, the parameter "
                         f"{tuple(p.shape)}: the state dict is of another model"

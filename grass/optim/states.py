@@ -1,5 +1,7 @@
 """The state of a parameter: its tensors, their dtypes and devices; creating, moving and restoring them."""
 
+from collections.abc import Mapping
+from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,7 +16,9 @@ LOW_PRECISION = tuple(dtype for dtype in KERNEL_DTYPES if dtype.itemsize < 4)
 KINDS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 """Keys of the moments in a state."""
 STATE_KEYS = ("step", *KINDS, "remainder")
-"""Keys of a state that belong to the optimizer; all other keys are the user's."""
+"""Keys of a state that may belong to the optimizer (see `own_keys`); all other keys are the user's."""
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
+"""Keys that every group of an AdamW has."""
 
 
 class Options(NamedTuple):
@@ -42,7 +46,7 @@ class Options(NamedTuple):
                 "to bfloat16; pass one of them"
             )
         limit = self.max_grad_norm
-        if limit is not None and not (isinstance(limit, int | float) and limit > 0 and limit is not True):
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, Real) or not limit > 0):
             raise ValueError(
                 f"max_grad_norm must be a positive number, or None for no clipping, not {limit!r}"
             )
@@ -101,6 +105,19 @@ def takes_kernel(group: dict[str, Any], p: Tensor, options: Options) -> bool:
 def moment_keys(group: dict[str, Any]) -> tuple[str, ...]:
     """Return the keys of the moments in a state of a group."""
     return KINDS if group["amsgrad"] else KINDS[:2]
+
+
+def own_keys(state: Mapping[str, Any], group: dict[str, Any], p: Tensor, options: Options) -> list[str]:
+    """Return the keys of a parameter's moments and remainder; a user may have other values under keys not in use."""
+    keys = [key for key in KINDS[:2] if key in state]
+    in_use = {"max_exp_avg_sq": group["amsgrad"], "remainder": options.master_weights}
+    for key, is_used in in_use.items():
+        value = state.get(key)
+        is_ours = isinstance(value, Tensor) and value.shape == p.shape
+        is_ours = is_ours and (value.dtype == torch.int16 or key != "remainder")  # type: ignore[union-attr]
+        if key in state and (is_used or is_ours):
+            keys.append(key)
+    return keys
 
 
 def moment_dtype(group: dict[str, Any], p: Tensor, options: Options) -> torch.dtype:
@@ -186,10 +203,8 @@ class StateMaker:
         step = state["step"]
         if not isinstance(step, Tensor) or (step.dtype, step.device) != (torch.float32, device):
             state["step"] = _counter(step, device)
-        for key in STATE_KEYS[1:]:
-            value = state.get(key)
-            if not isinstance(value, Tensor):
-                continue
+        for key in own_keys(state, group, p, self.options):
+            value = state[key]
             if self.storage is not None and p in self.storage:
                 view = self.storage.view(p, key)
                 if (value.data_ptr(), value.shape, value.stride()) != (view.data_ptr(), p.shape, p.stride()):
@@ -202,18 +217,23 @@ class StateMaker:
         """Copy moments, remainder and step counter from a saved state, in their own precision.
 
         Raises:
-            StateMismatchError: a moment that is no tensor, or a step counter that is no number.
+            StateMismatchError: a moment that is missing or no tensor, or a step counter that is no number.
         """
         options = self.options
-        for name in ("step", *moment_keys(group)):
-            if name in saved and not _is_state(name, saved[name]):
+        moments = [key for key in own_keys(saved, group, p, options) if key in KINDS]
+        missing = [key for key in STATE_KEYS[:3] if key not in saved]
+        if 0 < len(missing) < 3:
+            raise StateMismatchError(
+                f"the state dict has no {missing[0]} of a parameter of shape {tuple(p.shape)}: the file is damaged"
+            )
+        for name in moments if missing else ("step", *moments):
+            if not _is_state(name, saved[name]):
                 raise StateMismatchError(
                     f"{name} of a parameter of shape {tuple(p.shape)} in the state dict is {saved[name]!r}, and must "
                     f"be {'a number' if name == 'step' else 'a tensor'}: load the state dict of an AdamW"
                 )
-        for name in moment_keys(group):
-            if name in saved:
-                state[name] = self._copy(p, name, saved[name].detach(), moment_dtype(group, p, options))
+        for name in moments:
+            state[name] = self._copy(p, name, saved[name].detach(), moment_dtype(group, p, options))
         remainder = saved.get("remainder")
         # torch casts states of unknown keys: a remainder of another dtype is invalid
         is_bits = isinstance(remainder, Tensor) and remainder.dtype == torch.int16
@@ -231,7 +251,7 @@ class StateMaker:
 def _is_state(name: str, value: Any) -> bool:
     """Return if a saved value can be a moment, or a step counter."""
     if name == "step":
-        return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, int | float)
+        return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)
     return isinstance(value, Tensor)
 
 

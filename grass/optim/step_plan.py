@@ -41,11 +41,14 @@ class Reading(NamedTuple):
     remainders: list[Tensor | None]
     steps: list[Tensor]
     addresses: list[int]  # addresses of the gradients
-    key: tuple[Any, ...]
+    key: tuple[Any, ...] | None  # None: the plan is for this step only
 
 
 def read_step(
-    params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Any]], kinds: Sequence[str]
+    params: Sequence[Tensor],
+    state: Mapping[Tensor, dict[str, Any]],
+    kinds: Sequence[str],
+    with_key: bool = True,
 ) -> Reading:
     """Collect the tensors of a step.
 
@@ -53,37 +56,41 @@ def read_step(
         params: parameters of the optimizer, or of a bucket; those without gradients are skipped.
         state: state of the optimizer.
         kinds: kinds of states that some parameters have besides ``exp_avg``, ``exp_avg_sq`` and ``step``.
+        with_key: False for tensors without addresses, as in transformations of `torch.func`.
 
     Raises:
         KeyError, TypeError: a state is missing or is not a tensor.
         RuntimeError, AttributeError: a tensor has no address, as fake and sparse tensors.
     """
     present: list[bool] | None = None
+    address = Tensor.data_ptr if with_key else Tensor.dim
     rows, grads = params, list(map(_grad, params))
     try:
-        addresses = list(map(Tensor.data_ptr, grads))
+        addresses = list(map(address, grads))
     except TypeError:  # a gradient is None
         present = [g is not None for g in grads]
         rows, grads = list(compress(params, present)), list(compress(grads, present))
-        addresses = list(map(Tensor.data_ptr, grads))
+        addresses = list(map(address, grads))
     states: Any = list(map(state.get, rows))
     exp_avgs, exp_avg_sqs, steps = (
         map(list, zip(*map(_moments, states), strict=True)) if rows else ([], [], [])
     )
     others = {kind: [s.get(kind) for s in states] for kind in kinds}
     moments = [*exp_avgs, *exp_avg_sqs, *(t for column in others.values() for t in column if t is not None)]
-    tensors = [*rows, *grads, *moments]
-    contiguous = list(map(Tensor.is_contiguous, tensors))
-    key = (
-        torch.is_inference_mode_enabled(),
-        present,
-        contiguous,
-        [] if all(contiguous) else list(map(Tensor.stride, tensors)),
-        list(map(Tensor.data_ptr, [*rows, *moments, *steps])),
-        list(map(_dtype, [*rows, *grads])),
-        list(map(_shape, rows)),
-        list(map(_nbytes, [*grads, *moments])),
-    )
+    key = None
+    if with_key:
+        tensors = [*rows, *grads, *moments]
+        contiguous = list(map(Tensor.is_contiguous, tensors))
+        key = (
+            torch.is_inference_mode_enabled(),
+            present,
+            contiguous,
+            [] if all(contiguous) else list(map(Tensor.stride, tensors)),
+            list(map(Tensor.data_ptr, [*rows, *moments, *steps])),
+            list(map(_dtype, [*tensors, *steps])),
+            list(map(_shape, rows)),
+            list(map(_nbytes, [*grads, *moments])),
+        )
     return Reading(
         rows,
         grads,

@@ -1,6 +1,7 @@
 """Would catch: a mode of offloading, or fused backward, that trains otherwise than plain training by a bit: in weights,
 moments, remainders, counters, norms, importance, draws or in what is frozen; bytes that are counted wrong, or moved
-without need; device memory that is not what was asked for; a float64 parameter that is lost on the way.
+without need; device memory that is not what was asked for; a float64 parameter that is lost on the way; one of four
+kinds of states that is not written back; a step that forgets the scale or the overflow that a GradScaler tells it.
 
 Every case is trained plainly and in a mode, on parameters of all shapes, with buffers of about a chunk. Every two
 values that may be combined meet in one of the cases.
@@ -245,6 +246,20 @@ def test_every_two_values_meet() -> None:
     assert len(found) == pairs - impossible
 
 
+@pytest.mark.parametrize("mode", ["streamed", "resident"])
+def test_states_of_all_kinds_at_once(mode: str) -> None:
+    """Two moments in bfloat16, a maximum and a remainder. In the cases above they meet in pairs only."""
+    kinds = {"state_dtype": HALF, "amsgrad": True, "master_weights": True}
+
+    def run(**options: Any) -> dict[str, Any]:
+        model = ragged.ragged(HALF)
+        settings = ragged.config(**{"buffer_mb": ragged.smallest(model.head, **kinds) / MEBIBYTE, **options})
+        opt = grass.GrassAdamW(model, lr=1e-2, config=settings, pattern="blocks.*", **kinds)
+        return ragged.outcome(model, opt, list(ragged.steps(model, opt, 0, STEPS)))
+
+    assert_same_run(run(**MODES[mode]), run(), MODES[mode])
+
+
 @pytest.mark.parametrize("mode", ["streamed", "fused resident"])
 def test_a_model_in_float64_keeps_its_states_beside_it(mode: str) -> None:
     def run(**options: Any) -> dict[str, Any]:
@@ -268,6 +283,7 @@ def test_small_units_really_cut_layers() -> None:
 # -- losses of other kinds ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize(
     ("mode", "clip", "overflow"),
     [
@@ -277,12 +293,14 @@ def test_small_units_really_cut_layers() -> None:
         ("resident", 0.5, "blocks.1.weight"),
     ],
 )
-def test_a_scaler_with_an_overflow(mode: str, clip: float | None, overflow: str) -> None:
+def test_a_scaler_with_an_overflow(mode: str, clip: float | None, overflow: str, fused: bool | None) -> None:
+    """With ``fused=True`` the step itself unscales and skips, else the scaler does."""
+
     def run(**options: Any) -> dict[str, Any]:
         model = ragged.ragged()
         opt = grass.GrassAdamW(
             model, lr=1e-2, config=ragged.config(active_layers=4, **options), pattern="blocks.*",
-            max_grad_norm=clip,
+            max_grad_norm=clip, fused=fused,
         )  # fmt: skip
         amp = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
         moments = []

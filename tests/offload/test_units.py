@@ -81,6 +81,7 @@ def check_cover(params: list[Tensor], slab: Slab, units: list[Unit]) -> None:
 @example([CHUNK, CHUNK], "all", 0)
 @example([5 * CHUNK + 1], "float32", 0)
 @example([100, CHUNK], "float32", 0)
+@example([5 * CHUNK + 1], "float32", 2 * least(KINDS["float32"]))  # several chunks, and more in the next unit
 def test_units_cover_a_slab_within_their_buffers(sizes: list[int], name: str, more: int) -> None:
     kinds = KINDS[name]
     params, slab = slab_of(sizes, kinds)

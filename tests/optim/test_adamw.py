@@ -19,6 +19,7 @@ import io
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -298,6 +299,79 @@ def test_a_state_that_is_no_tensor_is_refused_and_changes_nothing(key, value, ex
     ):
         optimizer.load_state_dict(damaged)
     assert_equal_to_the_bit(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("key", ["step", "exp_avg", "exp_avg_sq"])
+def test_a_state_without_one_of_its_tensors_is_refused_and_changes_nothing(key):
+    """torch raises a KeyError; a moment that started anew beside an old counter would be silent."""
+    params = parameters()
+    optimizer = grass.AdamW(params)
+    train(optimizer, params, range(1))
+    before = copy.deepcopy(optimizer.state_dict())
+    damaged = copy.deepcopy(before)
+    del damaged["state"][1][key]
+    with pytest.raises(
+        grass.StateMismatchError, match=f"the state dict has no {key} of a parameter of shape"
+    ):
+        optimizer.load_state_dict(damaged)
+    assert_equal_to_the_bit(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.RMSprop])
+def test_a_state_dict_of_another_optimizer_is_refused_and_changes_nothing(make):
+    params = parameters()
+    other = make(params, momentum=0.9)
+    train(other, params, range(1))
+    optimizer = grass.AdamW(params)
+    train(optimizer, params, range(1))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(grass.StateMismatchError, match="group 0 of the state dict has no betas"):
+        optimizer.load_state_dict(other.state_dict())
+    assert_equal_to_the_bit(optimizer.state_dict(), before)
+    train(optimizer, params, range(1))
+
+
+@pytest.mark.parametrize("number", [np.int64(2), np.float32(2), 2, 2.0])
+def test_a_counter_may_be_any_number(number):
+    """As in files that were converted from arrays."""
+    results = []
+    for make in (grass.AdamW, torch.optim.AdamW):
+        params = parameters()
+        optimizer = make(params)
+        train(optimizer, params, range(1))
+        saved = copy.deepcopy(optimizer.state_dict())
+        for entry in saved["state"].values():
+            entry["step"] = number
+        optimizer.load_state_dict(saved)
+        train(optimizer, params, range(1, 3))
+        results.append([optimizer.state[p]["step"].item() for p in params])
+    assert results[0] == results[1] == [4.0] * len(params)
+
+
+def test_maxima_survive_a_group_that_does_not_use_them():
+    params = parameters(torch.bfloat16)
+    optimizer = grass.AdamW(params, amsgrad=True)
+    train(optimizer, params, range(2))
+    expected = [optimizer.state[p]["max_exp_avg_sq"].clone() for p in params]
+    optimizer.param_groups[0]["amsgrad"] = False
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert_equal_to_the_bit([optimizer.state[p]["max_exp_avg_sq"] for p in params], expected)
+    optimizer.param_groups[0]["amsgrad"] = True
+    train(optimizer, params, range(2, 3))
+
+
+@pytest.mark.parametrize("options", [{"master_weights": True}, {"stochastic_rounding": True}])
+def test_a_model_that_becomes_float16_is_refused_as_at_construction(options):
+    model = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
+    optimizer = grass.AdamW(model.parameters(), **options)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    model.half()
+    before = copy.deepcopy(list(model.parameters()))
+    with pytest.raises(ValueError, match=f"{next(iter(options))} is for bfloat16 parameters .*parameter 0"):
+        optimizer.step()
+    assert_equal_to_the_bit(list(model.parameters()), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

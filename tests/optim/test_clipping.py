@@ -12,6 +12,7 @@ Runs in both passes.
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -298,6 +299,18 @@ def test_norms_are_of_unscaled_gradients_without_clipping():
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(64.0), torch.tensor(0.0)
     optimizer.step()
     assert float(optimizer.grad_norm) == pytest.approx(exact_norm(params) / 64, rel=1e-6)
+
+
+@pytest.mark.parametrize("limit", [np.float32(0.5), np.float64(0.5), np.int64(1), 1])
+def test_a_limit_may_be_any_number(limit):
+    results = []
+    for given in (limit, float(limit)):
+        params = parameters()
+        optimizer = grass.AdamW(params, max_grad_norm=given)
+        set_grads(params, 1, 64.0)
+        optimizer.step()
+        results.append(params)
+    assert_bits(*results)
 
 
 @pytest.mark.parametrize("bad", [0, 0.0, -1.0, -math.inf, math.nan, "1.0", (1.0,), torch.tensor(1.0), 1j])

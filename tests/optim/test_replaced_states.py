@@ -26,7 +26,7 @@ import grass
 from tests.support import tiny
 from tests.support.buffers import interpreter_only
 from tests.support.pairwise import pairwise
-from tests.support.twins import BF16, F16, F32, F64, KINDS, MAXIMA, Twins, in_turn, normal, spread
+from tests.support.twins import BF16, F16, F32, F64, KINDS, MAXIMA, Twins, in_turn, normal, refusal, spread
 
 MOMENTS = ("exp_avg", "exp_avg_sq", MAXIMA)
 PLACES = range(3)
@@ -546,6 +546,53 @@ def test_an_odd_counter_is_used_or_refused_by_name(odd, kind):
         state["step"] = good
         twins.step()
     del kept
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float64])
+def test_a_counter_of_another_dtype_where_the_last_was(dtype):
+    """Its bits are no float32: an allocator gives small tensors the same memory again."""
+    memory = torch.zeros(1, dtype=torch.float64)
+    twins = Twins()
+    twins.go()
+    states = [twins.ours.state[twins.params[1]], twins.torchs.state[twins.twins[1]]]
+    for state in states:
+        count = state["step"].item()
+        state["step"] = memory.clone().view(torch.float32)[0].fill_(count)
+    twins.go()
+    for state in states:
+        count, place = state["step"].item(), state["step"]
+        whole = torch.empty(0, dtype=dtype).set_(place.untyped_storage())[:1]
+        state["step"] = whole.fill_(count)[0]
+        assert state["step"].data_ptr() == place.data_ptr()
+    twins.go(2)
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+def test_a_moment_of_another_dtype_of_the_same_size_where_the_last_was(key):
+    """float16 beside bfloat16: refused as when it comes before the first plan."""
+    p = torch.nn.Parameter(torch.ones(4, dtype=BF16))
+    optimizer = grass.AdamW([p], state_dtype=BF16)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    state, before = optimizer.state[p], p.detach().clone()
+    state[key] = state[key].view(torch.float16)
+    error = refusal(optimizer.step)
+    assert f"{key} of parameter 0 is torch.float16" in str(error)
+    assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_moment_that_requires_grad_is_used_and_saved(kind):
+    twins = Twins(kind)
+    twins.go()
+    twins.settle()
+    for optimizer, params in ((twins.ours, twins.params), (twins.torchs, twins.twins)):
+        state = optimizer.state[params[0]]
+        state["exp_avg"] = torch.nn.Parameter(state["exp_avg"] + 1)
+    twins.go()
+    saved = twins.ours.state_dict()
+    twins.go()
+    assert all(torch.isfinite(entry["exp_avg"]).all() for entry in saved["state"].values())
 
 
 ODD_REMAINDERS = {

@@ -226,6 +226,31 @@ def test_users_keys_are_loaded_as_torch_loads_them(kind, dtype):
     twins.compare_states()
 
 
+UNUSED = {
+    "a number": 0.5,
+    "a tensor": torch.tensor([7.0]),
+    "of the shape of a step": torch.tensor(0.5),
+}
+
+
+@pytest.mark.parametrize("value", UNUSED)
+@pytest.mark.parametrize("key", ["remainder", "max_exp_avg_sq"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_our_names_are_the_users_where_we_do_not_use_them(kind, key, value):
+    """Without master_weights and amsgrad: kept by steps, by saving and by loading."""
+    twins = Twins(kind)
+    twins.go()
+    for optimizer, params in ((twins.ours, twins.params), (twins.torchs, twins.twins)):
+        for p in params:
+            optimizer.state[p][key] = copy.deepcopy(UNUSED[value])
+    twins.go()
+    for optimizer in (twins.ours, twins.torchs):
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    twins.go(2)
+    for p in twins.params:
+        assert_same(twins.ours.state[p][key], UNUSED[value], key)
+
+
 def reload(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
