@@ -41,7 +41,7 @@ def comma_list(text: str) -> list[str]:
     """Return the parts of a text between commas."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
-        raise argparse.ArgumentTypeError(f"expected a comma-separated list, got {text!r}")
+        raise argparse.ArgumentTypeError(f"nothing is named in {text!r}")
     return parts
 
 

@@ -208,7 +208,7 @@ class AdamW(torch.optim.AdamW):
         return self._update_together("all", params, self._scope)
 
     def _scope(self) -> Scope:
-        """Return what a plan covers: each parameter with a gradient, as a layer of its own."""
+        """Return the scope of a plan: all parameters with gradients, each as a layer of its own."""
         members = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
         entries = [ParamEntry(p, group, i, i) for i, (group, p) in enumerate(members) if p.grad is not None]
         return Scope(entries, len(members), InPlace(), [0])
@@ -221,7 +221,7 @@ class AdamW(torch.optim.AdamW):
         Args:
             name: name of the plan.
             params: the parameters.
-            scope: function that returns what a new plan covers: those of `params` that have gradients.
+            scope: function that returns the scope of a new plan: those of `params` that have gradients.
 
         Returns:
             float32 [layers], squared norms of the gradients by layer; None without any gradient.

@@ -481,7 +481,7 @@ class GrassAdamW(AdamW):
         self._switch_parameters()
 
     def _scope(self, bucket: int | None = None) -> Scope:
-        """Return what a plan covers: active parameters with gradients, of a bucket or of all."""
+        """Return the scope of a plan: active parameters with gradients, of a bucket or of all."""
         self._ensure_capacity()
         self._prepare_states_for_offload()
         entries = []

@@ -148,7 +148,7 @@ class InPlace:
 
 
 class Scope(NamedTuple):
-    """What a plan covers."""
+    """Parameters that a plan covers, and how their states are brought to the device."""
 
     entries: Sequence[ParamEntry]
     """Records of the parameters with gradients."""
@@ -160,7 +160,7 @@ class Scope(NamedTuple):
 
 
 class Backend(Protocol):
-    """What updates the parameters of a plan on one device, or of one group."""
+    """Updates the parameters of a plan that are on one device, or in one group."""
 
     device: torch.device
 
@@ -193,7 +193,7 @@ class StepPlan:
 
     Args:
         reading: tensors of the step, with complete states.
-        scope: what the plan covers.
+        scope: parameters of the plan.
         groups: parameter groups of the optimizer.
         options: options of the optimizer.
     """
