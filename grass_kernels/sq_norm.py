@@ -28,7 +28,7 @@ from grass_kernels.table import (
 )
 
 _PIECE = 4 * CHUNK
-"""Elements of a gradient that torch's norm copies to fp32 at a time: 256 KiB."""
+"""Elements of a piece of a gradient: torch's norm copies it to fp32, 256 KiB. One of up to two pieces is not split."""
 
 
 @jit()
@@ -180,7 +180,7 @@ def torch_sq_norms(
     pieces: list[Tensor] = []
     index: list[int] = []
     for grad, layer in zip(grads, layers, strict=True):
-        whole = grad.dtype == torch.float32 or grad.numel() <= _PIECE
+        whole = grad.dtype == torch.float32 or grad.numel() <= 2 * _PIECE
         split = (grad,) if whole else layout.flat(grad).split(_PIECE)
         pieces += split
         index += [layer] * len(split)

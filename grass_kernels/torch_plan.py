@@ -16,7 +16,7 @@ from grass_kernels.inputs import Hyperparameters
 from grass_kernels.plan import STATE_KINDS, TensorLists, Unit
 from grass_kernels.reference import Tensors
 from grass_kernels.sq_norm import torch_sq_norms
-from grass_kernels.table import CHUNK, Part
+from grass_kernels.table import CHUNK
 
 
 class TorchPlan:
@@ -127,14 +127,21 @@ class TorchPlan:
     def _rows(self, unit: int, views: Mapping[str, Tensor]) -> Iterator[tuple["_Range", int]]:
         lists = self._lists
         assert lists is not None
-        states = lists.states()
+        columns: tuple = lists.tensors()
         for part in self._parts[unit]:
             i = part.tensor
-            tensors = _tensors_of(
-                part, lists.params[i], lists.grads[i], [column[i] for column in states], views
+            tensors: list = [None if column[i] is None else layout.flat(column[i]) for column in columns]
+            start, stop = part.first_chunk * CHUNK, (part.first_chunk + part.num_chunks) * CHUNK
+            if start > 0 or stop < len(tensors[0]):
+                tensors = [None if t is None else t[start:stop] for t in tensors]
+            if views:
+                held = slice(part.start, part.start + len(tensors[0]))
+                named = zip(STATE_KINDS, tensors[2:], strict=True)
+                tensors[2:] = [None if t is None else views[kind][held] for kind, t in named]
+            yield (
+                _Range(Tensors(*tensors), lists.steps[i], lists.seeds[i], start, self._plain[i]),
+                self._groups[i],
             )
-            start = part.first_chunk * CHUNK
-            yield _Range(tensors, lists.steps[i], lists.seeds[i], start, self._plain[i]), self._groups[i]
 
     def finish(self, sq_norms: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
         """See :meth:`AdamWPlan.finish`."""
@@ -142,28 +149,6 @@ class TorchPlan:
             self.measure(sq_norms, grad_scale)
         self._lists = None
         self._factors = {}
-
-
-def _tensors_of(
-    part: Part, param: Tensor, grad: Tensor, states: Sequence[Tensor | None], views: Mapping[str, Tensor]
-) -> Tensors:
-    """Return a part as 1-D tensors, its states from the sections of a unit, if these are given."""
-    first, numel = part.first_chunk * CHUNK, min(param.numel(), part.num_chunks * CHUNK)
-
-    def range_of(t: Tensor) -> Tensor:
-        flat = layout.flat(t)
-        return flat if numel == len(flat) else flat[first : first + numel]
-
-    own = range_of(param)
-    moved = [
-        None
-        if t is None
-        else views[kind][part.start : part.start + len(own)]
-        if kind in views
-        else range_of(t)
-        for kind, t in zip(STATE_KINDS, states, strict=True)
-    ]
-    return Tensors(own, range_of(grad), *moved)  # type: ignore[arg-type]
 
 
 class _Range(NamedTuple):
