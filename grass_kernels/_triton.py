@@ -33,8 +33,8 @@ INSTALLED = triton is not None
 INTERPRETING = INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 
 THREADS = 256
-"""Threads per program. A block of 2048 gives each thread 8 elements: one 128-bit access in 16-bit dtypes, two in
-32-bit dtypes."""
+"""Threads per program. A block of 2048 gives each thread 8 elements: two 128-bit accesses in 32-bit dtypes, one in
+16-bit dtypes, or two 64-bit accesses beside 32-bit dtypes."""
 
 constexpr = tl.constexpr
 

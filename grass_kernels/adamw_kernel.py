@@ -90,19 +90,20 @@ def _adamw_block(  # type: ignore[no-untyped-def]  # Triton types its own argume
     ROUNDING: tl.constexpr,
     AMSGRAD: tl.constexpr,
     BLOCK: tl.constexpr,
-    FULL: tl.constexpr,  # a full block at 16-byte aligned addresses
+    WIDTH: tl.constexpr,  # elements of an access: more than 1 for a full block at 16-byte aligned addresses
     NORMS: tl.constexpr,
 ):
     """Update one block. Returns `sums`, plus the squares of its gradients before clipping if it is full."""
+    FULL: tl.constexpr = WIDTH > 1
     mask = None if FULL else block_mask(start, length, BLOCK)
-    param_block = block_pointers(param_ptr, start, BLOCK, FULL)
-    exp_avg_block = block_pointers(exp_avg_ptr, start, BLOCK, FULL)
-    exp_avg_sq_block = block_pointers(exp_avg_sq_ptr, start, BLOCK, FULL)
+    param_block = block_pointers(param_ptr, start, BLOCK, WIDTH)
+    exp_avg_block = block_pointers(exp_avg_ptr, start, BLOCK, WIDTH)
+    exp_avg_sq_block = block_pointers(exp_avg_sq_ptr, start, BLOCK, WIDTH)
 
-    grad = load_fp32(block_pointers(grad_ptr, start, BLOCK, FULL), mask)
+    grad = load_fp32(block_pointers(grad_ptr, start, BLOCK, WIDTH), mask)
     stored = load(param_block, mask)
     if ROUNDING == MASTER:
-        remainder_block = block_pointers(remainder_ptr, start, BLOCK, FULL)
+        remainder_block = block_pointers(remainder_ptr, start, BLOCK, WIDTH)
         param = join_fp32(stored, load(remainder_block, mask))
     else:
         param = to_fp32(stored)
@@ -119,7 +120,7 @@ def _adamw_block(  # type: ignore[no-untyped-def]  # Triton types its own argume
     store_fp32(exp_avg_block, exp_avg, mask)
     store_fp32(exp_avg_sq_block, exp_avg_sq, mask)
     if AMSGRAD:
-        max_exp_avg_sq_block = block_pointers(max_exp_avg_sq_ptr, start, BLOCK, FULL)
+        max_exp_avg_sq_block = block_pointers(max_exp_avg_sq_ptr, start, BLOCK, WIDTH)
         max_exp_avg_sq = load_fp32(max_exp_avg_sq_block, mask)
         # NaN on either side propagates, as in torch.maximum.
         replace = (exp_avg_sq > max_exp_avg_sq) | (exp_avg_sq != exp_avg_sq)
@@ -160,6 +161,7 @@ def _masked_adamw_kernel(  # type: ignore[no-untyped-def]  # Triton types its ow
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     NARROW_BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,  # elements of an access, see access_width
 ):
     """Update one chunk per program: full aligned blocks first, then the rest with masks."""
     tensor, chunk, row = find_chunk(table_ptr + chunks_start + tl.program_id(0), table_ptr)
@@ -202,7 +204,7 @@ def _masked_adamw_kernel(  # type: ignore[no-untyped-def]  # Triton types its ow
                 param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, max_exp_avg_sq_ptr, remainder_ptr,
                 block, length, sums, seed, step, start,
                 grad_factor, decay, exp_avg_weight, beta2, one_minus_beta2, step_size, bias_correction2_sqrt, eps,
-                ROUNDING, AMSGRAD, BLOCK, True, NORMS,
+                ROUNDING, AMSGRAD, BLOCK, WIDTH, NORMS,
             )  # fmt: skip
         # Narrow blocks: masks and element-wise accesses on full ones would triple the registers of the kernel.
         for block in range(full, length, NARROW_BLOCK):
@@ -210,7 +212,7 @@ def _masked_adamw_kernel(  # type: ignore[no-untyped-def]  # Triton types its ow
                 param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, max_exp_avg_sq_ptr, remainder_ptr,
                 block, length, sums, seed, step, start,
                 grad_factor, decay, exp_avg_weight, beta2, one_minus_beta2, step_size, bias_correction2_sqrt, eps,
-                ROUNDING, AMSGRAD, NARROW_BLOCK, False, NORMS,
+                ROUNDING, AMSGRAD, NARROW_BLOCK, 1, NORMS,
             )  # fmt: skip
         squared = full
     if NORMS:
@@ -218,6 +220,6 @@ def _masked_adamw_kernel(  # type: ignore[no-untyped-def]  # Triton types its ow
         # gradients are read a second time, from the cache.
         for block in range(squared, length, BLOCK):
             mask = block_mask(block, length, BLOCK)
-            grad = load_fp32(block_pointers(grad_ptr, block, BLOCK, False), mask)
+            grad = load_fp32(block_pointers(grad_ptr, block, BLOCK, 1), mask)
             sums += grad * grad
         tl.store(partials_ptr + partial, tree_sum(sums, BLOCK))

@@ -1,16 +1,18 @@
 """Dtypes of the kernels, and device functions: addresses to pointers, and storage types to fp32 and back.
 
-bf16 is read and written as 16 bits, by integer arithmetic. Triton's interpreter truncates where a GPU rounds, and
-converts bf16 denormals incorrectly, so tests of a kernel with ``.to(tl.bfloat16)`` in the interpreter would prove
-nothing. With integers the interpreter, a GPU and torch agree on every bit pattern. fp16 needs no such care: the
-interpreter converts it by IEEE 754.
+bf16 is read and written as 16 bits. A GPU rounds to it by its own conversion. Triton's interpreter truncates where a
+GPU rounds, and converts bf16 denormals incorrectly: there, as in the reference, integers round, and agree with torch on
+every bit pattern. A test on the device compares the two for every number. fp16 needs no such care: the interpreter
+converts it by IEEE 754.
 """
 
 # ruff: noqa: N803, SIM300 - constexpr arguments are in capitals, as everywhere in Triton
 
+from collections.abc import Sequence
+
 import torch
 
-from grass_kernels._triton import constexpr, jit, tl
+from grass_kernels._triton import INTERPRETING, constexpr, jit, tl
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of parameters and gradients."""
@@ -20,8 +22,15 @@ LR_DTYPES = (torch.float32, torch.float64)
 """Dtypes of a learning rate that kernels read on the device."""
 ALIGNMENT = constexpr(16)
 """Bytes of a 128-bit access, and its alignment."""
+ON_DEVICE = constexpr(not INTERPRETING)
+"""True if bf16 is rounded by the conversion of the device: one instruction for two elements; integers take six each."""
 DRAWS = constexpr(8)
 """Elements per call of the random generator: 16 of its 128 bits each."""
+
+
+def access_width(dtypes: Sequence[torch.dtype]) -> int:
+    """Return the number of elements that a thread accesses at a time: 16 bytes of the widest dtype."""
+    return ALIGNMENT.value // max(dtype.itemsize for dtype in dtypes)
 
 
 @jit()
@@ -46,7 +55,9 @@ def upper_half(bits, is_nan):  # type: ignore[no-untyped-def]  # Triton types it
 @jit()
 def from_fp32(x, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton types its own arguments
     """Convert an fp32 block to the type of a pointer, rounded to nearest, ties to even; NaN stays NaN."""
-    if DTYPE == tl.uint16:
+    if DTYPE == tl.uint16 and ON_DEVICE:
+        narrow = x.to(tl.bfloat16).to(tl.uint16, bitcast=True)
+    elif DTYPE == tl.uint16:
         bits = x.to(tl.uint32, bitcast=True)
         # Adding just under half a unit in the last place, plus the last bit, carries exactly if the nearest value is
         # the upper one.
@@ -103,14 +114,16 @@ def round_stochastically(x, random):  # type: ignore[no-untyped-def]  # Triton t
 
 
 @jit()
-def block_pointers(ptr, start, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return pointers to `BLOCK` elements from `start` on; `ALIGNED` is a hint to the compiler.
+def block_pointers(ptr, start, BLOCK: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return pointers to `BLOCK` elements from `start` on, which a thread accesses `WIDTH` at a time; 1 is any address.
 
-    The hint is on the sum: on `ptr` it would also apply to the masked path of the same kernel.
+    The width is a hint to the compiler on the alignment of the sum: on `ptr` it would also apply to the masked path of
+    the same kernel. A kernel with one width for all arrays has one layout: otherwise values of one thread would have to
+    go to others through shared memory.
     """
     first = ptr + start
-    if ALIGNED:
-        first = tl.multiple_of(first, ALIGNMENT)
+    if WIDTH > 1:
+        first = tl.multiple_of(first, WIDTH * (ptr.dtype.element_ty.primitive_bitwidth // 8))
     return first + tl.arange(0, BLOCK)
 
 

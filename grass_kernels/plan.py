@@ -21,6 +21,7 @@ from grass_kernels.adamw_kernel import (
     _masked_adamw_kernel,
     max_registers,
 )
+from grass_kernels.conversions import access_width
 from grass_kernels.inputs import Hyperparameters, Inputs
 from grass_kernels.prologue import _prologue_kernel
 from grass_kernels.sq_norm import launch_norms, launch_sum_layers
@@ -289,6 +290,7 @@ class AdamWPlan:
                 CHUNK=CHUNK,
                 BLOCK=BLOCK,
                 NARROW_BLOCK=NARROW_BLOCK,
+                WIDTH=access_width([key.param, key.grad, key.state]),
             )
 
     def finish(self, sq_norms: Tensor | None = None, grad_scale: Tensor | None = None) -> None:

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from grass_kernels import _triton, arguments, layout, operators
 from grass_kernels._triton import jit, runs_triton, tl, tl_dtype
-from grass_kernels.conversions import ALIGNMENT, block_mask, block_pointers, load_fp32, pointer
+from grass_kernels.conversions import (
+    ALIGNMENT,
+    access_width,
+    block_mask,
+    block_pointers,
+    load_fp32,
+    pointer,
+)
 from grass_kernels.inputs import Inputs
 from grass_kernels.table import (
     BLOCK,
@@ -73,6 +80,7 @@ def _layer_sq_norms_kernel(  # type: ignore[no-untyped-def]  # Triton types its 
     GRAD_DTYPE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,  # elements of an access, see access_width
 ):
     """Write the partial sum of one chunk per program."""
     tensor, chunk, row = find_chunk(table_ptr + chunks_start + tl.program_id(0), table_ptr)
@@ -81,11 +89,11 @@ def _layer_sq_norms_kernel(  # type: ignore[no-untyped-def]  # Triton types its 
     grad_ptr = pointer(grad_address, GRAD_DTYPE) + start
     sums = tl.zeros((BLOCK,), dtype=tl.float32)
     for block in range(0, full, BLOCK):
-        grad = load_fp32(block_pointers(grad_ptr, block, BLOCK, True), None)
+        grad = load_fp32(block_pointers(grad_ptr, block, BLOCK, WIDTH), None)
         sums += grad * grad
     for block in range(full, length, BLOCK):
         mask = block_mask(block, length, BLOCK)
-        grad = load_fp32(block_pointers(grad_ptr, block, BLOCK, False), mask)
+        grad = load_fp32(block_pointers(grad_ptr, block, BLOCK, 1), mask)
         sums += grad * grad
     tl.store(partials_ptr + tl.load(row + FIRST_PARTIAL) + chunk, tree_sum(sums, BLOCK))
 
@@ -128,6 +136,7 @@ def launch_norms(table: Table, inputs: Tensor, partials: Tensor) -> None:
             GRAD_DTYPE=tl_dtype(key[0]),  # type: ignore[index]
             CHUNK=CHUNK,
             BLOCK=BLOCK,
+            WIDTH=access_width([key[0]]),  # type: ignore[index]
         )
 
 

@@ -107,14 +107,35 @@ def test_registers_stay_registers(facts):
     assert not in_memory
 
 
-def test_full_blocks_move_128_bits_at_a_time(facts):
+def test_full_blocks_are_accessed_by_16_bytes_of_the_widest_dtype(facts):
+    """And 16-bit arrays by 8 bytes beside 32-bit ones; on AMD these cannot be told from single addresses."""
     narrow = {}
-    for label, variant, _, found in of_each_binary(facts):
-        needed = (aot.wide_accesses(variant.reads), aot.wide_accesses(variant.writes))
-        wide = (found["loads_128"], found["stores_128"])
-        if wide[0] < needed[0] or wide[1] < needed[1]:
-            narrow[label] = f"{wide} loads and stores of 128 bits, {needed} needed"
+    for label, variant, target, found in of_each_binary(facts):
+        for bits in (128, 64) if target in aot.NVIDIA else (128,):
+            for kind, arrays in (("loads", variant.reads), ("stores", variant.writes)):
+                needed = aot.vector_accesses(variant, arrays, bits // 8)
+                if found[f"{kind}_{bits}"] < needed:
+                    narrow[label] = f"{found[f'{kind}_{bits}']} {kind} of {bits} bits, {needed} needed"
     assert not narrow
+
+
+def test_values_of_an_element_stay_in_one_thread(facts):
+    """Shared memory is for the sum of squares alone, after all blocks; stochastic rounding spreads its random bits."""
+    too_much = {}
+    for label, variant, target, found in of_each_binary(facts):
+        if variant.kernel is adamw_kernel._masked_adamw_kernel and target in aot.NVIDIA:
+            limit = 8 * _triton.THREADS if "stochastic" in variant.name else 64 * ("norms" in variant.name)
+            if found["shared"] > limit:
+                too_much[label] = f"{found['shared']} bytes of shared memory, {limit} allowed"
+    assert not too_much
+
+
+def test_bfloat16_is_rounded_by_the_device(facts):
+    """One instruction for two elements. The interpreter and the reference round by integers."""
+    for label, variant, target, found in of_each_binary(facts):
+        if variant.kernel is adamw_kernel._masked_adamw_kernel and target in aot.NVIDIA:
+            param = BF16 in variant.writes[:1] and "nearest" in variant.name
+            assert bool(found["bf16_conversions"]) == (param or BF16 in variant.writes[1:]), label
 
 
 def test_arithmetic_rounds_as_written(facts):

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from grass_kernels import _triton, adamw_kernel, prologue, reference, sq_norm, table
+from grass_kernels import _triton, adamw_kernel, conversions, prologue, reference, sq_norm, table
 from tests.support.oracle import BF16, COMBINATIONS, F16, F32, name
 from tests.support.pairwise import pairwise
 
@@ -76,9 +76,15 @@ class Variant(NamedTuple):
     takes_roots: bool = False
 
 
-def wide_accesses(dtypes: Sequence[torch.dtype]) -> int:
-    """128-bit accesses a thread needs for its share of one full block, an array of each dtype."""
-    return sum(table.BLOCK // _triton.THREADS * dtype.itemsize // 16 for dtype in dtypes)
+def vector_accesses(variant: Variant, arrays: Sequence[torch.dtype], num_bytes: int) -> int:
+    """Accesses of a number of bytes that a thread needs for its share of one full block of these arrays.
+
+    All arrays have the width of the widest: 16 bytes of 32-bit dtypes, 8 bytes of 16-bit dtypes beside them, so that
+    the values of an element are in one thread.
+    """
+    width = 16 // max((dtype.itemsize for dtype in variant.reads), default=16)
+    per_array = table.BLOCK // _triton.THREADS // width
+    return sum(per_array for dtype in arrays if dtype.itemsize * width == num_bytes)
 
 
 def _adamw(dtypes: tuple[torch.dtype, ...], rounding: str, amsgrad: bool, norms: bool) -> Variant:
@@ -102,6 +108,7 @@ def _adamw(dtypes: tuple[torch.dtype, ...], rounding: str, amsgrad: bool, norms:
             "CHUNK": table.CHUNK,
             "BLOCK": table.BLOCK,
             "NARROW_BLOCK": adamw_kernel.NARROW_BLOCK,
+            "WIDTH": conversions.access_width(dtypes),
         },
         max_registers=adamw_kernel.max_registers(moments, amsgrad, norms),
         reads=[param, grad, *states],
@@ -123,6 +130,7 @@ def _layer_sq_norms(dtype: torch.dtype) -> Variant:
             "GRAD_DTYPE": _triton.tl_dtype(dtype),
             "CHUNK": table.CHUNK,
             "BLOCK": table.BLOCK,
+            "WIDTH": conversions.access_width([dtype]),
         },
         reads=[dtype],
     )
@@ -275,6 +283,9 @@ def _nvidia_facts(binary: Any) -> dict[str, Any]:
         "spills": count("LDL") + count("STL"),
         "loads_128": count("LDG", ".128"),
         "stores_128": count("STG", ".128"),
+        "loads_64": len(re.findall(r"\bld\.global\S*\.v2\.b32", ptx)),  # of vectors: addresses are .b64
+        "stores_64": len(re.findall(r"\bst\.global\S*\.v2\.b32", ptx)),
+        "bf16_conversions": len(re.findall(r"\bcvt\.rn\S*\.bf16x?2?\.f32", ptx)),
         "inexact": _inexact(binary.asm["llir"], ptx),
         "div_rn": ptx.count("div.rn.f32"),
         "sqrt_rn": ptx.count("sqrt.rn.f32"),
