@@ -44,7 +44,7 @@ class FusedBackward:
         self._arrived: dict[int, set[Tensor]] = {bucket: set() for bucket in members}
         self._sq_norms: list[Tensor] = []
         self._accumulating = 0
-        self._in_backward = False
+        self._in_backward = self._has_callback = False
         self.done: list[int] = []
         self.handles: list[RemovableHandle] = []
         for bucket, params in self._members.items():
@@ -85,9 +85,19 @@ class FusedBackward:
                 self._in_backward = False
 
     def at_end_of_backward(self, function: Callable[[], None]) -> None:
-        """Call a function when the backward that has called `update` ends; do nothing outside of one."""
-        if self._in_backward:
-            torch.autograd.Variable._execution_engine.queue_callback(function)
+        """Call a function once when the backward that has called `update` ends; do nothing outside of one.
+
+        The first bucket of a backward asks for it. Later ones may be inside the backward of a reentrant checkpoint,
+        which ends with each layer.
+        """
+
+        def call() -> None:
+            self._has_callback = False
+            function()
+
+        if self._in_backward and not self._has_callback:
+            self._has_callback = True
+            torch.autograd.Variable._execution_engine.queue_callback(call)
 
     @torch.no_grad()
     def _run(self, bucket: int) -> None:
@@ -121,6 +131,7 @@ class FusedBackward:
 
     def discard(self) -> None:
         """Start a new step; parameters that were updated are not restored."""
+        self._has_callback = False  # a backward that failed has not called it
         self._sq_norms.clear()
         self.done.clear()
         for arrived in self._arrived.values():

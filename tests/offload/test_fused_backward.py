@@ -4,6 +4,7 @@ without a word; a backward that failed and left weights, moments and counters th
 be saved, or an optimizer that cannot go on; settings under which it cannot work and does not say so; hooks left behind.
 """
 
+import functools
 import gc
 import weakref
 from collections.abc import Iterator
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import grass
+from bench.offload.recording import RecordingEngine
 from grass.errors import BackwardError
 from grass.integrations.transformers import trainer_optimizer
+from grass.optim.offload_manager import OffloadManager
 from tests.support import tiny
-from tests.support.fused import FUSED, MODES, STEPS, backward, compare, stack, watch
+from tests.support.fused import FUSED, MODES, STEPS, backward, compare, stack, torn, watch
 
 pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
 
@@ -276,6 +279,45 @@ def test_activation_checkpointing(always: str, reentrant: bool, tied: bool) -> N
         return model, opt
 
     compare(*run(**MODES["streamed"], **FUSED), *run())
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_backward_waits_for_its_updates_once_and_at_its_end(
+    reentrant: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after each reentrant checkpoint, whose own backward ends with the layer: no copy would overlap with compute."""
+    engine = RecordingEngine()
+    made_with = functools.partialmethod(OffloadManager.__init__, engine=lambda device: engine)
+    monkeypatch.setattr(OffloadManager, "__init__", made_with)
+    model = tiny.llama(layers=4)
+    if reentrant is not None:
+        tiny.checkpoint_activations(model, reentrant)
+    config = tiny.config(probe_steps=0, active_layers=3, **MODES["streamed"], **FUSED)
+    opt = grass.GrassAdamW(model, lr=1e-2, config=config)
+    for index in range(4):
+        waits, entries = len(engine.log.waits), len(engine.log.entries)
+        backward(model, index)
+        joins = [wait.operations for wait in engine.log.waits[waits:] if wait.hazard == "H8"]
+        updates = [
+            i for i, e in enumerate(engine.log.entries) if e.operation.kind == "update" and i >= entries
+        ]
+        assert len(updates) >= 5  # head, norm, three layers
+        assert len(joins) == 1
+        assert joins[0] > updates[-1]
+        opt.step()
+        opt.zero_grad()
+
+
+def test_a_backward_after_one_that_failed_waits_for_its_updates() -> None:
+    model, opt = torn("streamed")
+    opt.zero_grad()
+    joined: list[int] = []
+    assert opt._offload is not None
+    join = opt._offload.join
+    opt._offload.join = lambda: (joined.append(1), join())  # type: ignore[method-assign]
+    backward(model, 4)
+    assert joined == [1]
 
 
 class Twice(nn.Module):
