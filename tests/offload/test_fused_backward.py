@@ -286,7 +286,7 @@ def test_activation_checkpointing(always: str, reentrant: bool, tied: bool) -> N
 def test_backward_waits_for_its_updates_once_and_at_its_end(
     reentrant: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not after each reentrant checkpoint, whose own backward ends with the layer: no copy would overlap with compute."""
+    """Not after each reentrant checkpoint, whose own backward ends with the layer: nothing would overlap."""
     engine = RecordingEngine()
     made_with = functools.partialmethod(OffloadManager.__init__, engine=lambda device: engine)
     monkeypatch.setattr(OffloadManager, "__init__", made_with)
