@@ -8,6 +8,7 @@ whichever parameters it holds.
 import contextlib
 import ctypes
 import mmap
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -27,12 +28,20 @@ class _Memory(mmap.mmap):
     """Anonymous pages: zero, allocated by the system when first written, and pinned by `pin`."""
 
     _address = 0
+    _process = 0  # that has asked for it to be pinned
 
     def pin(self) -> None:
         if self._address:
             return
+        cudart = torch.cuda.cudart()
+        self._process = os.getpid()
+        # A fork copies pinned pages at once instead of on write: leave them out of child processes.
+        advice = getattr(mmap, "MADV_DONTFORK", None)
+        if advice is not None:
+            with contextlib.suppress(OSError):
+                self.madvise(advice)
         address = ctypes.addressof(ctypes.c_char.from_buffer(self))
-        error = torch.cuda.cudart().cudaHostRegister(address, len(self), 0)
+        error = cudart.cudaHostRegister(address, len(self), 0)
         if int(error) != 0:
             raise OffloadError(
                 f"{len(self):,} bytes of host memory could not be pinned (CUDA error {int(error)}): raise the limit "
@@ -41,7 +50,11 @@ class _Memory(mmap.mmap):
         self._address = address
 
     def __del__(self) -> None:
-        if self._address:
+        if self._process not in (0, os.getpid()):
+            # In a forked process these addresses are free, or belong to other memory. Freeing the object would unmap
+            # them: keep it for ever.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+        elif self._address:
             torch.cuda.cudart().cudaHostUnregister(self._address)
 
 
@@ -162,6 +175,7 @@ class Store:
         self._numels = {p: p.numel() for p in self._bucket}
         self._slabs: dict[int, Slab] = {}
         self._pinned = pinned
+        self._process = os.getpid()
 
     def __contains__(self, p: Tensor) -> bool:
         return p in self._bucket
@@ -203,9 +217,14 @@ class Store:
 
     def pin(self) -> None:
         """Pin all slabs, present and future, after the parameters have moved to a GPU."""
-        self._pinned = True
+        self._pinned, self._process = True, os.getpid()
         for slab in self._slabs.values():
             slab.pin()
+
+    @property
+    def is_absent(self) -> bool:
+        """True in a process that was forked after the memory was pinned: it does not exist there."""
+        return self._pinned and self._process != os.getpid()
 
     def is_fresh(self, p: Tensor, kind: str) -> bool:
         """Return if a state was never handed out, hence never written: it is zero."""

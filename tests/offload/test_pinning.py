@@ -1,0 +1,214 @@
+"""Would catch: a slab that is pinned twice, or never unpinned; pinned pages that a data-loader worker copies when it is
+forked; a forked process that crashes, or unmaps memory of others, when it drops the optimizer.
+"""
+
+import ctypes
+import gc
+import mmap
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+import grass
+from grass.errors import OffloadError
+from grass.offload.store import Bucket, Store
+from tests.support import ragged, tiny
+
+pytestmark = [
+    pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter"),
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+]
+
+MOMENTS = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
+
+
+class Driver:
+    """Stands for CUDA's runtime, which pins memory and is not available in a forked process."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.pinned: dict[int, int] = {}
+        self.given_back: list[int] = []
+        self.error = 0
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        assert address not in self.pinned, "pinned twice"
+        if not self.error:
+            self.pinned[address] = size
+        return self.error
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.pinned[address]
+        self.given_back.append(address)
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    stand_in = Driver()
+
+    def cudart() -> Driver:
+        if os.getpid() != stand_in.process:
+            raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+        return stand_in
+
+    monkeypatch.setattr(torch.cuda, "cudart", cudart)
+    yield stand_in
+    gc.collect()
+    assert not stand_in.pinned, "memory was freed that is still pinned"
+
+
+def test_a_slab_is_pinned_once_for_what_it_is(driver: Driver) -> None:
+    p = torch.zeros(1000)
+    store = Store([Bucket(list(members), dict(MOMENTS)) for members in [[p]]], pinned=True)
+    assert not driver.pinned
+    view = store.view(p, "exp_avg")
+    assert driver.pinned == {view.data_ptr(): 1024 * 8}
+    store.pin()
+    assert len(driver.pinned) == 1
+    del store
+    gc.collect()
+    assert driver.pinned, "a view is left"
+    del view
+    gc.collect()
+    assert len(driver.given_back) == 1
+
+
+def test_a_store_is_pinned_late_when_parameters_move(driver: Driver) -> None:
+    p, q = torch.zeros(10), torch.zeros(200)
+    store = Store([Bucket(list(members), dict(MOMENTS)) for members in [[p], [q]]], pinned=False)
+    view = store.view(p, "exp_avg")
+    assert not driver.pinned
+    store.pin()
+    assert driver.pinned == {view.data_ptr(): 128 * 8}
+    other = store.view(q, "exp_avg")
+    assert driver.pinned[other.data_ptr()] == 256 * 8
+
+
+def test_memory_that_cannot_be_pinned_is_an_error_with_the_remedy(driver: Driver) -> None:
+    driver.error = 2
+    p = torch.zeros(1000)
+    store = Store([Bucket(list(members), dict(MOMENTS)) for members in [[p]]], pinned=True)
+    with pytest.raises(OffloadError, match=r"8,192 bytes .* could not be pinned \(CUDA error 2\).*ulimit -l"):
+        store.view(p, "exp_avg")
+    assert store.num_bytes == 0
+    driver.error = 0
+    store.view(p, "exp_avg")
+    assert len(driver.pinned) == 1
+
+
+# -- forked processes ---------------------------------------------------------------------------------------------
+
+
+def in_child(work: Callable[[], Any]) -> Any:
+    """The result of a function in a forked process, which must not crash."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: sender.send(work()))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0, f"the child ended with {child.exitcode}"
+    return receiver.recv()
+
+
+def is_mapped(address: int) -> bool:
+    ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+    return any(int(first, 16) <= address < int(end, 16) for first, end in ranges)
+
+
+def place(address: int, size: int) -> ctypes.Array:
+    """Map new memory where pinned memory was in the parent, as later allocations of a child may be."""
+    function = ctypes.CDLL(None, use_errno=True).mmap
+    function.restype = ctypes.c_void_p
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    no_replace = 0x100000
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_replace
+    assert function(address, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) == address
+    memory = (ctypes.c_char * size).from_address(address)
+    memory[:] = b"x" * size
+    return memory
+
+
+def drop_in_child(held: list[Any], pinned: dict[int, int]) -> list[str]:
+    """Drop what is held, and return the errors; memory of the child must stay."""
+    errors: list[str] = []
+    sys.unraisablehook = lambda event: errors.append(repr(event.exc_value))
+    placed = [(place(address, size), size) for address, size in pinned.items()]
+    held.clear()
+    gc.collect()
+    assert all(memory[:] == b"x" * size for memory, size in placed)
+    return errors
+
+
+def offloaded(mode: str) -> tuple[torch.nn.Module, grass.GrassAdamW]:
+    """An optimizer whose store is pinned, as on a GPU, after some steps."""
+    model = ragged.ragged()
+    opt = grass.GrassAdamW(model, lr=1e-2, config=ragged.config(offload=mode), pattern="blocks.*")
+    opt._offload.store.pin()
+    list(ragged.steps(model, opt, 0, 5))
+    return model, opt
+
+
+def test_pinned_memory_is_not_in_a_forked_process(driver: Driver) -> None:
+    """Fails if a child copies pinned pages, or if the parent loses them."""
+    p = torch.zeros(100_000)
+    store = Store([Bucket([p], dict(MOMENTS))], pinned=True)
+    view = store.view(p, "exp_avg")
+    view.fill_(3.0)
+    assert in_child(lambda: is_mapped(view.data_ptr())) is False
+    assert is_mapped(view.data_ptr())
+    assert bool((view == 3.0).all())
+
+
+def test_memory_that_is_not_pinned_is_in_a_forked_process() -> None:
+    """Fails if a child of a run on the CPU, which copies on write, cannot read the states."""
+    p = torch.zeros(1000)
+    store = Store([Bucket([p], dict(MOMENTS))], pinned=False)
+    view = store.view(p, "exp_avg")
+    view.fill_(3.0)
+    assert in_child(lambda: view.sum().item()) == 3000.0
+
+
+@pytest.mark.parametrize("mode", ["streamed", "resident"])
+def test_a_forked_process_may_drop_the_optimizer(driver: Driver, mode: str) -> None:
+    """Fails if a child's end of the optimizer uses CUDA, writes states back, or unmaps what is now at their place."""
+    held = list(offloaded(mode))
+    assert driver.pinned
+    assert in_child(lambda: drop_in_child(held, driver.pinned)) == []
+    assert len(held) == 2
+
+
+class Holding(Dataset):
+    """Data that refer to the optimizer, and drop it in the worker."""
+
+    def __init__(self, held: list[Any], driver: Driver) -> None:
+        self.held, self.driver = held, driver
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Tensor:
+        mapped = sum(map(is_mapped, self.driver.pinned)) if index == 0 else 0
+        errors = drop_in_child(self.held, self.driver.pinned if index == 0 else {})
+        return torch.tensor([mapped, len(errors)])
+
+
+@pytest.mark.parametrize("mode", ["streamed", "resident"])
+def test_training_goes_on_beside_a_forked_data_loader_worker(driver: Driver, mode: str) -> None:
+    """Fails if a worker crashes or copies pinned pages, or if the run differs from one without workers."""
+    model, opt = offloaded(mode)
+    expected = ragged.outcome(model, opt, list(ragged.steps(model, opt, 5, 9)))
+    del opt
+    held = list(offloaded(mode))
+    loader = DataLoader(Holding(held, driver), num_workers=1, multiprocessing_context="fork")
+    assert torch.cat(list(loader)).tolist() == [[0, 0], [0, 0]]
+    found = ragged.outcome(*held, list(ragged.steps(*held, 5, 9)))
+    tiny.assert_identical(found, expected)
