@@ -10,7 +10,7 @@ import ctypes
 import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ class _Memory(mmap.mmap):
         address = ctypes.addressof(ctypes.c_char.from_buffer(self))
         error = cudart.cudaHostRegister(address, len(self), 0)
         if int(error) != 0:
+            _clear_last_error(cudart)
             raise OffloadError(
                 f"{len(self):,} bytes of host memory could not be pinned (CUDA error {int(error)}): raise the limit "
                 "of locked memory (ulimit -l), or use a machine with more memory"
@@ -56,6 +57,16 @@ class _Memory(mmap.mmap):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
         elif self._address:
             torch.cuda.cudart().cudaHostUnregister(self._address)
+
+
+def _clear_last_error(cudart: Any) -> None:
+    """Clear the error of a failed call, which the next check after a kernel launch would report as its own."""
+    if hasattr(cudart, "cudaGetLastError"):
+        cudart.cudaGetLastError()
+        return
+    # A torch without this binding clears the error all the same, when it checks the launch of a kernel and raises.
+    with contextlib.suppress(RuntimeError):
+        torch.ones((), device="cuda")
 
 
 def _map_memory(num_bytes: int, pinned: bool) -> _Memory:

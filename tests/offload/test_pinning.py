@@ -1,5 +1,6 @@
-"""Would catch: a slab that is pinned twice, or never unpinned; pinned pages that a data-loader worker copies when it is
-forked; a forked process that crashes, or unmaps memory of others, when it drops the optimizer.
+"""Would catch: a slab that is pinned twice, or never unpinned; a failure that an unrelated call reports; pinned pages
+that a data-loader worker copies when it is forked; a forked process that crashes, or unmaps memory of others, when it
+drops the optimizer.
 """
 
 import ctypes
@@ -37,13 +38,18 @@ class Driver:
         self.process = os.getpid()
         self.pinned: dict[int, int] = {}
         self.given_back: list[int] = []
-        self.error = 0
+        self.error = self.last_error = 0
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
         assert address not in self.pinned, "pinned twice"
         if not self.error:
             self.pinned[address] = size
+        self.last_error = self.error or self.last_error
         return self.error
+
+    def cudaGetLastError(self) -> int:
+        error, self.last_error = self.last_error, 0
+        return error
 
     def cudaHostUnregister(self, address: int) -> int:
         del self.pinned[address]
@@ -103,6 +109,28 @@ def test_memory_that_cannot_be_pinned_is_an_error_with_the_remedy(driver: Driver
     driver.error = 0
     store.view(p, "exp_avg")
     assert len(driver.pinned) == 1
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_no_later_call_reports_that_memory_could_not_be_pinned(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, bound: bool
+) -> None:
+    """Fails if the last error stays set, with a runtime that can clear it, or a torch that checks kernel launches."""
+
+    clear = driver.cudaGetLastError
+
+    def launch(*size: Any, device: str) -> None:
+        assert device == "cuda"
+        if clear():
+            raise torch.AcceleratorError("CUDA error: out of memory")
+
+    if not bound:
+        monkeypatch.delattr(Driver, "cudaGetLastError")
+        monkeypatch.setattr(torch, "ones", launch)
+    driver.error = 2
+    with pytest.raises(OffloadError, match="could not be pinned"):
+        Store([Bucket([torch.zeros(9)], dict(MOMENTS))], pinned=True).slab(0)
+    assert driver.last_error == 0
 
 
 # -- forked processes ---------------------------------------------------------------------------------------------
