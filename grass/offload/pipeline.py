@@ -287,10 +287,11 @@ class ResidentPipeline(_PipelineBase):
             self._ensure_fetched(bucket)
 
     def announce(self, buckets: Sequence[int]) -> None:
-        """See `Pipeline`. Buckets in both sets are not copied."""
+        """See `Pipeline`. Buckets in both sets are not copied. Those that are not pinned yet are fetched later."""
         self._announced = set(buckets)
         for bucket in buckets:
-            self._ensure_fetched(bucket)
+            if self._store.is_ready(bucket):
+                self._ensure_fetched(bucket)
 
     def run(self, bucket: int, update: Update) -> None:
         """See `Pipeline`."""

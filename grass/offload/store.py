@@ -7,9 +7,14 @@ whichever parameters it holds.
 
 import contextlib
 import ctypes
+import functools
 import mmap
+import os
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,13 +32,24 @@ class _Memory(mmap.mmap):
     """Anonymous pages: zero, allocated by the system when first written, and pinned by `pin`."""
 
     _address = 0
+    _process = 0  # that has asked for it to be pinned
+
+    @property
+    def is_pinned(self) -> bool:
+        return self._address != 0
 
     def pin(self) -> None:
-        if self._address:
-            return
+        cudart = torch.cuda.cudart()
+        self._process = os.getpid()
+        # A fork copies pinned pages at once instead of on write: leave them out of child processes.
+        advice = getattr(mmap, "MADV_DONTFORK", None)
+        if advice is not None:
+            with contextlib.suppress(OSError):
+                self.madvise(advice)
         address = ctypes.addressof(ctypes.c_char.from_buffer(self))
-        error = torch.cuda.cudart().cudaHostRegister(address, len(self), 0)
+        error = cudart.cudaHostRegister(address, len(self), 0)
         if int(error) != 0:
+            _clear_last_error(cudart)
             raise OffloadError(
                 f"{len(self):,} bytes of host memory could not be pinned (CUDA error {int(error)}): raise the limit "
                 "of locked memory (ulimit -l), or use a machine with more memory"
@@ -41,8 +57,22 @@ class _Memory(mmap.mmap):
         self._address = address
 
     def __del__(self) -> None:
-        if self._address:
+        if self._process not in (0, os.getpid()):
+            # In a forked process these addresses are free, or belong to other memory. Freeing the object would unmap
+            # them: keep it for ever.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+        elif self._address:
             torch.cuda.cudart().cudaHostUnregister(self._address)
+
+
+def _clear_last_error(cudart: Any) -> None:
+    """Clear the error of a failed call, which the next check after a kernel launch would report as its own."""
+    if hasattr(cudart, "cudaGetLastError"):
+        cudart.cudaGetLastError()
+        return
+    # A torch without this binding clears the error all the same, when it checks the launch of a kernel and raises.
+    with contextlib.suppress(RuntimeError):
+        torch.ones((), device="cuda")
 
 
 def _map_memory(num_bytes: int, pinned: bool) -> _Memory:
@@ -111,6 +141,7 @@ class Slab:
         self.starts, self.numel = section_layout(params)
         self.num_bytes = self.numel * sum(dtype.itemsize for dtype in dtypes.values())
         self._memory = _allocate(max(1, self.num_bytes), pinned)
+        self._lock = threading.Lock()
         self.sections: dict[str, Tensor] = {}
         self._viewed: set[tuple[Tensor, str]] = set()
         offset = 0
@@ -124,10 +155,18 @@ class Slab:
         self._viewed.add((p, kind))
         return section.as_strided(p.shape, p.stride(), section.storage_offset() + self.starts[p])
 
+    @property
+    def is_pinned(self) -> bool:
+        """True if the memory is pinned, or was replaced inside `allocating`."""
+        return not isinstance(self._memory, _Memory) or self._memory.is_pinned
+
     def pin(self) -> None:
-        """Pin the memory, for asynchronous copies."""
-        if isinstance(self._memory, _Memory):
-            self._memory.pin()
+        """Pin the memory, for asynchronous copies, or wait while another thread pins it."""
+        if isinstance(self._memory, _Memory) and not self._memory.is_pinned:
+            torch.cuda.cudart()  # raises in a forked process, where the thread that has the lock does not exist
+            with self._lock:
+                if not self._memory.is_pinned:
+                    self._memory.pin()
 
     def was_viewed(self, p: Tensor, kind: str) -> bool:
         """Return if `view` was called for a state; otherwise it is still zero."""
@@ -149,7 +188,7 @@ def section_layout(params: Sequence[Tensor]) -> tuple[dict[Tensor, int], int]:
 
 
 class Store:
-    """The slabs of an optimizer, each allocated when first used.
+    """The slabs of an optimizer, each allocated when first used, and pinned before the first copy.
 
     Args:
         buckets: buckets of all trainable parameters.
@@ -162,6 +201,7 @@ class Store:
         self._numels = {p: p.numel() for p in self._bucket}
         self._slabs: dict[int, Slab] = {}
         self._pinned = pinned
+        self._process = os.getpid()
 
     def __contains__(self, p: Tensor) -> bool:
         return p in self._bucket
@@ -186,14 +226,40 @@ class Store:
         )
 
     def slab(self, bucket: int) -> Slab:
-        """Return the slab of a bucket, allocated at the first call."""
+        """Return the slab of a bucket, ready for copies: allocated at the first call, and pinned if the store is.
+
+        Raises:
+            OffloadError: memory that could not be pinned.
+        """
         if bucket not in self._slabs:
             self._slabs[bucket] = Slab(*self._buckets[bucket], self._pinned)
+        elif self._pinned:
+            self._slabs[bucket].pin()
         return self._slabs[bucket]
+
+    def is_ready(self, bucket: int) -> bool:
+        """Return if `slab` will neither pin memory nor wait. A new slab is pinned in the background."""
+        return not self._pinned or self._slab_for_host(bucket).is_pinned
+
+    def _slab_for_host(self, bucket: int) -> Slab:
+        """Return the slab of a bucket, for reads and writes by the host; a new one is pinned in the background."""
+        if bucket not in self._slabs:
+            slab = self._slabs[bucket] = Slab(*self._buckets[bucket], pinned=False)
+            if self._pinned and not slab.is_pinned:
+                self._background.submit(slab.pin)  # `slab` tries again after an error, and raises it
+        return self._slabs[bucket]
+
+    @functools.cached_property
+    def _background(self) -> ThreadPoolExecutor:
+        """One thread, on the current device, that pins slabs in the order of their first use."""
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
+        executor = ThreadPoolExecutor(1, "grass-pin", torch.cuda.set_device, (device,))
+        weakref.finalize(self, executor.shutdown, wait=False, cancel_futures=True)
+        return executor
 
     def view(self, p: Tensor, kind: str) -> Tensor:
         """Return the state of a parameter, in the parameter's shape and strides."""
-        return self.slab(self._bucket[p]).view(p, kind)
+        return self._slab_for_host(self._bucket[p]).view(p, kind)
 
     def holds(self, t: Tensor) -> bool:
         """Return if a tensor is a view of a slab."""
@@ -203,13 +269,18 @@ class Store:
 
     def pin(self) -> None:
         """Pin all slabs, present and future, after the parameters have moved to a GPU."""
-        self._pinned = True
+        self._pinned, self._process = True, os.getpid()
         for slab in self._slabs.values():
             slab.pin()
 
+    @property
+    def is_absent(self) -> bool:
+        """True in a process that was forked after the memory was pinned: it does not exist there."""
+        return self._pinned and self._process != os.getpid()
+
     def is_fresh(self, p: Tensor, kind: str) -> bool:
         """Return if a state was never handed out, hence never written: it is zero."""
-        return not self.slab(self._bucket[p]).was_viewed(p, kind)
+        return not self._slab_for_host(self._bucket[p]).was_viewed(p, kind)
 
     @property
     def num_bytes(self) -> int:

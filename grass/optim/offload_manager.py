@@ -102,7 +102,7 @@ class OffloadManager:
                 config.offload, self.store, engine, self._device, self._buffer_bytes, config.buffer_count
             )
             # copies in flight must not outlive the memory they read and write
-            self._end = weakref.finalize(self, self._pipeline.close)
+            self._end = weakref.finalize(self, _close, self._pipeline, self.store)
             self._end.atexit = False
         return self._pipeline
 
@@ -218,6 +218,12 @@ class OffloadManager:
         if value.untyped_storage().data_ptr() == view.untyped_storage().data_ptr():
             value = value.clone()  # source and target may overlap
         return view.copy_(value)
+
+
+def _close(pipeline: Pipeline, store: Store) -> None:
+    """Close a pipeline, except in a forked process: copies and memory are those of the process that made them."""
+    if not store.is_absent:
+        pipeline.close()
 
 
 def buckets_of(

@@ -1,12 +1,11 @@
 """Would catch: states that share memory, or that a copy engine would read across an unaligned address; memory taken for
 layers that were never drawn, or before anything is written; sizes rounded up; a forecast that is not what comes; a
-store that outlives its optimizer, or dies under a state dict; a slab that is pinned twice, or never given back.
+store that outlives its optimizer, or dies under a state dict.
 """
 
 import gc
 import itertools
 import resource
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,77 +149,6 @@ def test_what_was_never_given_out_is_known_to_be_zero() -> None:
     assert not store.is_fresh(p, "exp_avg")
     assert store.is_fresh(p, "exp_avg_sq")
     assert store.is_fresh(q, "exp_avg")
-
-
-# -- pinning: the driver's part is taken by a list ----------------------------------------------------------------
-
-
-class Driver:
-    """Stands for CUDA's runtime, which pins memory."""
-
-    def __init__(self) -> None:
-        self.pinned: dict[int, int] = {}
-        self.given_back: list[int] = []
-        self.error = 0
-
-    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
-        assert address not in self.pinned, "pinned twice"
-        if not self.error:
-            self.pinned[address] = size
-        return self.error
-
-    def cudaHostUnregister(self, address: int) -> int:
-        del self.pinned[address]
-        self.given_back.append(address)
-        return 0
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
-    stand_in = Driver()
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: stand_in)
-    yield stand_in
-    gc.collect()
-    assert not stand_in.pinned, "memory was freed that is still pinned"
-
-
-def test_a_slab_is_pinned_once_for_what_it_is(driver: Driver) -> None:
-    p = torch.zeros(1000)
-    store = Store([Bucket(list(members), dict(KINDS[0])) for members in [[p]]], pinned=True)
-    assert not driver.pinned
-    view = store.view(p, "exp_avg")
-    assert driver.pinned == {view.data_ptr(): 1024 * 8}
-    store.pin()
-    assert len(driver.pinned) == 1
-    del store
-    gc.collect()
-    assert driver.pinned, "a view is left"
-    del view
-    gc.collect()
-    assert len(driver.given_back) == 1
-
-
-def test_a_store_is_pinned_late_when_parameters_move(driver: Driver) -> None:
-    p, q = torch.zeros(10), torch.zeros(200)
-    store = Store([Bucket(list(members), dict(KINDS[0])) for members in [[p], [q]]], pinned=False)
-    view = store.view(p, "exp_avg")
-    assert not driver.pinned
-    store.pin()
-    assert driver.pinned == {view.data_ptr(): 128 * 8}
-    other = store.view(q, "exp_avg")
-    assert driver.pinned[other.data_ptr()] == 256 * 8
-
-
-def test_memory_that_cannot_be_pinned_is_an_error_with_the_remedy(driver: Driver) -> None:
-    driver.error = 2
-    p = torch.zeros(1000)
-    store = Store([Bucket(list(members), dict(KINDS[0])) for members in [[p]]], pinned=True)
-    with pytest.raises(OffloadError, match=r"8,192 bytes .* could not be pinned \(CUDA error 2\).*ulimit -l"):
-        store.view(p, "exp_avg")
-    assert store.num_bytes == 0
-    driver.error = 0
-    store.view(p, "exp_avg")
-    assert len(driver.pinned) == 1
 
 
 # -- an optimizer's store ------------------------------------------------------------------------------------------
