@@ -62,13 +62,18 @@ class CopyEngine(Protocol):
 class CudaEngine:
     """Copies and updates on three side streams of a CUDA device.
 
+    Updates have a high priority: they are short, and copies wait for them, while backward has work queued for long.
+
     Args:
         device: CUDA device.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._streams = {queue: torch.cuda.Stream(device) for queue in (H2D, D2H, UPDATE)}
+        self._streams = {
+            queue: torch.cuda.Stream(device, priority=-1 if queue == UPDATE else 0)
+            for queue in (H2D, D2H, UPDATE)
+        }
 
     def _stream(self, queue: str) -> torch.cuda.Stream:
         return self._streams[queue] if queue in self._streams else torch.cuda.current_stream(self._device)
