@@ -12,7 +12,7 @@ from grass_kernels.arguments import is_supported
 from grass_kernels.errors import KernelArgumentError
 from grass_kernels.inputs import Hyperparameters
 from grass_kernels.plan import AdamWPlan, TensorLists, Unit
-from grass_kernels.sq_norm import layer_sq_norms, layer_sq_norms_bytes
+from grass_kernels.sq_norm import NormPlan, layer_sq_norms, layer_sq_norms_bytes
 from grass_kernels.table import Part
 from grass_kernels.torch_plan import TorchPlan
 
@@ -22,6 +22,7 @@ __all__ = [
     "AdamWPlan",
     "Hyperparameters",
     "KernelArgumentError",
+    "NormPlan",
     "Part",
     "TensorLists",
     "TorchPlan",

@@ -8,6 +8,7 @@ the same on every run, with any layout of a block, in this kernel, in AdamW's, a
 # ruff: noqa: N803 - constexpr arguments are in capitals, as everywhere in Triton
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,27 +156,67 @@ def launch_sum_layers(table: Table, partials: Tensor, grad_scale: Tensor | None,
     )
 
 
-def _layer_sq_norms_triton(
-    grads: Sequence[Tensor],
-    layers: Sequence[int],
-    num_layers: int,
-    grad_scale: Tensor | None,
-    device: torch.device,
-) -> Tensor:
-    table = build_table(
-        numels=[g.numel() for g in grads],
-        keys=[(g.dtype,) for g in grads],
-        layers=layers,
-        num_layers=num_layers,
-        device=device,
-    )
-    inputs = Inputs(len(grads), 0, device)
-    inputs.upload([g.data_ptr() for g in grads])
-    partials = torch.empty(table.num_partials, dtype=torch.float32, device=device)
-    sq_norms = torch.empty(num_layers, dtype=torch.float32, device=device)
-    launch_norms(table, inputs.data, partials)
-    launch_sum_layers(table, partials, grad_scale, sq_norms)
-    return sq_norms
+class NormPlan:
+    """Squared norms by layer of gradients that have the same dtypes and sizes in every step, and may move.
+
+    With Triton the chunk table is built and uploaded once; a run uploads the addresses that have changed, and launches
+    the two passes. The plan holds no gradients.
+
+    Args:
+        grads, layer_index, num_layers: As in :func:`layer_sq_norms`.
+
+    Raises:
+        KernelArgumentError: As :func:`layer_sq_norms`.
+    """
+
+    def __init__(self, grads: Sequence[Tensor], layer_index: Sequence[int] | Tensor, num_layers: int) -> None:
+        self._num_layers = arguments.check_num_layers(num_layers)
+        arguments.check_grads(grads)
+        self._device = arguments.common_device({"grads": grads})
+        self._layers = arguments.layer_list(layer_index, len(grads), self._num_layers)
+        self._key = _key_of(grads, self._device)
+        self._table: Table | None = None
+        if runs_triton(self._device) and not operators.is_needed(grads):
+            self._table = build_table(
+                numels=[g.numel() for g in grads],
+                keys=[(g.dtype,) for g in grads],
+                layers=self._layers,
+                num_layers=self._num_layers,
+                device=self._device,
+            )
+            self._inputs = Inputs(len(grads), 0, self._device)
+            self._partials = torch.empty(self._table.num_partials, dtype=torch.float32, device=self._device)
+
+    def is_valid(self, grads: Sequence[Tensor]) -> bool:
+        """Return if dtypes and sizes are those of the construction, and the device's current stream too.
+
+        The stream, since a run on another one could overwrite addresses and sums that kernels of the last run read.
+        """
+        return all(g.device == self._device for g in grads) and _key_of(grads, self._device) == self._key
+
+    @torch.no_grad()
+    def run(self, grads: Sequence[Tensor], *, grad_scale: Tensor | None = None) -> Tensor:
+        """Compute the squared norms of gradients for which the plan is valid, as :func:`layer_sq_norms`."""
+        if operators.is_needed(grads):
+            return torch.ops.grass_kernels.layer_sq_norms(
+                grads, self._layers, self._num_layers, grad_scale=grad_scale
+            )
+        arguments.check_memory({"grads": grads})
+        grad_scale = arguments.device_scalar("grad_scale", grad_scale, self._device)
+        grads = [g if layout.is_dense(g) else g.contiguous() for g in grads]
+        if self._table is None:
+            return torch_sq_norms(grads, self._layers, self._num_layers, grad_scale)
+        self._inputs.upload([g.data_ptr() for g in grads])
+        sq_norms = torch.empty(self._num_layers, dtype=torch.float32, device=self._device)
+        launch_norms(self._table, self._inputs.data, self._partials)
+        launch_sum_layers(self._table, self._partials, grad_scale, sq_norms)
+        return sq_norms
+
+
+def _key_of(grads: Sequence[Tensor], device: torch.device) -> tuple[Any, ...]:
+    on_stream = device.type == "cuda" and not operators.is_needed(grads)
+    stream = torch.cuda.current_stream(device) if on_stream else None
+    return stream, [g.dtype for g in grads], [g.numel() for g in grads]
 
 
 def torch_sq_norms(
@@ -241,16 +282,7 @@ def layer_sq_norms(
     if operators.is_needed(grads):
         layers = layer_index.tolist() if isinstance(layer_index, Tensor) else layer_index
         return torch.ops.grass_kernels.layer_sq_norms(grads, layers, num_layers, grad_scale=grad_scale)
-    num_layers = arguments.check_num_layers(num_layers)
-    arguments.check_grads(grads)
-    device = arguments.common_device({"grads": grads})
-    arguments.check_memory({"grads": grads})
-    layers = arguments.layer_list(layer_index, len(grads), num_layers)
-    grad_scale = arguments.device_scalar("grad_scale", grad_scale, device)
-    grads = [g if layout.is_dense(g) else g.contiguous() for g in grads]
-    if runs_triton(device):
-        return _layer_sq_norms_triton(grads, layers, num_layers, grad_scale, device)
-    return torch_sq_norms(grads, layers, num_layers, grad_scale)
+    return NormPlan(grads, layer_index, num_layers).run(grads, grad_scale=grad_scale)
 
 
 def layer_sq_norms_bytes(numel: int, grad_dtype: torch.dtype) -> int:

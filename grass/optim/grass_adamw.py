@@ -384,8 +384,7 @@ class GrassAdamW(AdamW):
             return
         training = [entry for entry in self._entries if entry.param.requires_grad]
         if scheduler.probing:
-            params, layers = [e.param for e in training], [e.layer for e in training]
-            self._probe = Probe(params, layers, outside + 1)
+            self._probe = Probe(training, outside + 1)
             self._lease.handles.extend(self._probe.handles)
         else:
             _logger.debug("step %d: training layers %s", self.step_count, list(scheduler.active))

@@ -1,7 +1,9 @@
-"""Probe: measures gradients as soon as they are complete, and frees them.
+"""Probe: measures the gradients of a bucket as soon as they are complete, and frees them.
 
-A hook on each parameter computes the squared norm of the gradient on the device and sets ``grad = None``, so
-that all gradients are never allocated together (12.5 GiB for a 7B model in bfloat16).
+A hook on each parameter waits for the gradients of its bucket. The last one measures them in one launch, by a plan that
+is built once, and sets ``grad = None``, so that the gradients of several layers are never allocated together (12.5 GiB
+for a 7B model in bfloat16, 0.4 GiB per layer). A bucket that lacks gradients (experts that saw no token) is measured
+when the next one begins, or at the end of the backward.
 
 One small gradient per device is kept for GradScaler, which raises an error if it finds no gradient. All of its elements
 are zero but the first, the mark: the factor by which `unscale_` has changed it is applied to the measured norms, and an
@@ -9,13 +11,15 @@ overflow in any gradient is added to it, so that the scaler detects it.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 import grass_kernels
+from grass.optim.param_entry import ParamEntry
+from grass_kernels import NormPlan
 
 # Too small to affect a logged norm or clipping; a power of two, so that dividing by a loss scale is exact.
 _MARK = 2.0**-20
@@ -25,8 +29,7 @@ class Probe:
     """Measures the gradients of one step, over any number of micro-batches.
 
     Args:
-        params: parameters to hook; each must require grad.
-        layers: layer of each parameter, L for parameters outside.
+        entries: records of the parameters to hook; each parameter must require grad.
         num_layers: L + 1.
 
     Attributes:
@@ -34,69 +37,124 @@ class Probe:
         accumulated: some gradient has been measured more than once since the last `finish_step` or `discard`.
     """
 
-    def __init__(self, params: list[Tensor], layers: list[int], num_layers: int) -> None:
+    def __init__(self, entries: Sequence[ParamEntry], num_layers: int) -> None:
         self.accumulated = False
         self.handles: list[RemovableHandle] = []
+        self._members: dict[int, list[Tensor]] = {}  # parameters of each bucket
+        self._layers: dict[int, int] = {}  # layer of each bucket
+        self._plans: dict[int, NormPlan] = {}  # by bucket
+        # The bucket whose gradients arrive, and the parameters that have theirs: one per device, since autograd runs
+        # the hooks of each device in a thread of its own.
+        self._open: dict[torch.device, tuple[int, set[Tensor]]] = {}
         self._sums: Tensor | None = None  # float32 [L + 1], on the first gradient's device
-        self._fired: dict[Tensor, int] = {}  # number of gradients since the last step
+        self._fired: dict[Tensor, int] = {}  # number of measured gradients since the last step
         self._observed = [False] * num_layers
         self._kept: dict[torch.device, Tensor] = {}  # the parameter whose gradient is kept
         self._overflow: dict[torch.device, Tensor] = {}
-        for p, layer in zip(params, layers, strict=True):
-            self.handles.append(p.register_post_accumulate_grad_hook(self._hook(layer)))
+        for entry in entries:
+            self._members.setdefault(entry.bucket, []).append(entry.param)
+            self._layers[entry.bucket] = entry.layer
+            self.handles.append(entry.param.register_post_accumulate_grad_hook(self._hook(entry.bucket)))
 
-    def _hook(self, layer: int) -> Callable[[Tensor], None]:
+    def _hook(self, bucket: int) -> Callable[[Tensor], None]:
         # Weak: parameters hold their hooks, and must not keep the optimizer alive.
         probe_ref = weakref.ref(self)
 
-        def measure_and_free(param: Tensor) -> None:
+        def measure_when_complete(param: Tensor) -> None:
             probe = probe_ref()
             if probe is not None:
-                probe._measure(param, layer)
+                probe._on_grad(param, bucket)
 
-        return measure_and_free
+        return measure_when_complete
 
     @property
     def fired(self) -> bool:
-        """True if any gradient has been measured since the last `finish_step` or `discard`."""
-        return bool(self._fired)
+        """True if any gradient has arrived since the last `finish_step` or `discard`."""
+        return bool(self._fired or self._open)
 
     def discard_if_cleared(self) -> None:
         """Discard the measurements if gradients were cleared from outside, as by ``model.zero_grad()``."""
-        if any(param.grad is None for param in self._kept.values()):
+        waiting = [param for _, arrived in self._open.values() for param in arrived]
+        if any(param.grad is None for param in (*self._kept.values(), *waiting)):
             self.discard()
 
     @torch.no_grad()
-    def _measure(self, param: Tensor, layer: int) -> None:
+    def _on_grad(self, param: Tensor, bucket: int) -> None:
         self.discard_if_cleared()
         grad = param.grad
         if grad is None or grad.numel() == 0 or grad.is_sparse:  # `step` refuses sparse gradients
             return
-        first = (0,) * grad.dim()
-        kept = self._kept.get(grad.device)
-        if kept is param:
-            grad[first] -= _MARK  # this backward has added to it
-        norm = sq_norm(grad)
+        device = grad.device
+        if device in self._open and self._open[device][0] != bucket:
+            self._measure_open(device)
+        if device not in self._open:
+            self._open[device] = bucket, set()
+            torch.autograd.Variable._execution_engine.queue_callback(self._measure_all_open)
+        arrived = self._open[device][1]
+        arrived.add(param)
+        if len(arrived) == len(self._members[bucket]):
+            self._measure_open(device)
+
+    @torch.no_grad()
+    def _measure_all_open(self) -> None:
+        """Measure the buckets that lack gradients; those measured in this backward are not open any more."""
+        for device in list(self._open):
+            self._measure_open(device)
+
+    def _measure_open(self, device: torch.device) -> None:
+        bucket, arrived = self._open.pop(device)
+        self._measure(bucket, [param for param in self._members[bucket] if param in arrived])
+
+    def _measure(self, bucket: int, params: Sequence[Tensor]) -> None:
+        """Measure and free the gradients of parameters of a bucket, all on one device."""
+        grads = [param.grad for param in params if param.grad is not None]
+        device = grads[0].device
+        kept = self._kept.get(device)
+        again = any(param is kept for param in params)
+        if kept is not None and again:
+            _first(kept).sub_(_MARK)  # this backward has added to it
+        norm = self._sq_norm(bucket, grads)
         if self._sums is None:
-            self._sums = torch.zeros(len(self._observed), dtype=torch.float32, device=grad.device)
+            self._sums = torch.zeros(len(self._observed), dtype=torch.float32, device=device)
+        layer = self._layers[bucket]
         self._sums[layer] += norm.to(self._sums.device, non_blocking=True)
         self._observed[layer] = True
-        self._fired[param] = self._fired.get(param, 0) + 1
-        self.accumulated |= self._fired[param] > 1
+        for param in params:
+            self._fired[param] = self._fired.get(param, 0) + 1
+            self.accumulated |= self._fired[param] > 1
         # 0 * inf and 0 * nan are nan: adds nothing unless a gradient overflowed.
-        overflow = self._overflow.get(grad.device)
-        overflow = norm * 0 if overflow is None else overflow + norm * 0
-        self._overflow[grad.device] = overflow
-        if kept is None or kept is param or grad.numel() < kept.numel():
-            if kept is not None and kept is not param:
+        overflow = norm * 0
+        if device in self._overflow:
+            overflow += self._overflow[device]
+        self._overflow[device] = overflow
+        smallest = min(params, key=Tensor.numel)
+        if kept is None or again or smallest.numel() < kept.numel():
+            if kept is not None and kept is not smallest:
                 kept.grad = None
-            kept = self._kept[grad.device] = param
-            grad.zero_()
-            grad[first] = _MARK
-        else:
-            param.grad = None
-        assert kept.grad is not None
-        kept.grad[(0,) * kept.dim()] += overflow.to(kept.grad.dtype)
+            kept = self._kept[device] = smallest
+            assert kept.grad is not None
+            kept.grad.zero_()
+            _first(kept).fill_(_MARK)
+        for param in params:
+            if param is not kept:
+                param.grad = None
+        _first(kept).add_(overflow)
+
+    def _sq_norm(self, bucket: int, grads: Sequence[Tensor]) -> Tensor:
+        """Return the sum of squares of gradients: float32, shape (), by the kernels as far as they support them."""
+        supported = [grass_kernels.is_supported(g.dtype, g.dtype, torch.float32) for g in grads]
+        norms = [
+            torch.linalg.vector_norm(g).square().float()
+            for g, known in zip(grads, supported, strict=True)
+            if not known
+        ]
+        grads = [g for g, known in zip(grads, supported, strict=True) if known]
+        if grads:
+            plan = self._plans.get(bucket)
+            if plan is None or not plan.is_valid(grads):
+                plan = self._plans[bucket] = grass_kernels.NormPlan(grads, [0] * len(grads), 1)
+            norms.append(plan.run(grads)[0])
+        return sum(norms[1:], norms[0])
 
     @torch.no_grad()
     def finish_step(self, grad_scale: Tensor | None) -> tuple[Tensor, list[bool]]:
@@ -108,11 +166,12 @@ class Probe:
         Returns:
             Squared norms summed over micro-batches, float32 [L + 1]; and whether each layer had gradients.
         """
+        self._measure_all_open()  # left by a backward that failed
         assert self._sums is not None, "nothing has been measured"
         sums, ratios = self._sums, []
         for param in self._kept.values():
             if param.grad is not None:
-                ratio = (param.grad[(0,) * param.dim()].float() / _MARK).square()
+                ratio = (_first(param).float() / _MARK).square()
                 ratios.append(torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1.0))
         if ratios:
             sums = sums * ratios[0].to(sums.device, non_blocking=True)
@@ -127,6 +186,7 @@ class Probe:
         for param in self._kept.values():
             param.grad = None
         self.accumulated = False
+        self._open.clear()
         self._sums = None
         self._observed = [False] * len(self._observed)
         self._fired.clear()
@@ -141,8 +201,7 @@ class Probe:
         self.discard()
 
 
-def sq_norm(grad: Tensor) -> Tensor:
-    """Return the squared norm of a gradient: float32, shape (), on its device; by the kernels if they support it."""
-    if grass_kernels.is_supported(grad.dtype, grad.dtype, torch.float32):
-        return grass_kernels.layer_sq_norms([grad], [0], 1)[0]
-    return torch.linalg.vector_norm(grad).square().float()
+def _first(param: Tensor) -> Tensor:
+    """Return the first element of a parameter's gradient, a view."""
+    assert param.grad is not None
+    return param.grad[(0,) * param.dim()]

@@ -2,7 +2,8 @@
 
 Would catch: a tail block read past its end; a chunk or a tensor counted twice or not at all; sums whose
 bits depend on alignment, on run or on which function computes them; a norm that hides an infinity; a
-full-size fp32 copy of a low-precision gradient; gradients with gaps read as if they had none.
+full-size fp32 copy of a low-precision gradient; gradients with gaps read as if they had none; a plan that reads
+gradients where they were before, is built again although nothing has changed, or is used for other gradients.
 """
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch.linalg import vector_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grass_kernels import _triton, layer_sq_norms, layer_sq_norms_bytes, reference
+from grass_kernels import NormPlan, _triton, layer_sq_norms, layer_sq_norms_bytes, reference, sq_norm
 from grass_kernels.table import BLOCK, CHUNK
 from tests.support.buffers import Buffers, interpreter_only, same_bits
 from tests.support.oracle import BF16, F16, F32
@@ -131,6 +132,40 @@ def test_no_full_size_copy_of_a_low_precision_gradient(dtype):
     assert max(inputs) <= 1 << 17
     squares = [g.double().square().sum().item() for g in grads]
     assert norms.tolist() == pytest.approx([squares[2], squares[0] + squares[1]], rel=1e-5)
+
+
+def test_a_plan_measures_gradients_that_move(monkeypatch):
+    """Other addresses, alignments and strides: the same bits, and no table is built again."""
+    plan = NormPlan([torch.zeros(n) for n in SIZES], LAYERS, NUM_LAYERS)
+    values, results, held = [torch.randn(n) for n in SIZES], [], []
+    expected = layer_sq_norms(values, LAYERS, NUM_LAYERS)
+    monkeypatch.setattr(sq_norm, "build_table", None)
+    for step in range(4):
+        spaced = [torch.zeros(2 * n + step)[step:][:: 2 if step == 3 else 1][:n] for n in SIZES]
+        grads = [place.copy_(value) for place, value in zip(spaced, values, strict=True)]
+        assert plan.is_valid(grads)
+        results.append(plan.run(grads))
+        torch._foreach_zero_(grads)
+        held.append(grads)  # so that no address comes back
+    plan.run(held[0])
+    assert all(same_bits(result, expected) for result in results), "a later run wrote into an earlier result"
+
+
+def test_a_plan_divides_by_the_scale():
+    grads, scale = [torch.randn(n) for n in SIZES], torch.tensor(2.0)
+    scaled = NormPlan(grads, LAYERS, NUM_LAYERS).run(grads, grad_scale=scale)
+    assert same_bits(scaled, layer_sq_norms(grads, LAYERS, NUM_LAYERS) / 4)
+
+
+def test_a_plan_is_valid_for_gradients_of_its_dtypes_and_sizes_only():
+    def valid(*grads):
+        return NormPlan([torch.ones(4), torch.ones(6)], [0, 0], 1).is_valid(grads)
+
+    assert valid(torch.zeros(4), torch.zeros(3, 2))
+    assert not valid(torch.zeros(4), torch.zeros(7))
+    assert not valid(torch.zeros(4), torch.zeros(6).bfloat16())
+    assert not valid(torch.zeros(4))
+    assert not valid(torch.zeros(4), torch.zeros(6, device="meta"))
 
 
 def test_bytes():

@@ -97,6 +97,18 @@ def test_an_overflow_of_any_layer_in_the_probe_is_seen_by_the_scaler_alone(layer
     assert opt.importance.isfinite().all()
 
 
+def test_a_layer_that_lacks_gradients_is_measured_before_they_are_unscaled() -> None:
+    """At the end of the backward: `unscale_` divides the gradients that it finds."""
+    model, twin = tiny.stack(), tiny.stack()
+    for m in (model, twin):
+        m.blocks[0].unused = nn.Parameter(torch.zeros(4))
+        m.embed.requires_grad_(False)  # nothing follows the first layer
+    opt, plain = (grass.GrassAdamW(m, config=tiny.config(), pattern="blocks.*") for m in (model, twin))
+    scaled_steps(model, opt, scaler(), 0, 3, clip=1e6)
+    tiny.train(twin, plain, 0, 3)
+    torch.testing.assert_close(opt.importance, plain.importance, rtol=1e-5, atol=0)
+
+
 def test_an_overflow_in_the_first_of_several_micro_batches_is_seen() -> None:
     model, inner = overflowing(2)
     opt = grass.GrassAdamW(model, config=tiny.config(), pattern="blocks.*")

@@ -64,14 +64,22 @@ class StubPlan:
         sq_norms.fill_(1.0)
 
 
-def stub_norms(grads: list[Tensor], layers: list[int], num_layers: int, **options: Any) -> Tensor:
-    return torch.ones(num_layers)
+class StubNormPlan:
+    """Stands for `grass_kernels.NormPlan`, for one layer."""
+
+    def __init__(self, *arguments: Any) -> None: ...
+
+    def is_valid(self, grads: list[Tensor]) -> bool:
+        return True
+
+    def run(self, grads: list[Tensor]) -> Tensor:
+        return torch.ones(1)
 
 
 @pytest.fixture
 def _kernels_that_do_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grass_kernels, "make_plan", StubPlan)
-    monkeypatch.setattr(grass_kernels, "layer_sq_norms", stub_norms)
+    monkeypatch.setattr(grass_kernels, "NormPlan", StubNormPlan)
 
 
 def reads_of_step(opt: grass.GrassAdamW) -> list[str]:

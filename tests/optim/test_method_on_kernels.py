@@ -1,7 +1,8 @@
 """The whole method on the Triton path, in the interpreter: `TRITON_INTERPRET=1 pytest` runs this file.
 
 Failures these tests catch: GrassAdamW that works with torch's CPU path only, norms that differ between the
-probe and the update kernel, a resumed run that takes another path than the one that was saved.
+probe and the update kernel, a probe that launches once a parameter or builds its tables in every step, a
+resumed run that takes another path than the one that was saved.
 """
 
 import io
@@ -119,5 +120,25 @@ def test_probe_and_update_measure_a_gradient_with_the_same_bits():
     assert trained
     for norm in trained:
         index = int(norm.nonzero())
-        # Summed over two parameters here in one pass, there one by one: the same two addends.
         assert norm[index] == norms[0][index]
+
+
+def test_a_probe_launches_once_a_bucket_and_builds_its_tables_once(monkeypatch):
+    launched, built = [], []
+    launch, build = _triton.launch, grass_kernels.sq_norm.build_table
+
+    def spy(kernel, *args, **kwargs):
+        launched.append(kernel.__name__)
+        launch(kernel, *args, **kwargs)
+
+    def count(**arguments):
+        built.append(len(arguments["numels"]))
+        return build(**arguments)
+
+    monkeypatch.setattr(_triton, "launch", spy)
+    monkeypatch.setattr(grass_kernels.sq_norm, "build_table", count)
+    model = Model()
+    optimizer = grass.GrassAdamW(model, lr=1e-2, config=CONFIG)
+    train(model, optimizer, 0, CONFIG.probe_steps)
+    assert sorted(built) == [1, 1, 2, 2, 2]  # weight and bias of the head, and three layers
+    assert launched == CONFIG.probe_steps * len(built) * ["_layer_sq_norms_kernel", "_sum_layers_kernel"]

@@ -2,7 +2,8 @@
 leaves or updates with the gradients it measured; pending sums that survive zero_grad; a step that counts
 without a backward; accumulation that averages instead of summing; a loss scale or an overflow in the
 importance; an overflow that the scaler does not see; a NaN that poisons the importance; windows after the
-probe that measure something else.
+probe that measure something else; layers whose gradients are not complete (experts without tokens, a backward that
+fails) and are lost, counted twice or kept; a plan that is built again in every step.
 """
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import grass
+import grass_kernels
 from tests.support import tiny
 
 pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
@@ -108,6 +110,119 @@ def test_gradients_are_gone_after_backward_but_for_the_smallest() -> None:
     assert left[0].numel() == min(p.numel() for p in model.parameters())
     opt.step()
     assert all(p.grad is None for p in model.parameters())
+
+
+class Experts(nn.Module):
+    """Two experts, of which one sees the tokens: the other's parameters get no gradient."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([block, nn.Linear(8, 8)])
+        self.chosen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts[self.chosen](x)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_layers_that_lack_gradients_are_measured_and_freed(micro_batches: int) -> None:
+    model = tiny.stack()
+    model.blocks = nn.ModuleList(Experts(block) for block in model.blocks)
+    model.embed.requires_grad_(False)  # nothing follows the first layer
+    opt = grass.GrassAdamW(model, config=tiny.config(), pattern="blocks.*")
+    wanted = []
+    for step in range(PROBE):
+        ids = [tiny.batch(step * micro_batches + micro) for micro in range(micro_batches)]
+        seen = 0.0
+        for micro, part in enumerate(ids):
+            for index, block in enumerate(model.blocks):
+                block.chosen = (step + micro + index) % 2
+            seen = seen + measured(model, opt, [part]).double().square() / micro_batches**2
+            (tiny.loss_of(model, part) / micro_batches).backward()
+            assert sum(p.grad is not None for p in model.parameters()) == 1
+        wanted.append(seen.sqrt().float())
+        opt.step()
+        opt.zero_grad()
+    torch.testing.assert_close(opt.importance, torch.stack(wanted).mean(0), rtol=1e-5, atol=0)
+
+
+def fail_in_backward(model: tiny.Stack, block: int) -> None:
+    """Run a backward that fails when the second gradient of a block has arrived, after those of the blocks above."""
+    arrived = []
+
+    def fail(_: Tensor) -> None:
+        arrived.append(None)
+        if len(arrived) == 2:
+            raise InterruptedError
+
+    handles = [p.register_post_accumulate_grad_hook(fail) for p in model.blocks[block].parameters()]
+    with pytest.raises(InterruptedError):
+        (1000 * tiny.loss_of(model, tiny.batch(77))).backward()
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize("clear", ["model", "optimizer"])
+def test_what_a_backward_that_failed_has_left_is_discarded_with_its_gradients(block: int, clear: str) -> None:
+    model = tiny.stack()
+    model.head.requires_grad_(False)  # so that gradients of the block are the first, if it is the last
+    opt = grass.GrassAdamW(model, config=tiny.config())
+    fail_in_backward(model, block)
+    (model if clear == "model" else opt).zero_grad()
+    opt.step()
+    assert opt.step_count == 0
+    wanted = run_probe(model, opt)
+    torch.testing.assert_close(opt.importance, wanted, rtol=1e-5, atol=0)
+    assert opt.state_dict()["param_groups"][0]["grass"]["importance"]["accumulated"] == 0
+
+
+@pytest.mark.parametrize("block", [2, 4])
+def test_a_step_after_a_backward_that_failed_takes_what_there_is(block: int) -> None:
+    model = tiny.stack()
+    model.head.requires_grad_(False)
+    opt = grass.GrassAdamW(model, config=tiny.config())
+    fail_in_backward(model, block)
+    left = [p.grad.norm() for p in model.blocks[block].parameters() if p.grad is not None]
+    opt.step()
+    assert opt.step_count == 1
+    torch.testing.assert_close(opt.layer_grad_norms[block], torch.stack(left).norm())
+    assert (opt.layer_grad_norms > 0).tolist() == [layer >= block for layer in range(5)]
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_plan_serves_a_bucket_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[int] = []  # gradients of each plan that is made
+    runs: list[int] = []
+
+    class Counted(grass_kernels.NormPlan):
+        def __init__(self, grads: list[Tensor], *arguments: object) -> None:
+            plans.append(len(grads))
+            super().__init__(grads, *arguments)
+
+        def run(self, grads: list[Tensor]) -> Tensor:
+            runs.append(len(grads))
+            return super().run(grads)
+
+    monkeypatch.setattr(grass_kernels, "NormPlan", Counted)
+    model = tiny.stack()
+    opt = grass.GrassAdamW(model, config=tiny.config())
+    run_probe(model, opt, micro_batches=2)
+    assert plans == [1, 6, 6, 6, 6, 6, 1]  # head, blocks, embedding
+    assert runs == 2 * PROBE * plans
+
+
+def test_a_gradient_of_another_dtype_gets_another_plan() -> None:
+    model = tiny.stack().bfloat16()
+    opt = grass.GrassAdamW(model, config=tiny.config())
+    wanted = []
+    for step, dtype in enumerate((torch.bfloat16, torch.float32, torch.float64)):
+        model.to(dtype)
+        wanted.append(measured(model, opt, [tiny.batch(step)]))
+        tiny.loss_of(model, tiny.batch(step)).backward()
+        opt.step()
+        opt.zero_grad()
+    torch.testing.assert_close(opt.importance, torch.stack(wanted).mean(0), rtol=1e-4, atol=0)
 
 
 def test_zero_grad_discards_what_was_measured() -> None:
@@ -227,6 +342,19 @@ def test_a_parameter_alone_on_its_device_is_measured_over_micro_batches() -> Non
     wanted = run_probe(model, opt, micro_batches=3)
     assert wanted[1] > 0
     torch.testing.assert_close(opt.importance[1], wanted[1], rtol=1e-4, atol=0)
+
+
+def test_the_mark_in_the_gradient_that_is_kept_is_not_measured() -> None:
+    """Gradients smaller than the mark, of two micro-batches: the second is added to it."""
+    model = tiny.stack()
+    model.requires_grad_(False)
+    bias = model.blocks[1].down.bias.requires_grad_(True)
+    opt = grass.GrassAdamW(model, config=tiny.config(active_layers=1))
+    (grad,) = torch.autograd.grad(1e-5 * tiny.loss_of(model, tiny.batch(0)), [bias])
+    for _ in range(2):
+        (1e-5 * tiny.loss_of(model, tiny.batch(0))).backward()
+    opt.step()
+    torch.testing.assert_close(opt.layer_grad_norms[1], grad.norm() * 2**0.5, rtol=1e-4, atol=0)
 
 
 def test_a_sparse_gradient_is_refused_by_its_step_as_torch_does() -> None:
