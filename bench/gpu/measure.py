@@ -11,14 +11,17 @@ from typing import Any
 import torch
 
 import grass
-from bench.gpu.figures import LARGE, figure_cases
+from bench.gpu.figures import LARGE, PARTS, figure_cases
 from bench.kernels.cases import Case
 from bench.kernels.plan import Plan, run_plan
 from bench.kernels.rows import describe_environment
 from bench.kernels.table import Table
-from bench.kernels.variants import GRASS, GRASS_KERNELS, TORCH_FUSED
+from bench.kernels.variants import GRASS, GRASS_KERNELS, TORCH_FUSED, Variant
 from bench.output import Row, add_output_options, output_of
 from grass.cli.values import count, positive
+
+CANDIDATES: tuple[Variant, ...] = ()
+"""Variants of the kernels that are being tried: measured beside ours, interleaved, in the same cases."""
 
 
 def measure_memory(case: Case, device: torch.device) -> Row:
@@ -67,6 +70,14 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help=f"parameters of the largest case [{LARGE.numel}]",
     )
+    parser.add_argument(
+        "--part",
+        choices=PARTS,
+        nargs="+",
+        default=list(PARTS),
+        metavar="PART",
+        help=f"{', '.join(PARTS)} [all]",
+    )
     add_output_options(parser)
     parser.set_defaults(run=run)
 
@@ -82,11 +93,12 @@ def run(arguments: argparse.Namespace) -> int:
             for line in table.lines(row):
                 output.say(line)
 
-        if device.type == "cuda":
+        if device.type == "cuda" and PARTS[0] in arguments.part:
             output.write(measure_memory(Case(min(LARGE.numel, arguments.largest)), device))
             gc.collect()
             torch.cuda.empty_cache()
-        plan = Plan(device, figure_cases(arguments.largest), [GRASS_KERNELS, GRASS, TORCH_FUSED], [])
+        cases = [case for part in arguments.part for case in figure_cases(part, arguments.largest)]
+        plan = Plan(device, cases, [GRASS_KERNELS, *CANDIDATES, GRASS, TORCH_FUSED], [])
         outcome = run_plan(plan, seconds=arguments.seconds, report=report)
     for failure in outcome.failures:
         print(f"{arguments.prog}: failed: {failure}", file=sys.stderr)
