@@ -5,6 +5,7 @@ wrong exit code; a failure of ours that goes by; a picture of cases that are not
 wheel with benchmarks in it, or without a package.
 """
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 import torch
 
 from bench.__main__ import main
+from bench.gpu import measure
+from bench.gpu.stages import make_stages
 from bench.kernels import plan as plans
 from bench.kernels.cases import BASE, F32, Case, Mixture
 from bench.kernels.chart import draw_chart, points_by_mixture
@@ -23,6 +26,7 @@ from bench.kernels.plan import CPU_SIZES, make_plan
 from bench.kernels.rows import KEYS, failed_row
 from bench.kernels.runner import NO_TIME_LEFT
 from bench.kernels.table import Table
+from bench.kernels.variants import GRASS_KERNELS
 from bench.offload.rows import KEYS as OFFLOAD_KEYS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -84,6 +88,30 @@ def test_figures_come_first(capsys):
     assert {row["variant"] for row in rows} >= {"grass", "grass_kernels", "torch_fused"}
     assert rows[0]["case"] == "5e3/300t/bf16-bf16-fp32/active1:1/norms"
     assert rows[0]["measured"]
+
+
+def test_candidates_are_measured_beside_ours_in_a_process_of_their_own(capsys, monkeypatch):
+    def tasks():
+        return [t.name for s in make_stages() for t in s.tasks if s.name == "figures"]
+
+    assert tasks() == ["figures-mixed", "figures-all-bf16", "figures-all-fp32"]
+    candidate = dataclasses.replace(GRASS_KERNELS, name="candidate")
+    monkeypatch.setattr(measure, "CANDIDATES", (candidate,))
+    assert tasks()[3:] == ["figures-candidates"]
+    arguments = ("figures", "--largest", 5000, "--seconds", 1e-3, "--json", "--part")
+    assert bench(*arguments, "candidates") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["variant"] for row in rows if row["measured"]] == ["grass_kernels", "candidate", "copy"]
+    assert list(dict.fromkeys(row["case"].split("/", 2)[2] for row in rows)) == [
+        "bf16-bf16-fp32/active1:1/norms",
+        "bf16-bf16-fp32/active1:16/norms",
+        "bf16-bf16-bf16/active1:1/plain",
+        "fp32-fp32-fp32/active1:1/plain",
+    ]
+    assert bench(*arguments, "all-bf16") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["variant"] for row in rows} == {"grass_kernels", "grass", "torch_fused", "copy"}
+    assert {row["case"].split("/")[2] for row in rows} == {"bf16-bf16-bf16"}
 
 
 def test_the_list_of_cases(capsys):

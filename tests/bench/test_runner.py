@@ -4,10 +4,12 @@ ratios upside down; rows that lack a key or a number; a run that does not end in
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from bench.kernels import runner as runners
 from bench.kernels.cases import BASE, BF16, F32, Case, Mixture
 from bench.kernels.rows import KEYS
 from bench.kernels.runner import MAX_ROUNDS, MIN_ROUNDS, NO_TIME_LEFT, ROUNDS_IN_HASTE, Runner
@@ -137,6 +139,25 @@ def test_a_case_that_does_not_fit_at_all_has_a_row_for_each_variant(monkeypatch)
     monkeypatch.setattr("bench.kernels.runner.Problem", None)
     rows, runner = run(variant("a"), variant("b"))
     assert {name: row["measured"] for name, row in rows.items()} == {"a": False, "b": False}
+    assert len(runner.failures) == 1
+
+
+def test_a_device_in_error_loses_no_row(monkeypatch):
+    """Every call of the device fails then, that which frees its memory too."""
+
+    def failing():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    clock = GivenClock()
+    clock.device = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(runners, "Problem", lambda case, device: failing())
+    monkeypatch.setattr(torch.cuda, "empty_cache", failing)
+    monkeypatch.setattr(runners, "describe_environment", lambda device: {})
+    rows, runner = run(variant("ours", is_ours=True), variant("theirs"), clock=clock)
+    assert {row["reason"] for row in rows.values()} == {
+        "RuntimeError: CUDA error: an illegal memory access was encountered"
+    }
+    assert list(rows) == ["ours", "theirs"]
     assert len(runner.failures) == 1
 
 
