@@ -259,6 +259,12 @@ def test_at_its_limit_a_process_may_finish_its_report_and_is_stopped_with_all_it
     assert results["asked"]["rows"] == 2
 
 
+def test_what_a_process_leaves_running_is_stopped(tmp_path):
+    _, results = run_suite(tmp_path, stage(task("one", "sleep 600 & echo $!")))
+    assert statuses(results) == ["passed"]
+    assert is_gone(int((tmp_path / "log.txt").read_text().removeprefix("one| ")))
+
+
 def test_tasks_of_a_stage_one_by_one_share_its_time_and_what_is_left_goes_on(tmp_path):
     """The first may take 20 s of 30; if it takes none, the second has all 30, and the next stage 60."""
     tasks = (task("one", "", seconds=2.0), task("two", "echo {seconds}", seconds=1.0))
@@ -268,7 +274,9 @@ def test_tasks_of_a_stage_one_by_one_share_its_time_and_what_is_left_goes_on(tmp
 
 def test_a_hang_in_a_parallel_stage_delays_nobody(tmp_path):
     late = tmp_path / "late"
-    hang = task("hang", f"while [ ! -e {tmp_path}/two ]; do sleep 0.1; done; touch {late}; sleep 600")
+    # Where the others do not run beside it, it ends soon, and passes.
+    wait = f"for i in $(seq 99); do [ -e {tmp_path}/two ] && touch {late} && sleep 600; sleep 0.1; done"
+    hang = task("hang", wait)
     others = [task(name, f"touch {tmp_path}/{name}") for name in ("one", "two")]
     tests = stage(hang, *others, kind="tests", parallel=True)
     code, results = run_suite(tmp_path, tests, stage(task("next", "")), clock=Clock({late: 31.0}), cores=2)
@@ -276,7 +284,7 @@ def test_a_hang_in_a_parallel_stage_delays_nobody(tmp_path):
     assert {name: result["status"] for name, result in results.items()} == {
         "one": "passed", "two": "passed", "hang": "killed", "next": "passed",
     }  # fmt: skip
-    assert [results[name]["limit"] for name in ("hang", "next")] == [30.0, 29.0]
+    assert [results[name]["limit"] for name in ("hang", "two", "next")] == [30.0, 30.0, 29.0]
 
 
 def test_a_task_is_left_out_without_time_or_what_it_needs(tmp_path):
@@ -462,10 +470,11 @@ def test_the_gpu_tests_collect_without_development_tools(tmp_path):
 # -- smoke and the sanitizer ---------------------------------------------------------------------------
 
 
-def smoke_rows(capsys, monkeypatch) -> tuple[int, list[dict]]:
+def smoke_rows(capsys, monkeypatch) -> tuple[int, list[dict], str]:
     monkeypatch.setattr(smoke.grass_kernels, "runs_triton", lambda device: True)
     code = main(["smoke", "--json"])
-    return code, json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    return code, json.loads(printed.out), printed.err
 
 
 def test_smoke_tells_which_mixture_differs_and_which_fails(capsys, monkeypatch):
@@ -478,8 +487,9 @@ def test_smoke_tells_which_mixture_differs_and_which_fails(capsys, monkeypatch):
             params[0].add_(1)
 
     monkeypatch.setattr(smoke.grass_kernels, "masked_adamw_", update)
-    code, rows = smoke_rows(capsys, monkeypatch)
+    code, rows, errors = smoke_rows(capsys, monkeypatch)
     assert code == 1
+    assert len(errors.splitlines()) == 2
     assert {row["mixture"]: (row["differing"], row["reason"]) for row in rows if row["differing"] != 0} == {
         "bf16-bf16-fp32-master": (1, None),
         "bf16-bf16-fp32-stochastic": (None, "RuntimeError: a launch failed"),
@@ -489,7 +499,7 @@ def test_smoke_tells_which_mixture_differs_and_which_fails(capsys, monkeypatch):
 
 def test_smoke_passes_where_all_are_the_same(capsys, monkeypatch):
     monkeypatch.setattr(smoke.grass_kernels, "masked_adamw_", smoke.reference.masked_adamw_)
-    code, rows = smoke_rows(capsys, monkeypatch)
+    code, rows, _ = smoke_rows(capsys, monkeypatch)
     assert (code, {row["differing"] for row in rows}) == (0, {0})
 
 
