@@ -59,5 +59,9 @@ def rehearsal(stages: Sequence[Stage], folder: Path) -> list[Stage]:
 
 
 def _tiny(stage: Stage, task: Task, folder: Path) -> Task:
-    model = ("--model", str(folder)) if stage.name == "training" else ()
-    return replace(task, command=(*task.command, *SIZES.get(stage.name, ()), *model))
+    more = SIZES.get(stage.name, ())
+    if stage.name == "training":
+        more = (*more, "--model", str(folder))
+    if "-n" in task.command:
+        more = (*more, "-n", "0")
+    return replace(task, command=(*task.command, *more))

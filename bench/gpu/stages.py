@@ -35,6 +35,7 @@ METHODS = {
 }
 """Methods of training in their order, with the seconds of each; the first also fills the caches of files."""
 SEQUENCE = 1024
+WORKERS = "4"
 SANITIZER_ERROR = 86
 """Exit code of compute-sanitizer if it has found an error."""
 SECONDS, ROWS, CHART = "{seconds}", "{rows}", "{chart}"
@@ -171,9 +172,18 @@ def _tests() -> tuple[Task, ...]:
         "faulthandler_timeout=45",
     )
     pytest = (sys.executable, "-m", "pytest", *options)
-    files = [Task(f"tests-{Path(path).stem.removeprefix('test_')}", (*pytest, path)) for path in TEST_FILES]
+    files = [
+        Task(f"tests-{Path(path).stem.removeprefix('test_')}", (*pytest, *_workers(path), path))
+        for path in TEST_FILES
+    ]
     contract = (*pytest, "tests/optim/test_torch_contract.py", "-k", "cuda")
     return (*files, Task("tests-torch", contract, missing=_not_installed("expecttest")))
+
+
+def _workers(path: str) -> tuple[str, ...]:
+    """Return the options that divide the file which compiles most among workers, where xdist is installed."""
+    divided = path == TEST_FILES[0] and not _not_installed("xdist")
+    return ("-p", "xdist.plugin", "-n", WORKERS) if divided else ()
 
 
 def _training(method: str, seconds: float, predictions: Path | None) -> Task:

@@ -432,6 +432,7 @@ def test_every_test_that_needs_a_gpu_is_in_the_suite_in_a_process_of_its_own():
     )
     (tests,) = (s for s in make_stages() if s.kind == "tests")
     files = [[part for part in t.command if part.startswith("tests/")] for t in tests.tasks]
+    assert ["-n" in t.command for t in tests.tasks][1:] == [False] * 6
     assert files == [*([path] for path in stages.TEST_FILES), ["tests/optim/test_torch_contract.py"]]
 
 
@@ -455,7 +456,7 @@ def test_the_gpu_tests_collect_without_development_tools(tmp_path):
         "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in blocked)
     )
     (tests,) = (s for s in make_stages() if s.kind == "tests")
-    options = [part for part in tests.tasks[0].command[3:] if not part.startswith("tests/")]
+    options = [part for part in tests.tasks[1].command[3:] if not part.startswith("tests/")]
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
     environment |= {**tests.environment, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     ended = subprocess.run(
@@ -465,6 +466,15 @@ def test_the_gpu_tests_collect_without_development_tools(tmp_path):
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert " skipped" in ended.stdout
     assert torch.cuda.is_available() or " passed" not in ended.stdout
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_the_file_that_compiles_most_has_workers_where_xdist_is_installed(monkeypatch, tmp_path, installed):
+    monkeypatch.setattr(stages.importlib.util, "find_spec", lambda module: installed or None)
+    (tests,) = (s for s in make_stages() if s.kind == "tests")
+    assert ("-n 4" in " ".join(tests.tasks[0].command)) is installed
+    rehearsed = rehearsal([tests], tmp_path)[0].tasks[0].command
+    assert rehearsed[-2:] == (("-n", "0") if installed else ("-k", SIZES["tests"][1]))
 
 
 # -- smoke and the sanitizer ---------------------------------------------------------------------------

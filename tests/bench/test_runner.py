@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench.kernels import rows as rows_of_run
 from bench.kernels import runner as runners
 from bench.kernels.cases import BASE, BF16, F32, Case, Mixture
 from bench.kernels.rows import KEYS
@@ -230,3 +231,10 @@ def test_a_copy_moves_what_it_says():
     assert moved == 600
     assert roof.target.tolist() == [7] * 300 + [0] * 700
     assert roof.copy(10**9)[1] == roof.moved_bytes == 2000
+
+
+@pytest.mark.parametrize(("git", "expected"), [("f" * 40, ("f" * 40, True)), (None, ("a" * 40, None))])
+def test_a_tree_without_history_has_the_commit_that_it_is_told(monkeypatch, git, expected):
+    monkeypatch.setenv("GRASS_COMMIT", "a" * 40)
+    monkeypatch.setattr(rows_of_run, "_output", lambda *command: git)
+    assert rows_of_run._commit() == expected
