@@ -114,15 +114,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.list:
         print(_listing(stages, arguments.minutes, as_json=arguments.json))
         return 0
-    has_gpu = torch.cuda.is_available() and not arguments.rehearse
-    if not has_gpu and not arguments.rehearse:
-        raise GrassError("no CUDA or ROCm device here; --list shows what would run, --rehearse tries it")
-    known = describe(torch.device("cuda" if has_gpu else "cpu"))
-    if arguments.output is None and not has_gpu:
+    if arguments.output is not None and arguments.output.exists() and not arguments.output.is_dir():
+        raise UsageError(f"--output {arguments.output} is a file: pass a folder")
+    if arguments.rehearse and arguments.output is None:
         raise UsageError("--rehearse needs --output: its rows are no results")
+    if not (arguments.rehearse or torch.cuda.is_available()):
+        raise GrassError("no CUDA or ROCm device here; --list shows what would run, --rehearse tries it")
+    known = describe(torch.device("cpu" if arguments.rehearse else "cuda"))
     out = (arguments.output or ROOT / "bench" / "results" / _slug(known["gpu"])).resolve()
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--output {out} is a file: pass a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -324,7 +323,7 @@ class Suite:
             "stage": stage.name, "task": task.name, "kind": stage.kind, "status": "left out", "reason": task.missing,
             "seconds": 0.0, "limit": round(max(0.0, left), 1), "returncode": None, "rows": 0,
         }  # fmt: skip
-        if task.missing is None and left < min(LEAST, seconds / 2):
+        if task.missing is None and left < (min(LEAST, seconds / 2) if seconds else LEAST):
             result["reason"] = "no time left"
         if result["reason"] is not None:
             self._note(result)

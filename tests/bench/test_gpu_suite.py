@@ -173,7 +173,7 @@ def test_what_travels_with_a_run_is_predicted_before(tmp_path, monkeypatch, caps
     monkeypatch.setattr(suite.training, "write_predictions", lambda *arguments: asked.append(arguments))
     assert main(["gpu", "--predict", str(tmp_path / "file")]) == 0
     assert main(["gpu", "--predict"]) == 0
-    methods = ["grass-streamed-fused", "grass-streamed", "grass-resident", "grass", "full"]
+    methods = list(stages.METHODS)
     assert asked == [(path, methods, 1024) for path in (tmp_path / "file", stages.PREDICTIONS)]
     given = tmp_path / "predictions"
     assert main(["gpu", "--list", "--predictions", str(given)]) == 2
@@ -296,6 +296,14 @@ def test_a_task_is_left_out_without_time_or_what_it_needs(tmp_path):
     assert [results[name]["reason"] for name in ("lacking", "none")] == ["no expecttest", "no time left"]
     assert not (tmp_path / "log.txt").exists()
     assert code == 0
+
+
+@pytest.mark.parametrize(("spent", "status"), [(19.0, "passed"), (21.0, "left out")])
+def test_a_task_of_no_seconds_takes_what_the_others_leave(tmp_path, spent, status):
+    late = tmp_path / "late"
+    tasks = (task("one", f"touch {late}", seconds=30.0), task("two", "", seconds=0.0))
+    _, results = run_suite(tmp_path, stage(*tasks), stage(task("three", "")), clock=Clock({late: spent}))
+    assert statuses(results) == ["passed", status, "passed"]
 
 
 def test_a_run_that_is_stopped_stops_what_it_started_and_keeps_what_it_has(tmp_path):
@@ -422,7 +430,7 @@ def test_nine_minutes_are_shared_as_planned():
     names = [t.name for s in made for t in s.tasks]
     assert len(set(names)) == len(names)  # of files
     assert [t.row["method"] for s in made for t in s.tasks if s.name == "training"] == [
-        "grass-streamed-fused", "grass-streamed", "grass-resident", "grass", "full",
+        "grass-streamed-fused", "grass-streamed", "grass-resident", "grass", "full", "lisa", "lora-r128",
     ]  # fmt: skip
 
 

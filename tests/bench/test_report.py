@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from bench.cpu_step import CASES
-from bench.gpu import training
+from bench.gpu import stages
 from bench.gpu.figures import LARGE, OF_ONE_DTYPE, PARTS, Reading, Rows, figure_cases, figures
 from bench.host import SITUATIONS, TENSORS, VARIANTS
 from bench.kernels.cases import Case
@@ -19,7 +19,6 @@ from bench.kernels.rows import failed_row
 from bench.offload.rows import VARIANTS as OFFLOAD_VARIANTS
 from bench.report import PAGE, RESULTS, UNMEASURED, make_page
 from bench.targets import beside
-from grass.plan.prediction import METHODS
 
 CARD = {
     "device": "Card A", "driver": "1.2", "torch": "2.11", "triton": "3.6", "python": "3.12", "commit": "0123456789ab",
@@ -207,7 +206,7 @@ def test_the_commands_measure_every_figure():
         ),
         memory(0),
         *(offload(1.0, variant) for variant in OFFLOAD_VARIANTS),
-        *(trained(name, seq=training.SEQUENCES[0]) for name in METHODS),
+        *(trained(name, seq=stages.SEQUENCE) for name in stages.METHODS),
     ]
     assert [figure.name for figure in figures() if figure.read(Rows(rows)) is None] == []
     assert len(CASES_OF_FIGURES) == len(set(CASES_OF_FIGURES)) == 16
