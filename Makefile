@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 MINUTES ?= 9
+# The folder of a run on a GPU; without it, one of the card's name in bench/results/.
+OUT ?=
 # Kernels are compiled by the installed Triton and by the oldest and the newest that are supported.
 TRITONS := 3.6.0 3.9.0
 TRITON_DIRS := $(TRITONS:%=$(VENV)/triton-%)
@@ -13,7 +15,7 @@ TRITON_DIRS := $(TRITONS:%=$(VENV)/triton-%)
 PARALLEL := -n $(WORKERS) --dist worksteal
 CORE := tests/kernels tests/optim
 
-.PHONY: demo test test-fast lint types unit interpreter registers bench gpu performance format clean
+.PHONY: demo test test-fast lint types unit interpreter registers bench gpu predictions performance format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -60,9 +62,13 @@ registers: $(READY) $(TRITON_DIRS)
 bench: $(READY)
 	$(BIN)/python -m bench kernels
 
-# On a machine with a GPU: its tests, then the benchmarks. Needs torch, triton and pytest, and installs nothing.
+# On a machine with a GPU: its tests and the benchmarks. Needs torch, triton, transformers and pytest, and installs
+# nothing. `make predictions`, anywhere and before, writes what measured peaks are compared with.
 gpu:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench gpu --minutes $(MINUTES)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench gpu --minutes $(MINUTES) $(if $(OUT),--output $(OUT))
+
+predictions: $(READY)
+	$(BIN)/python -m bench gpu --predict
 
 # The page of measured figures, from what lies in bench/results.
 performance: $(READY)

@@ -4,13 +4,13 @@ import sys
 from collections.abc import Sequence
 
 from bench import host, report
-from bench.gpu import measure, suite, training
+from bench.gpu import measure, smoke, suite, training
 from bench.kernels import command as kernels
 from bench.offload import command as offload
 from grass.cli import Parser, run_command
 
 _EPILOG = """\
-figures and training are stages of gpu. The most important cases of kernels, in pytest-benchmark:
+smoke, figures and training are stages of gpu. The most important cases of kernels, in pytest-benchmark:
 
   pytest bench/ --benchmark-only
 """
@@ -20,7 +20,7 @@ def make_parser() -> Parser:
     """Return the parser of all benchmarks."""
     parser = Parser(prog="python -m bench", description="Benchmarks of the source tree.", epilog=_EPILOG)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (kernels, offload, host, suite, measure, training, report):
+    for command in (kernels, offload, host, suite, smoke, measure, training, report):
         command.add_parser(subparsers)
     return parser
 

@@ -36,15 +36,14 @@ card, versions and commit it was measured on. Ratios are taken within one run. *
 would give: torch's by ours beside ratios to torch, else the share of the bytes."""
 
 _NO_GPU = """\
-**No GPU has been measured yet**: what needs one is called unmeasured. One command measures it, tests first, in nine
-minutes:
+**No GPU has been measured yet**: what needs one is called unmeasured. One command measures it, in nine minutes:
 
 ```sh
 make gpu
 ```"""
 
 _TESTS = """\
-*tests*: `make gpu` runs the tests that need a GPU first, and then the benchmarks. A benchmark alone
+*tests*: `make gpu` runs the tests that need a GPU beside the benchmarks. A benchmark alone
 (`python -m bench host` for rows of the host) runs no test: its rows do not tell whether any pass."""
 
 

@@ -17,9 +17,11 @@ Row = dict[str, Any]
 
 LARGE = Case(10**9)
 """The case that counts most: bf16 parameters, fp32 moments, norms by layer."""
-SHARES = (1 / 2, 1 / 16)
+SHARES = (1 / 16, 1 / 2)
 OF_ONE_DTYPE = {"all bf16": Mixture(BF16, BF16, BF16), "all fp32": Mixture(F32, F32, F32)}
-SIZES = (10**8, 10**9)
+PARTS = ("mixed", *(name.replace(" ", "-") for name in OF_ONE_DTYPE))
+"""What is measured in a process each: bf16 with fp32 moments, and what torch takes in the same dtypes."""
+SIZES = (10**9, 10**8)
 
 
 @dataclass(frozen=True)
@@ -88,16 +90,22 @@ def figures() -> list[Figure]:
     ]
 
 
-def figure_cases(largest: int = LARGE.numel) -> list[Case]:
-    """The cases that figures are read from, the most important first.
+def figure_cases(part: str, largest: int = LARGE.numel) -> list[Case]:
+    """The cases of a part that figures are read from, the most important first.
 
     Args:
+        part: one of `PARTS`.
         largest: parameters of the largest case; greater ones are cut down to it.
     """
-    cases = [LARGE, replace(LARGE, norms=False), *(replace(LARGE, active_share=share) for share in SHARES)]
-    for size in SIZES:
-        for mixture in OF_ONE_DTYPE.values():
-            cases += [case for case, _, _ in _works(size, mixture)]
+    if part == "mixed":
+        cases = [
+            LARGE,
+            replace(LARGE, norms=False),
+            *(replace(LARGE, active_share=share) for share in SHARES),
+        ]
+    else:
+        mixture = OF_ONE_DTYPE[part.replace("-", " ")]
+        cases = [case for size in SIZES for case, _, _ in _works(size, mixture)]
     return list(dict.fromkeys(replace(case, numel=min(case.numel, largest)) for case in cases))
 
 
@@ -296,7 +304,7 @@ def _training() -> Iterator[Figure]:
     def peak(method: str) -> Callable[[Rows], Reading | None]:
         def read(rows: Rows) -> Reading | None:
             row = _trained(rows, method)
-            if row is None:
+            if row is None or row["peak_gib"] is None or row["predicted_peak_gib"] is None:
                 return None
             ratio = row["peak_gib"] / row["predicted_peak_gib"]
             shown = f"{beside(ratio, 0.95, 1.05, digits=3)}x; {row['tokens_per_second']:.0f} tokens/s"

@@ -6,19 +6,26 @@ Rows are those of the kernels' suite, after one of suite "memory".
 import argparse
 import gc
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 import grass
-from bench.gpu.figures import LARGE, figure_cases
+from bench.gpu.figures import LARGE, PARTS, SHARES, figure_cases
 from bench.kernels.cases import Case
 from bench.kernels.plan import Plan, run_plan
 from bench.kernels.rows import describe_environment
 from bench.kernels.table import Table
-from bench.kernels.variants import GRASS, GRASS_KERNELS, TORCH_FUSED
+from bench.kernels.variants import GRASS, GRASS_KERNELS, TORCH_FUSED, Variant
 from bench.output import Row, add_output_options, output_of
 from grass.cli.values import count, positive
+
+CANDIDATES: tuple[Variant, ...] = ()
+"""Variants of the kernels that are being tried: measured beside ours, interleaved, in a process of their own, since
+they may crash."""
+TRIED = "candidates"
+"""The part that measures them."""
 
 
 def measure_memory(case: Case, device: torch.device) -> Row:
@@ -50,6 +57,17 @@ def measure_memory(case: Case, device: torch.device) -> Row:
     }
 
 
+def tried_cases(largest: int = LARGE.numel) -> list[Case]:
+    """Return the cases in which candidates are compared: the largest of each part, and few layers of it.
+
+    Args:
+        largest: see `figure_cases`.
+    """
+    few = replace(LARGE, numel=min(LARGE.numel, largest), active_share=min(SHARES))
+    first, *others = (figure_cases(part, largest)[0] for part in PARTS)
+    return [first, few, *others]
+
+
 def add_parser(subparsers: Any) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
@@ -67,6 +85,14 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help=f"parameters of the largest case [{LARGE.numel}]",
     )
+    parser.add_argument(
+        "--part",
+        choices=(*PARTS, TRIED),
+        nargs="+",
+        default=list(PARTS),
+        metavar="PART",
+        help=f"{', '.join(PARTS)}, or {TRIED}: variants of the kernels that are being tried [{' '.join(PARTS)}]",
+    )
     add_output_options(parser)
     parser.set_defaults(run=run)
 
@@ -82,12 +108,17 @@ def run(arguments: argparse.Namespace) -> int:
             for line in table.lines(row):
                 output.say(line)
 
-        if device.type == "cuda":
-            output.write(measure_memory(Case(min(LARGE.numel, arguments.largest)), device))
+        failures: list[str] = []
+        for part in arguments.part:
+            variants = [GRASS_KERNELS, *(CANDIDATES if part == TRIED else (GRASS, TORCH_FUSED))]
+            cases = tried_cases(arguments.largest) if part == TRIED else figure_cases(part, arguments.largest)
+            plan = Plan(device, cases, variants, [])
+            outcome = run_plan(plan, seconds=arguments.seconds / len(arguments.part), report=report)
+            failures += outcome.failures
+        if device.type == "cuda" and PARTS[0] in arguments.part:
             gc.collect()
             torch.cuda.empty_cache()
-        plan = Plan(device, figure_cases(arguments.largest), [GRASS_KERNELS, GRASS, TORCH_FUSED], [])
-        outcome = run_plan(plan, seconds=arguments.seconds, report=report)
-    for failure in outcome.failures:
+            output.write(measure_memory(Case(min(LARGE.numel, arguments.largest)), device))
+    for failure in failures:
         print(f"{arguments.prog}: failed: {failure}", file=sys.stderr)
-    return 1 if outcome.failures else 0
+    return 1 if failures else 0

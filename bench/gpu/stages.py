@@ -1,4 +1,8 @@
-"""The stages of the suite, the most important first."""
+"""The stages of the suite in their order, what each may take of the time, and the processes of each.
+
+A process that crashes, hangs or leaves the device in error spoils its own results only, so files of tests, methods of
+training and dtypes of the figures have one each.
+"""
 
 import importlib.util
 import shutil
@@ -7,7 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.gpu import measure
+from bench.gpu.figures import PARTS
+from bench.gpu.measure import TRIED
+
 ROOT = Path(__file__).resolve().parent.parent.parent
+PREDICTIONS = ROOT / "bench" / "results" / "predictions.jsonl"
 
 TEST_FILES = (  # the most important first
     "tests/gpu/test_mixtures.py",
@@ -17,8 +26,41 @@ TEST_FILES = (  # the most important first
     "tests/gpu/test_optimizer_on_device.py",
     "tests/gpu/test_offload.py",
 )
+METHODS = {
+    "grass-streamed-fused": 54.0,  # it also fills the caches of files
+    "grass-streamed": 32.0,
+    "grass-resident": 28.0,
+    "grass": 28.0,
+    "full": 28.0,
+    "lisa": 0.0,
+    "lora-r128": 0.0,
+}
+"""Methods of training in their order, with the seconds of each; 0 takes what the others leave."""
+SEQUENCE = 1024
+WORKERS = "4"
 SANITIZER_ERROR = 86
 """Exit code of compute-sanitizer if it has found an error."""
+SECONDS, ROWS, CHART = "{seconds}", "{rows}", "{chart}"
+"""In a command, replaced by the time for a benchmark, the file for its rows, and that for a chart."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A process of a stage.
+
+    Args:
+        name: name in the summary, and of its output.
+        command: command line, with `SECONDS`, `ROWS` and `CHART`.
+        seconds: share of the stage, relative to that of its other tasks; 0 takes what they leave.
+        row: columns of the row that tells of a failure, where its rows have a suite of their own.
+        missing: reason why it cannot run here, or None.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float = 1.0
+    row: dict[str, object] = field(default_factory=dict)
+    missing: str | None = None
 
 
 @dataclass(frozen=True)
@@ -26,83 +68,159 @@ class Stage:
     """Something to run.
 
     Args:
-        name: name of its log, and in the summary.
+        name: name in the summary.
         about: a short description.
-        kind: "tests", which must finish and pass; "check", which must not fail; or "bench".
-        share: maximum share of the total time.
-        command: command line; "{seconds}" is replaced by the time for a benchmark.
-        rows: file that it writes rows to.
+        kind: "tests", which must finish and pass; "check", which must not fail; "sanitizer", which must not find an
+            error; or "bench".
+        seconds: share of the run, relative to that of the other stages. What it leaves goes to those after it.
+        tasks: processes, the most important first.
+        parallel: run as many at a time as there are cores, each for as long as the stage may take.
         environment: additional environment variables.
-        missing: reason why it cannot run here, or None.
     """
 
     name: str
     about: str
     kind: str
-    share: float
-    command: tuple[str, ...]
-    rows: Path | None = None
+    seconds: float
+    tasks: tuple[Task, ...]
+    parallel: bool = False
     environment: dict[str, str] = field(default_factory=dict)
-    missing: str | None = None
 
 
-def make_stages(out: Path) -> list[Stage]:
+def make_stages(predictions: Path | None = None) -> list[Stage]:
     """Return all stages.
 
     Args:
-        out: folder of their output.
+        predictions: file of predicted peaks; None if there is none.
     """
-    return [*_tests(out), *_sanitizer(), *_benchmarks(out)]
-
-
-def _pytest(out: Path, name: str, *arguments: str) -> tuple[str, ...]:
-    # Verbose, so that the log of a stage that was killed tells how far it came.
-    options = ("-v", "-p", "no:cacheprovider", "--durations=10", f"--junitxml={out / name}.xml")
-    return (sys.executable, "-m", "pytest", *arguments, *options)
-
-
-def _tests(out: Path) -> list[Stage]:
-    deterministic = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     return [
         Stage(
-            "tests",
-            "every mixture, CUDA graphs, streams, no waiting, GradScaler, memory",
-            "tests",
-            0.35,
-            _pytest(out, "tests", *TEST_FILES),
-            environment=deterministic,
+            "smoke",
+            "a step of every mixture beside the reference; the link, the device's memory, pinning",
+            "check",
+            15.0,
+            (Task("smoke", _bench("smoke")),),
         ),
         Stage(
-            "tests-torch",
-            "torch's own optimizer tests, on the device",
+            "figures",
+            "the cases that the promised figures are read from",
+            "bench",
+            110.0,
+            tuple(
+                Task(f"figures-{part}", _bench("figures", "--part", part, "--seconds", SECONDS), seconds)
+                for part, seconds in zip((*PARTS, TRIED), (44.0, 33.0, 33.0, 33.0), strict=True)
+                if part != TRIED or measure.CANDIDATES
+            ),
+        ),
+        Stage(
             "tests",
-            0.1,
-            _pytest(out, "tests-torch", "tests/optim/test_torch_contract.py", "-k", "cuda"),
-            environment=deterministic,
-            missing=_not_installed("expecttest"),
+            "every mixture, CUDA graphs, streams, no waiting, GradScaler, offload; torch's own optimizer tests",
+            "tests",
+            100.0,
+            _tests(),
+            parallel=True,
+            environment={
+                "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+                "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # plugins of the machine may warn, and warnings are errors
+            },
+        ),
+        Stage(
+            "offload",
+            "states through the ring, with two and three buffers, beside matrix products and the simulation",
+            "bench",
+            60.0,
+            tuple(
+                Task(
+                    f"offload-{count}",
+                    _bench("offload", "--buffer-count", str(count)),
+                    row={"suite": "offload"},
+                )
+                for count in (2, 3)
+            ),
+        ),
+        Stage(
+            "training",
+            "a 7B, method by method: peak and speed, beside what was predicted",
+            "bench",
+            170.0,
+            tuple(_training(method, seconds, predictions) for method, seconds in METHODS.items()),
+        ),
+        _sanitizer(),
+        Stage(
+            "kernels",
+            "all cases and all optimizers that are installed",
+            "bench",
+            45.0,
+            (Task("kernels", _bench("kernels", "--seconds", SECONDS, *_chart())),),
         ),
     ]
 
 
-def _sanitizer() -> list[Stage]:
+def _bench(*arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "bench", *arguments, "--out", ROWS)
+
+
+def _tests() -> tuple[Task, ...]:
+    # Verbose, so that the output of a file that was killed tells how far it came; where it hung, the stacks of its
+    # threads do. Warnings of the machine's versions are shown, and fail no test.
+    options = (
+        "-v",
+        "-W",
+        "default",
+        "-p",
+        "no:cacheprovider",
+        "--durations=5",
+        "-o",
+        "faulthandler_timeout=45",
+    )
+    pytest = (sys.executable, "-m", "pytest", *options)
+    files = [
+        Task(f"tests-{Path(path).stem.removeprefix('test_')}", (*pytest, *_workers(path), path))
+        for path in TEST_FILES
+    ]
+    contract = (*pytest, "tests/optim/test_torch_contract.py", "-k", "cuda")
+    return (*files, Task("tests-torch", contract, missing=_not_installed("expecttest")))
+
+
+def _workers(path: str) -> tuple[str, ...]:
+    """Return the options that divide the file which compiles most among workers, where xdist is installed."""
+    divided = path == TEST_FILES[0] and not _not_installed("xdist")
+    return ("-p", "xdist.plugin", "-n", WORKERS) if divided else ()
+
+
+def _training(method: str, seconds: float, predictions: Path | None) -> Task:
+    given = () if predictions is None else ("--predictions", str(predictions))
+    return Task(
+        f"training-{method}",
+        _bench("training", "--methods", method, "--seq", str(SEQUENCE), *given),
+        seconds,
+        row={"suite": "training", "method": method, "seq": SEQUENCE},
+        missing=_not_installed("transformers") or (_not_installed("peft") if "lora" in method else None),
+    )
+
+
+def _sanitizer() -> Stage:
     tool = find_sanitizer()
-    options = ("--error-exitcode", str(SANITIZER_ERROR), "--target-processes", "application-only")
-    return [
-        Stage(
-            name,
-            f"compute-sanitizer {name} over a few steps of every mixture",
-            "check",
-            0.08,
-            # Errors of CUDA calls that torch handles are not reported.
-            (
-                tool or "compute-sanitizer", "--tool", name, *options, "--report-api-errors", "no",
-                sys.executable, "-m", "bench.gpu.sanitized",
-            ),
-            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            missing=None if tool else "compute-sanitizer is not installed",
-        )
-        for name in ("memcheck", "racecheck")
-    ]  # fmt: skip
+    # Errors of CUDA calls that torch handles are not reported.
+    options = (
+        "--error-exitcode", str(SANITIZER_ERROR), "--target-processes", "application-only", "--report-api-errors", "no",
+    )  # fmt: skip
+    program = (sys.executable, "-m", "bench.gpu.sanitized")
+    return Stage(
+        "sanitizer",
+        "compute-sanitizer over a few steps of every mixture",
+        "sanitizer",
+        40.0,
+        tuple(
+            Task(
+                name,
+                (tool or "compute-sanitizer", "--tool", name, *options, *program),
+                missing=None if tool else "compute-sanitizer is not installed",
+            )
+            for name in ("memcheck", "racecheck")
+        ),
+        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )
 
 
 def find_sanitizer(places: Sequence[str] = ("/usr/local/cuda/bin", "/opt/cuda/bin")) -> str | None:
@@ -113,56 +231,8 @@ def find_sanitizer(places: Sequence[str] = ("/usr/local/cuda/bin", "/opt/cuda/bi
     return found
 
 
-def _benchmarks(out: Path) -> list[Stage]:
-    def bench(name: str, *arguments: str) -> tuple[str, ...]:
-        return (sys.executable, "-m", "bench", name, *arguments, "--out", str(files[name]))
-
-    names = ("figures", "training", "offload", "host", "kernels")
-    files = {name: out / f"{name}.jsonl" for name in names}
-    chart = () if _not_installed("matplotlib") else ("--plot", str(out / "chart.png"))
-    return [
-        Stage(
-            "figures",
-            "the cases that the promised figures are read from",
-            "bench",
-            0.25,
-            bench("figures", "--seconds", "{seconds}"),
-            files["figures"],
-        ),
-        Stage(
-            "training",
-            "a 7B, method by method: peak and speed, beside what was predicted",
-            "bench",
-            0.35,
-            bench("training", "--seconds", "{seconds}"),
-            files["training"],
-            missing=_not_installed("transformers"),
-        ),
-        Stage(
-            "offload",
-            "states through the ring: measured beside simulated; the bus each way and both ways",
-            "bench",
-            0.15,
-            bench("offload"),
-            files["offload"],
-        ),
-        Stage(
-            "host",
-            "the host's time of a step, and steps on the CPU",
-            "bench",
-            0.1,
-            bench("host", "--seconds", "20"),
-            files["host"],
-        ),
-        Stage(
-            "kernels",
-            "all cases and all optimizers that are installed",
-            "bench",
-            1.0,
-            bench("kernels", "--seconds", "{seconds}", *chart),
-            files["kernels"],
-        ),
-    ]
+def _chart() -> tuple[str, ...]:
+    return () if _not_installed("matplotlib") else ("--plot", CHART)
 
 
 def _not_installed(module: str) -> str | None:

@@ -4,6 +4,7 @@ import datetime
 import functools
 import importlib.metadata
 import math
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -170,6 +171,8 @@ def _driver() -> str | None:
 
 def _commit() -> tuple[str | None, bool | None]:
     commit = _output("git", "rev-parse", "HEAD")
+    if commit is None:  # a copy of the tree without its history
+        return os.environ.get("GRASS_COMMIT"), None
     what = (
         ":(top)",
         ":(top,exclude)bench/results",

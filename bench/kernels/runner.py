@@ -1,5 +1,6 @@
 """The run: case by case, the variants of each interleaved, a row as soon as it is known."""
 
+import contextlib
 import gc
 import math
 import time
@@ -168,7 +169,8 @@ class Runner:
     def _free(self) -> None:
         gc.collect()
         if self.clock.device.type == "cuda":
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # a device in error: the rows must not be lost with it
+                torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

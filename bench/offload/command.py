@@ -17,8 +17,9 @@ from grass.offload.units import elements_in
 _DESCRIPTION = """\
 Time a training step whose moments live in host memory, with updates inside backward: one unit of states after
 the other, and overlapped. Measured where there is a CUDA device, beside a simulation of the same steps; on
-other machines the simulation alone. Copies and updates are real, forward and backward stood in for. How near a
-step comes to its floor depends on which layers train, on how long it computes, and on the ring of buffers.
+other machines the simulation alone. Copies and updates are real; matrix products stand in for forward and
+backward. How near a step comes to its floor depends on which layers train, on how long it computes, and on
+the ring of buffers.
 """
 
 _EXAMPLES = """\
@@ -28,6 +29,8 @@ examples:
   python -m bench offload --model llama3-8b --pcie-gbs 24 --duplex-factor 0.5 --plot step.png
   python -m bench offload --model 32x4096x11008x32000 --buffer-count 3 --out rows.jsonl
 """
+
+DEFAULT_TFLOPS = 200.0
 
 
 def add_parser(subparsers: Any) -> None:
@@ -57,7 +60,10 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--tokens", type=count, default=4096, metavar="N", help="in a step [4096]")
     parser.add_argument(
-        "--tflops", type=positive, default=200.0, metavar="X", help="that forward and backward reach [200]"
+        "--tflops",
+        type=positive,
+        metavar="X",
+        help="that forward and backward reach [measured; without a CUDA device 200]",
     )
     parser.add_argument(
         "--pcie-gbs",
@@ -103,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure what can be measured here, and simulate all of it."""
     task, link, hbm = read(arguments)
     with output_of(arguments) as output:
-        outcome = run_task(task, link, hbm, report=output.write)
+        outcome = run_task(task, link, hbm, output.write, measures_flops=arguments.tflops is None)
         output.say(*lines_of(outcome.rows))
         if output.plot is not None:
             draw(outcome, output.plot)
@@ -120,7 +126,7 @@ def read(arguments: argparse.Namespace) -> tuple[Task, Link | None, float | None
     shape = shape_of(arguments.model)
     task = Task(
         shape,
-        Compute(arguments.tokens, arguments.tflops * 1e12),
+        Compute(arguments.tokens, (arguments.tflops or DEFAULT_TFLOPS) * 1e12),
         _active(shape, arguments),
         int(arguments.buffer_mb * 2**20),
         arguments.buffer_count,

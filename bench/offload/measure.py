@@ -1,7 +1,7 @@
 """Measurements on a CUDA device: the link, and steady steps through the pipeline with every operation timed.
 
-Forward and backward are stood in for by a device that sleeps as long as they would take; copies and updates are
-real.
+Matrix products stand in for forward and backward, for as long as they would take; copies and updates are real. So
+copies and updates contend with the products for the device's memory, as in training.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import grass_kernels
-from bench.kernels.timing import cycles_per_second
 from bench.offload.steps import Part, Task, drive, make_pipeline
 from bench.offload.timeline import Link, Span
 from grass.offload.streams import COMPUTE, HOST, UPDATE, CudaEngine, Operation
 from grass.offload.units import Unit
+from grass_kernels import Hyperparameters, TensorLists, make_plan
 
 _LINK_BYTES, _HBM_BYTES, _COPIES = 256 * 2**20, 2**30, 8  # of each measurement
 
@@ -117,6 +116,73 @@ def measure_hbm(device: torch.device) -> float:
     return 2 * _COPIES * source.numel() / (start.elapsed_time(end) / 1e3)
 
 
+class Products:
+    """Matrix products of a model's width, and the time of one while nothing else runs.
+
+    Args:
+        task: what to train.
+        device: a CUDA device.
+    """
+
+    _TIMED = 50
+
+    def __init__(self, task: Task, device: torch.device) -> None:
+        tokens, hidden = task.compute.tokens, task.shape.hidden
+        made = torch.randn(tokens + hidden, hidden, dtype=torch.bfloat16, device=device)
+        self._inputs, self._weight = made.split([tokens, hidden])
+        self._outputs = torch.empty_like(self._inputs)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._run(self._TIMED)  # until the clocks are those of a device at work
+        start.record()
+        self._run(self._TIMED)
+        end.record()
+        end.synchronize()
+        self._seconds = start.elapsed_time(end) / 1e3 / self._TIMED
+        self.flops_per_second = 2 * tokens * hidden**2 / self._seconds
+
+    def run(self, seconds: float) -> None:
+        """Queue as many as take this long alone."""
+        self._run(round(seconds / self._seconds))
+
+    def _run(self, count: int) -> None:
+        for _ in range(count):
+            torch.mm(self._inputs, self._weight, out=self._outputs)
+
+
+class Updates:
+    """Updates of units, each with a plan that is made when a unit is first seen at its place in the ring.
+
+    Args:
+        numel: elements of the largest unit.
+        device: device of the buffers.
+    """
+
+    _HYPERPARAMETERS = (Hyperparameters(1e-5, 0, False, (0.9, 0.999), 1e-8, 0.0),)
+
+    def __init__(self, numel: int, device: torch.device) -> None:
+        self._device = device
+        # no zeros: a root or a division of zero takes another path
+        self.param, self.grad = (torch.randn(numel, dtype=torch.bfloat16, device=device) for _ in range(2))
+        self._step = torch.zeros((), device=device)
+        self.plans: dict[tuple[int, int], tuple[Any, TensorLists]] = {}
+
+    def __call__(self, unit: Unit, views: dict[str, Tensor]) -> None:
+        """Update a unit whose moments are in these views."""
+        exp_avg, exp_avg_sq = views["exp_avg"], views["exp_avg_sq"]
+        key = exp_avg.data_ptr(), exp_avg.numel()
+        if key not in self.plans:
+            param, grad = (t[: exp_avg.numel()] for t in (self.param, self.grad))
+            lists = TensorLists(
+                [param], [grad], [exp_avg], [exp_avg_sq], [None], [None], [self._step], [0], [None]
+            )
+            self.plans[key] = make_plan(lists, 1, self._device), lists
+        plan, lists = self.plans[key]
+        plan.upload(lists, self._HYPERPARAMETERS)
+        plan.begin(norms=True)
+        plan.run()
+        plan.finish()
+
+
 def measure_steps(task: Task, device: torch.device, *, vanilla: bool) -> list[Span]:
     """Take steps and say what was done when.
 
@@ -127,26 +193,17 @@ def measure_steps(task: Task, device: torch.device, *, vanilla: bool) -> list[Sp
     """
     engine = TracingEngine(device, serial=vanilla)
     pipeline = make_pipeline(task, engine, device)
-    cycles = cycles_per_second()
+    products = Products(task, device)
     most = max(
         p.start - unit.start + p.numel for s in task.order() for unit in pipeline.units(s) for p in unit.parts
     )
-    param, grad = (torch.zeros(most, dtype=torch.bfloat16, device=device) for _ in range(2))
-    step = torch.zeros((), device=device)
 
     def compute(part: Part) -> None:
         engine.begin(COMPUTE)
         if part.seconds > 0:
-            torch.cuda._sleep(int(part.seconds * cycles))
+            products.run(part.seconds)
         engine.note(COMPUTE, part.operation)
 
-    def update(unit: Unit, views: dict[str, Tensor]) -> None:
-        n = views["exp_avg"].numel()
-        moments = [views["exp_avg"]], [views["exp_avg_sq"]]
-        grass_kernels.masked_adamw_(
-            [param[:n]], [grad[:n]], *moments, [step], lr=1e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
-        )
-
-    drive(task, pipeline, compute, update, ahead=not vanilla)
+    drive(task, pipeline, compute, Updates(most, device), ahead=not vanilla)
     pipeline.drain()
     return engine.spans()

@@ -11,14 +11,15 @@ from bench.offload import measure
 from bench.offload.bound import bound_seconds
 from bench.offload.steps import Step, Task, log_of, seconds_of, simulated, steady
 from bench.offload.timeline import Link
+from grass.errors import GrassError
 from grass.offload.streams import COMPUTE, D2H, H2D
 
 Row = dict[str, Any]
 
-VARIANTS = ("vanilla", "overlapped")
+VARIANTS = ("overlapped", "vanilla")  # the most important first: a run may be killed
 NEEDS_CUDA = "needs a CUDA device"
 KEYS = (
-    "suite", "model", "layers", "active_layers", "tokens", "flops", "buffer_bytes", "buffer_count",
+    "suite", "model", "layers", "active_layers", "tokens", "flops", "flops_measured", "buffer_bytes", "buffer_count",
     "variant", "source", "measured", "reason", "seconds", "floor_seconds", "above_floor",
     "bound_seconds", "above_bound",
     "compute_seconds", "h2d_seconds", "d2h_seconds", "exposed_seconds", "hidden_share", "h2d_bytes", "d2h_bytes",
@@ -54,6 +55,8 @@ def run(
     link: Link | None = None,
     hbm: float | None = None,
     report: Callable[[Row], None] = lambda row: None,
+    *,
+    measures_flops: bool = False,
 ) -> Outcome:
     """Measure what can be measured here, and simulate all of it.
 
@@ -62,12 +65,17 @@ def run(
         link: to simulate; None is this machine's, and without a CUDA device `DEFAULT_LINK`.
         hbm: bytes a second of the device's memory to simulate, likewise.
         report: told each row as soon as it is known.
+        measures_flops: on a CUDA device take the rate of its matrix products, in place of that of the task.
     """
     has_device = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if has_device else torch.device("cpu")
     link_measured = has_device and link is None
     link = link or (measure.measure_link(device) if has_device else DEFAULT_LINK)
     hbm = hbm or (measure.measure_hbm(device) if has_device else DEFAULT_HBM)
+    measures_flops = measures_flops and has_device
+    if measures_flops:
+        flops = measure.Products(task, device).flops_per_second
+        task = task._replace(compute=task.compute._replace(flops=flops))
     shared = {
         "suite": "offload",
         "model": task.shape.name,
@@ -75,6 +83,7 @@ def run(
         "active_layers": list(task.active),
         "tokens": task.compute.tokens,
         "flops": task.compute.flops,
+        "flops_measured": measures_flops,
         "buffer_bytes": task.buffer_bytes,
         "buffer_count": task.buffer_count,
         "h2d_bytes_per_second": link.h2d,
@@ -89,13 +98,17 @@ def run(
     for variant in VARIANTS:
         vanilla = variant == "vanilla"
         found: dict[str, Step | None] = {"device": None}
+        reason = NEEDS_CUDA
         if has_device:
             seconds = seconds_of(task, log_of(task, vanilla=vanilla), hbm)
-            spans = measure.measure_steps(task, device, vanilla=vanilla)
-            found["device"] = steady(spans, link, seconds)
+            try:
+                spans = measure.measure_steps(task, device, vanilla=vanilla)
+                found["device"] = steady(spans, link, seconds)
+            except (RuntimeError, GrassError) as error:  # the simulation is worth having all the same
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
         found["simulation"] = simulated(task, link, hbm, vanilla=vanilla)
         for source, step in found.items():
-            row = _row(shared, link, bound, variant, source, step)
+            row = _row(shared, link, bound, variant, source, step, reason)
             if step is not None:
                 outcome.steps[variant, source] = step
             outcome.rows.append(row)
@@ -103,14 +116,16 @@ def run(
     return outcome
 
 
-def _row(shared: Row, link: Link, bound: float, variant: str, source: str, step: Step | None) -> Row:
+def _row(
+    shared: Row, link: Link, bound: float, variant: str, source: str, step: Step | None, reason: str
+) -> Row:
     row: Row = dict.fromkeys(KEYS)
     row.update(
         shared,
         variant=variant,
         source=source,
         measured=source == "device" and step is not None,
-        reason=NEEDS_CUDA if step is None else None,
+        reason=reason if step is None else None,
         timestamp=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
     if step is not None:

@@ -5,6 +5,7 @@ wrong exit code; a failure of ours that goes by; a picture of cases that are not
 wheel with benchmarks in it, or without a package.
 """
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 import torch
 
 from bench.__main__ import main
+from bench.gpu import measure
+from bench.gpu.stages import make_stages
 from bench.kernels import plan as plans
 from bench.kernels.cases import BASE, F32, Case, Mixture
 from bench.kernels.chart import draw_chart, points_by_mixture
@@ -23,8 +26,8 @@ from bench.kernels.plan import CPU_SIZES, make_plan
 from bench.kernels.rows import KEYS, failed_row
 from bench.kernels.runner import NO_TIME_LEFT
 from bench.kernels.table import Table
+from bench.kernels.variants import GRASS_KERNELS
 from bench.offload.rows import KEYS as OFFLOAD_KEYS
-from tests.support.tiny import llama
 
 ROOT = Path(__file__).parent.parent.parent
 CARD = {"device": "a card", "torch": "2.13", "commit": "0123456789abcdef", "dirty": True}
@@ -87,6 +90,30 @@ def test_figures_come_first(capsys):
     assert rows[0]["measured"]
 
 
+def test_candidates_are_measured_beside_ours_in_a_process_of_their_own(capsys, monkeypatch):
+    def tasks():
+        return [t.name for s in make_stages() for t in s.tasks if s.name == "figures"]
+
+    assert tasks() == ["figures-mixed", "figures-all-bf16", "figures-all-fp32"]
+    candidate = dataclasses.replace(GRASS_KERNELS, name="candidate")
+    monkeypatch.setattr(measure, "CANDIDATES", (candidate,))
+    assert tasks()[3:] == ["figures-candidates"]
+    arguments = ("figures", "--largest", 5000, "--seconds", 1e-3, "--json", "--part")
+    assert bench(*arguments, "candidates") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["variant"] for row in rows if row["measured"]] == ["grass_kernels", "candidate", "copy"]
+    assert list(dict.fromkeys(row["case"].split("/", 2)[2] for row in rows)) == [
+        "bf16-bf16-fp32/active1:1/norms",
+        "bf16-bf16-fp32/active1:16/norms",
+        "bf16-bf16-bf16/active1:1/plain",
+        "fp32-fp32-fp32/active1:1/plain",
+    ]
+    assert bench(*arguments, "all-bf16") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["variant"] for row in rows} == {"grass_kernels", "grass", "torch_fused", "copy"}
+    assert {row["case"].split("/")[2] for row in rows} == {"bf16-bf16-bf16"}
+
+
 def test_the_list_of_cases(capsys):
     assert bench("kernels", "--list", "--json", "--sizes", "1e4,2e4", "5e3") == 0
     listed = json.loads(capsys.readouterr().out)
@@ -110,16 +137,9 @@ def test_layers_of_the_offload_benchmark_by_index_and_by_number(tmp_path, capsys
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_training_is_predicted_without_a_device(tmp_path, capsys):
-    llama(layers=4).config.save_pretrained(tmp_path)
-    arguments = ("training", "--predict", "--model", tmp_path, "--batch", 2, "--seq", 8, 16)
-    assert bench(*arguments, "--methods", "full", "grass-streamed", "--json") == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert [(row["method"], row["seq"]) for row in rows] == [
-        (method, seq) for seq in (8, 16) for method in ("full", "grass-streamed")
-    ]
-    assert all(row["suite"] == "training" and not row["measured"] for row in rows)
-    assert all(row["predicted_peak_gib"] > 0 for row in rows)
+def test_training_without_a_device_says_what_to_do(capsys):
+    assert bench("training") == 1
+    assert "grass plan predicts" in capsys.readouterr().err
 
 
 def test_the_report_is_written_and_checked(tmp_path):

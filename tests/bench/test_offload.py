@@ -5,6 +5,7 @@ only and does not say so; a benchmark that pretends to have measured; a share or
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from bench.offload import rows
 from bench.offload.bound import bound_seconds
+from bench.offload.measure import Updates
 from bench.offload.order import conflicts
 from bench.offload.shapes import SHAPES, Compute, numel, shape_of
 from bench.offload.steps import Task, log_of, parts, simulated, spread
@@ -20,6 +22,7 @@ from bench.offload.table import lines_of
 from bench.offload.timeline import Link
 from grass.errors import ConfigError
 from grass.offload.streams import COMPUTE, D2H, H2D, UPDATE
+from grass_kernels import masked_adamw_
 
 SEVEN = SHAPES["llama2-7b"]
 LINK, TAKING_TURNS, HBM = Link(50e9, 50e9), Link(50e9, 50e9, 0.5), 3e12
@@ -199,3 +202,39 @@ def test_numbers_of_a_row(monkeypatch):
         copies = row["h2d_bytes"] / 50e9 + row["d2h_bytes"] / 25e9  # which take turns
         assert row["hidden_share"] == pytest.approx(max(0.0, 1 - row["exposed_seconds"] / copies))
         assert (row["h2d_bytes"], row["d2h_bytes"]) == (step.num_bytes[H2D], step.num_bytes[D2H])
+
+
+def test_measured_updates_are_whole_and_each_place_has_one_plan():
+    """A view of 5 elements and one of 8 at the same place, then the first again; and another place."""
+    ring = torch.rand(2, 2, 8)
+    expected = ring.clone()
+    update = Updates(8, torch.device("cpu"))
+    step, param = torch.zeros(()), update.param.clone()
+    for buffer, n in ((0, 5), (0, 8), (0, 5), (1, 5)):
+        update(None, {"exp_avg": ring[buffer, 0, :n], "exp_avg_sq": ring[buffer, 1, :n]})
+        lists = ([param[:n]], [update.grad[:n]], [expected[buffer, 0, :n]], [expected[buffer, 1, :n]], [step])
+        masked_adamw_(*lists, lr=1e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    assert torch.equal(ring, expected)
+    assert torch.equal(update.param, param)
+    assert len(update.plans) == 3
+
+
+def test_a_measurement_that_fails_says_why_and_leaves_the_simulation(monkeypatch):
+    def failing(task, device, vanilla):
+        raise RuntimeError("CUDA error: launch failed\nmore")
+
+    products = SimpleNamespace(flops_per_second=700e12)
+    for name, value in {"measure_link": LINK, "measure_hbm": HBM, "Products": products}.items():
+        monkeypatch.setattr(rows.measure, name, lambda *arguments, value=value: value)
+    monkeypatch.setattr(rows.measure, "measure_steps", failing)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(rows, "describe_environment", lambda device: {})
+    made = rows.run(seven(), measures_flops=True).rows
+    assert [(row["variant"], row["source"], row["reason"]) for row in made] == [
+        ("overlapped", "device", "RuntimeError: CUDA error: launch failed"),
+        ("overlapped", "simulation", None),
+        ("vanilla", "device", "RuntimeError: CUDA error: launch failed"),
+        ("vanilla", "simulation", None),
+    ]
+    assert {(row["flops"], row["flops_measured"]) for row in made} == {(700e12, True)}

@@ -11,15 +11,14 @@ from dataclasses import replace
 import pytest
 
 from bench.cpu_step import CASES
-from bench.gpu import training
-from bench.gpu.figures import LARGE, OF_ONE_DTYPE, Reading, Rows, figure_cases, figures
+from bench.gpu import stages
+from bench.gpu.figures import LARGE, OF_ONE_DTYPE, PARTS, Reading, Rows, figure_cases, figures
 from bench.host import SITUATIONS, TENSORS, VARIANTS
 from bench.kernels.cases import Case
 from bench.kernels.rows import failed_row
 from bench.offload.rows import VARIANTS as OFFLOAD_VARIANTS
 from bench.report import PAGE, RESULTS, UNMEASURED, make_page
 from bench.targets import beside
-from grass.plan.prediction import METHODS
 
 CARD = {
     "device": "Card A", "driver": "1.2", "torch": "2.11", "triton": "3.6", "python": "3.12", "commit": "0123456789ab",
@@ -76,6 +75,7 @@ def read(part, name, rows) -> Reading | None:
     return figure.read(Rows(rows))
 
 
+CASES_OF_FIGURES = [case for part in PARTS for case in figure_cases(part)]
 FEW = "grass, 291 tensors, in place"
 CPU = f"{CASES[0].name}, without"
 
@@ -170,6 +170,9 @@ def test_a_figure_says_what_its_rows_do(part, name, rows, says, met):
         ("The host's", FEW, [host("grass", 1.0), host("torch fused", 1.0, tensors=5000)]),
         ("A step on", CPU, [cpu("grass", 1.0), cpu("torch fused", 1.0, clip=True)]),
         ("A 7B", "full", [trained("full", seq=512)]),
+        ("A 7B", "full", [trained("full", peak=None)]),
+        ("A 7B", "full", [{**trained("full"), "predicted_peak_gib": None}]),
+        ("A 7B", "full", [{**trained("full"), "measured": False, "reason": "killed"}]),
     ],
 )
 def test_rows_of_something_else_say_nothing(part, name, rows):
@@ -193,7 +196,7 @@ def test_a_number_does_not_read_like_its_target(value, targets, shown):
 def test_the_commands_measure_every_figure():
     """A figure that no stage of `make gpu` can fill would stay unmeasured for ever."""
     rows = [
-        *(kernel(case, variant) for case in figure_cases() for variant in ("grass", "grass_kernels")),
+        *(kernel(case, variant) for case in CASES_OF_FIGURES for variant in ("grass", "grass_kernels")),
         *(host(v, 1.0, n, s) for v in VARIANTS for n in TENSORS for s in SITUATIONS),
         *(
             cpu(v, 1.0, case.name, clip)
@@ -203,10 +206,10 @@ def test_the_commands_measure_every_figure():
         ),
         memory(0),
         *(offload(1.0, variant) for variant in OFFLOAD_VARIANTS),
-        *(trained(name, seq=training.SEQUENCES[0]) for name in METHODS),
+        *(trained(name, seq=stages.SEQUENCE) for name in stages.METHODS),
     ]
     assert [figure.name for figure in figures() if figure.read(Rows(rows)) is None] == []
-    assert len(figure_cases()) == len(set(figure_cases())) == 16
+    assert len(CASES_OF_FIGURES) == len(set(CASES_OF_FIGURES)) == 16
 
 
 # -- the page -------------------------------------------------------------------------------------------

@@ -4,10 +4,13 @@ ratios upside down; rows that lack a key or a number; a run that does not end in
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from bench.kernels import rows as rows_of_run
+from bench.kernels import runner as runners
 from bench.kernels.cases import BASE, BF16, F32, Case, Mixture
 from bench.kernels.rows import KEYS
 from bench.kernels.runner import MAX_ROUNDS, MIN_ROUNDS, NO_TIME_LEFT, ROUNDS_IN_HASTE, Runner
@@ -140,6 +143,25 @@ def test_a_case_that_does_not_fit_at_all_has_a_row_for_each_variant(monkeypatch)
     assert len(runner.failures) == 1
 
 
+def test_a_device_in_error_loses_no_row(monkeypatch):
+    """Every call of the device fails then, that which frees its memory too."""
+
+    def failing():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    clock = GivenClock()
+    clock.device = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(runners, "Problem", lambda case, device: failing())
+    monkeypatch.setattr(torch.cuda, "empty_cache", failing)
+    monkeypatch.setattr(runners, "describe_environment", lambda device: {})
+    rows, runner = run(variant("ours", is_ours=True), variant("theirs"), clock=clock)
+    assert {row["reason"] for row in rows.values()} == {
+        "RuntimeError: CUDA error: an illegal memory access was encountered"
+    }
+    assert list(rows) == ["ours", "theirs"]
+    assert len(runner.failures) == 1
+
+
 @pytest.mark.parametrize(
     ("error", "is_ours", "reason", "failures"),
     [
@@ -209,3 +231,10 @@ def test_a_copy_moves_what_it_says():
     assert moved == 600
     assert roof.target.tolist() == [7] * 300 + [0] * 700
     assert roof.copy(10**9)[1] == roof.moved_bytes == 2000
+
+
+@pytest.mark.parametrize(("git", "expected"), [("f" * 40, ("f" * 40, True)), (None, ("a" * 40, None))])
+def test_a_tree_without_history_has_the_commit_that_it_is_told(monkeypatch, git, expected):
+    monkeypatch.setenv("GRASS_COMMIT", "a" * 40)
+    monkeypatch.setattr(rows_of_run, "_output", lambda *command: git)
+    assert rows_of_run._commit() == expected
