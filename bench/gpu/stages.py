@@ -20,6 +20,7 @@ PREDICTIONS = ROOT / "bench" / "results" / "predictions.jsonl"
 
 TEST_FILES = (  # the most important first
     "tests/gpu/test_mixtures.py",
+    "tests/gpu/test_rounding.py",
     "tests/gpu/test_no_waiting.py",
     "tests/gpu/test_graphs.py",
     "tests/gpu/test_streams.py",

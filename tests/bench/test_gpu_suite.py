@@ -440,7 +440,7 @@ def test_every_test_that_needs_a_gpu_is_in_the_suite_in_a_process_of_its_own():
     )
     (tests,) = (s for s in make_stages() if s.kind == "tests")
     files = [[part for part in t.command if part.startswith("tests/")] for t in tests.tasks]
-    assert ["-n" in t.command for t in tests.tasks][1:] == [False] * 6
+    assert ["-n" in t.command for t in tests.tasks][1:] == [False] * 7
     assert files == [*([path] for path in stages.TEST_FILES), ["tests/optim/test_torch_contract.py"]]
 
 
