@@ -30,7 +30,7 @@ $(VENV)/triton-%: | $(READY)
 demo: $(READY)
 	$(BIN)/grass finetune
 
-# Everything: 7 to 10 minutes on two cores; kernels that were compiled ahead of time are kept for the next time.
+# Everything: 7 to 11 minutes on two cores; kernels that were compiled ahead of time are kept for the next time.
 test: lint types unit interpreter
 
 # In under 2 minutes: what is marked slow, what stands around the core, and other Tritons are left out.
