@@ -20,7 +20,7 @@ LARGE = Case(10**9)
 SHARES = (1 / 16, 1 / 2)
 OF_ONE_DTYPE = {"all bf16": Mixture(BF16, BF16, BF16), "all fp32": Mixture(F32, F32, F32)}
 PARTS = ("mixed", *(name.replace(" ", "-") for name in OF_ONE_DTYPE))
-"""What is measured in a process each: bf16 with fp32 moments, and what torch takes in the same dtypes."""
+"""Parts of the figures, a process each: bf16 with fp32 moments, and mixtures that torch supports too."""
 SIZES = (10**9, 10**8)
 
 

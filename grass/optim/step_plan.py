@@ -154,7 +154,7 @@ class Scope(NamedTuple):
     """Records of the parameters with gradients."""
     num_layers: int
     residency: Residency
-    """Where states are during an update."""
+    """Residency of the states during an update."""
     buckets: Sequence[int]
     """Buckets that pass through the residency, in the order of updates."""
 
