@@ -205,6 +205,8 @@ class StateMaker:
             state["step"] = _counter(step, device)
         for key in own_keys(state, group, p, self.options):
             value = state[key]
+            if not isinstance(value, Tensor):  # refused by name at the next step
+                continue
             if self.storage is not None and p in self.storage:
                 view = self.storage.view(p, key)
                 if (value.data_ptr(), value.shape, value.stride()) != (view.data_ptr(), p.shape, p.stride()):
