@@ -47,7 +47,8 @@ class GrassConfig:
             host memory; they pass through device buffers in every step. All modes train bitwise the same
             parameters (with ``fused_backward`` the reported ``grad_norm`` may differ in its last bit).
         buffer_mb: size of a device buffer with ``"streamed"``, in MiB.
-        buffer_count: number of device buffers with ``"streamed"``; at least two overlap copies with updates.
+        buffer_count: number of device buffers with ``"streamed"``. With three, copies in both directions go on
+            during an update; with one, nothing overlaps.
         fused_backward: update each layer inside backward, as soon as its gradients are complete, and free
             them. Every backward is then a step; for gradient accumulation see `GrassAdamW.accumulate`. Cannot
             be combined with ``max_grad_norm``, a GradScaler, or clipping or reading gradients after backward.
@@ -74,7 +75,7 @@ class GrassConfig:
     seed: int = 0
     offload: Offload = "none"
     buffer_mb: float = 64
-    buffer_count: int = 2
+    buffer_count: int = 3
     fused_backward: bool = False
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from bench.host import FUSED, MOST, SITUATIONS, TENSORS, VARIANTS
 from bench.kernels.cases import BASE, BF16, F32, Case, Mixture, size_name
 from bench.kernels.variants import our_bytes
 from bench.targets import at_most, beside
+from grass.config import GrassConfig
 
 Row = dict[str, Any]
 
@@ -277,7 +278,8 @@ def _offload() -> Iterator[Figure]:
 
     def step_by_floor(source: str) -> Callable[[Rows], Reading | None]:
         def read(rows: Rows) -> Reading | None:
-            row = rows.find(suite="offload", variant="overlapped", source=source)
+            ring = {"buffer_count": GrassConfig.buffer_count, "update_priority": -1}
+            row = rows.find(suite="offload", variant="overlapped", source=source, **ring)
             if row is None or row["seconds"] is None:
                 return None
             ratio = row["seconds"] / row["floor_seconds"]

@@ -37,6 +37,12 @@ METHODS = {
     "lora-r128": 0.0,
 }
 """Methods of training in their order, with the seconds of each; 0 takes what the others leave."""
+OFFLOADS = {
+    "offload-default": (),
+    "offload-2-buffers": ("--buffer-count", "2"),
+    "offload-normal-priority": ("--normal-priority",),
+}
+"""Runs of the pipeline, and their options: as by default, and what is compared with it."""
 SEQUENCE = 1024
 WORKERS = "4"
 SANITIZER_ERROR = 86
@@ -127,16 +133,13 @@ def make_stages(predictions: Path | None = None) -> list[Stage]:
         ),
         Stage(
             "offload",
-            "states through the ring, with two and three buffers, beside matrix products and the simulation",
+            "states through the ring, beside matrix products and the simulation: the defaults, two buffers, and "
+            "updates at normal priority",
             "bench",
             60.0,
             tuple(
-                Task(
-                    f"offload-{count}",
-                    _bench("offload", "--buffer-count", str(count)),
-                    row={"suite": "offload"},
-                )
-                for count in (2, 3)
+                Task(name, _bench("offload", *options), row={"suite": "offload"})
+                for name, options in OFFLOADS.items()
             ),
         ),
         Stage(

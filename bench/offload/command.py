@@ -7,11 +7,12 @@ from bench.offload.picture import draw
 from bench.offload.rows import DEFAULT_LINK
 from bench.offload.rows import run as run_task
 from bench.offload.shapes import Compute, Shape, shape_of
-from bench.offload.steps import MOMENTS, Task, spread
+from bench.offload.steps import MOMENTS, UPDATE_TRAFFIC, Task, spread
 from bench.offload.table import lines_of
 from bench.offload.timeline import Link
 from bench.output import add_output_options, output_of
 from grass.cli.values import UsageError, count, positive
+from grass.config import GrassConfig
 from grass.offload.units import elements_in
 
 _DESCRIPTION = """\
@@ -80,8 +81,34 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--hbm-gbs", type=positive, metavar="X", help="GB/s of the device's memory [measured; 2000]"
     )
-    parser.add_argument("--buffer-mb", type=positive, default=64.0, metavar="X", help="MiB of a buffer [64]")
-    parser.add_argument("--buffer-count", type=count, default=2, metavar="N", help="buffers [2]")
+    parser.add_argument(
+        "--update-ms",
+        type=positive,
+        metavar="X",
+        help="that an update of a full buffer takes in the simulation [what it moves, at --hbm-gbs]",
+    )
+    parser.add_argument(
+        "--hop-us",
+        type=_not_negative,
+        metavar="X",
+        help="from the end of an operation to the next in another stream in the simulation [measured; 10]",
+    )
+    parser.add_argument(
+        "--buffer-mb",
+        type=positive,
+        default=GrassConfig.buffer_mb,
+        metavar="X",
+        help=f"MiB of a buffer [{GrassConfig.buffer_mb}]",
+    )
+    parser.add_argument(
+        "--buffer-count", type=count, default=GrassConfig.buffer_count, metavar="N",
+        help=f"buffers [{GrassConfig.buffer_count}]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--normal-priority",
+        action="store_true",
+        help="queue updates on a stream of normal priority on a CUDA device, in place of a high one",
+    )
     add_output_options(parser, plot="draw a step (PNG): compute and both copies over time")
     parser.set_defaults(run=run)
 
@@ -98,6 +125,10 @@ def indices(text: str) -> tuple[int, ...]:
     return tuple(layers)
 
 
+def _not_negative(text: str) -> float:
+    return 0.0 if text in ("0", "0.0") else positive(text)
+
+
 def _share(text: str) -> float:
     value = positive(text)
     if value > 1:
@@ -108,8 +139,9 @@ def _share(text: str) -> float:
 def run(arguments: argparse.Namespace) -> int:
     """Measure what can be measured here, and simulate all of it."""
     task, link, hbm = read(arguments)
+    hop = None if arguments.hop_us is None else arguments.hop_us * 1e-6
     with output_of(arguments) as output:
-        outcome = run_task(task, link, hbm, output.write, measures_flops=arguments.tflops is None)
+        outcome = run_task(task, link, hbm, hop, output.write, measures_flops=arguments.tflops is None)
         output.say(*lines_of(outcome.rows))
         if output.plot is not None:
             draw(outcome, output.plot)
@@ -130,13 +162,19 @@ def read(arguments: argparse.Namespace) -> tuple[Task, Link | None, float | None
         _active(shape, arguments),
         int(arguments.buffer_mb * 2**20),
         arguments.buffer_count,
+        0 if arguments.normal_priority else -1,
     )
     elements_in(task.buffer_bytes, MOMENTS)
     link = None
     if arguments.pcie_gbs is not None or arguments.duplex_factor is not None:
         rate = DEFAULT_LINK.h2d if arguments.pcie_gbs is None else arguments.pcie_gbs * 1e9
         link = Link(rate, rate, arguments.duplex_factor or DEFAULT_LINK.duplex_factor)
-    return task, link, None if arguments.hbm_gbs is None else arguments.hbm_gbs * 1e9
+    hbm = None if arguments.hbm_gbs is None else arguments.hbm_gbs * 1e9
+    if arguments.update_ms is not None:
+        if hbm is not None:
+            raise UsageError("--update-ms and --hbm-gbs say the same: pass one of them")
+        hbm = UPDATE_TRAFFIC * task.buffer_bytes / (arguments.update_ms * 1e-3)
+    return task, link, hbm
 
 
 def _active(shape: Shape, arguments: argparse.Namespace) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from grass.offload.units import Unit
 from grass_kernels import Hyperparameters, TensorLists, make_plan
 
 _LINK_BYTES, _HBM_BYTES, _COPIES = 256 * 2**20, 2**30, 8  # of each measurement
+_HOPS = 500
 
 
 class TracingEngine(CudaEngine):
@@ -25,10 +26,11 @@ class TracingEngine(CudaEngine):
     Args:
         device: a CUDA device.
         serial: the host waits for every operation, so that nothing overlaps.
+        update_priority: see `CudaEngine`.
     """
 
-    def __init__(self, device: torch.device, serial: bool = False) -> None:
-        super().__init__(device)
+    def __init__(self, device: torch.device, serial: bool = False, update_priority: int = -1) -> None:
+        super().__init__(device, update_priority)
         self._serial = serial
         self._marks: list[tuple[str, Operation, Any, Any]] = []
         self._begun: dict[str, Any] = {}
@@ -116,6 +118,31 @@ def measure_hbm(device: torch.device) -> float:
     return 2 * _COPIES * source.numel() / (start.elapsed_time(end) / 1e3)
 
 
+def measure_hop(device: torch.device) -> float:
+    """Seconds from an operation on a stream to one on another stream that waits for it, less what they take alone."""
+    cell = torch.zeros(1, device=device)
+    streams = [torch.cuda.Stream(device) for _ in range(2)]
+    between = torch.cuda.Event()
+    seconds = []
+    for changes in (False, True):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        with torch.cuda.stream(streams[0]):
+            torch.cuda._sleep(10_000_000)  # while it lasts, the host queues all that follows
+            start.record()
+        for n in range(_HOPS):
+            stream = streams[n % 2 if changes else 0]
+            stream.wait_event(between)
+            with torch.cuda.stream(stream):
+                cell.add_(1)
+            between.record(stream)
+        streams[0].wait_event(between)
+        end.record(streams[0])
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3 / _HOPS)
+    return max(0.0, seconds[1] - seconds[0])
+
+
 class Products:
     """Matrix products of a model's width, and the time of one while nothing else runs.
 
@@ -191,7 +218,7 @@ def measure_steps(task: Task, device: torch.device, *, vanilla: bool) -> list[Sp
         device: a CUDA device.
         vanilla: wait for every operation.
     """
-    engine = TracingEngine(device, serial=vanilla)
+    engine = TracingEngine(device, serial=vanilla, update_priority=task.update_priority)
     pipeline = make_pipeline(task, engine, device)
     products = Products(task, device)
     most = max(

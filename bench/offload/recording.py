@@ -9,7 +9,7 @@ guaranteed: neither that a short copy is over, nor that the host is slower than 
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ class Wait(NamedTuple):
 
     Args:
         queue: that waits.
-        hazard: the reason, "H1" to "H10".
+        hazard: the reason, "H1" to "H11".
         source: the queue in which the event was last recorded.
         clock: what is over when the event has come.
         operations: how many there are in the log before the wait.
@@ -120,11 +120,6 @@ class RecordingEngine:
     def on(self, queue: str) -> AbstractContextManager[Any]:
         """See `CopyEngine`."""
         return nullcontext() if self._inner is None else self._inner.on(queue)
-
-    def keep(self, queue: str, tensors: Iterable[Tensor]) -> None:
-        """See `CopyEngine`. Memory that allocators give and take is not in the log."""
-        if self._inner is not None:
-            self._inner.keep(queue, tensors)
 
     def record(self, queue: str, event: Any) -> Event:
         """See `CopyEngine`."""

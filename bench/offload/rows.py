@@ -20,10 +20,11 @@ VARIANTS = ("overlapped", "vanilla")  # the most important first: a run may be k
 NEEDS_CUDA = "needs a CUDA device"
 KEYS = (
     "suite", "model", "layers", "active_layers", "tokens", "flops", "flops_measured", "buffer_bytes", "buffer_count",
-    "variant", "source", "measured", "reason", "seconds", "floor_seconds", "above_floor",
+    "update_priority", "variant", "source", "measured", "reason", "seconds", "floor_seconds", "above_floor",
     "bound_seconds", "above_bound",
     "compute_seconds", "h2d_seconds", "d2h_seconds", "exposed_seconds", "hidden_share", "h2d_bytes", "d2h_bytes",
-    "h2d_bytes_per_second", "d2h_bytes_per_second", "duplex_factor", "hbm_bytes_per_second", "link_measured", "device",
+    "h2d_bytes_per_second", "d2h_bytes_per_second", "duplex_factor", "hbm_bytes_per_second", "hop_seconds",
+    "link_measured", "device",
     "driver", "torch", "triton", "python", "commit", "dirty", "timestamp",
 )  # fmt: skip
 """Every row's keys, in this order.
@@ -36,6 +37,7 @@ is computed; `hidden_share` is what of the copies' own time, as short as it can 
 
 DEFAULT_LINK = Link(50e9, 50e9)
 DEFAULT_HBM = 2e12
+DEFAULT_HOP = 10e-6
 
 
 class Outcome(NamedTuple):
@@ -54,6 +56,7 @@ def run(
     task: Task,
     link: Link | None = None,
     hbm: float | None = None,
+    hop: float | None = None,
     report: Callable[[Row], None] = lambda row: None,
     *,
     measures_flops: bool = False,
@@ -63,7 +66,8 @@ def run(
     Args:
         task: what to train.
         link: to simulate; None is this machine's, and without a CUDA device `DEFAULT_LINK`.
-        hbm: bytes a second of the device's memory to simulate, likewise.
+        hbm: bytes a second of the device's memory that an update reaches in the simulation, likewise.
+        hop: seconds from an operation to the next in another queue in the simulation, likewise.
         report: told each row as soon as it is known.
         measures_flops: on a CUDA device take the rate of its matrix products, in place of that of the task.
     """
@@ -72,6 +76,8 @@ def run(
     link_measured = has_device and link is None
     link = link or (measure.measure_link(device) if has_device else DEFAULT_LINK)
     hbm = hbm or (measure.measure_hbm(device) if has_device else DEFAULT_HBM)
+    if hop is None:
+        hop = measure.measure_hop(device) if has_device else DEFAULT_HOP
     measures_flops = measures_flops and has_device
     if measures_flops:
         flops = measure.Products(task, device).flops_per_second
@@ -86,10 +92,12 @@ def run(
         "flops_measured": measures_flops,
         "buffer_bytes": task.buffer_bytes,
         "buffer_count": task.buffer_count,
+        "update_priority": task.update_priority,
         "h2d_bytes_per_second": link.h2d,
         "d2h_bytes_per_second": link.d2h,
         "duplex_factor": link.duplex_factor,
         "hbm_bytes_per_second": hbm,
+        "hop_seconds": hop,
         "link_measured": link_measured,
         **describe_environment(device),
     }
@@ -106,7 +114,7 @@ def run(
                 found["device"] = steady(spans, link, seconds)
             except (RuntimeError, GrassError) as error:  # the simulation is worth having all the same
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        found["simulation"] = simulated(task, link, hbm, vanilla=vanilla)
+        found["simulation"] = simulated(task, link, hbm, hop=hop, vanilla=vanilla)
         for source, step in found.items():
             row = _row(shared, link, bound, variant, source, step, reason)
             if step is not None:

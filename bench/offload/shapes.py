@@ -37,8 +37,12 @@ class Shape(NamedTuple):
         return [_parameter(self.vocab, self.hidden)]
 
     def head(self) -> list[Tensor]:
-        """Parameters of the final norm and the head."""
-        return [_parameter(self.hidden), _parameter(self.vocab, self.hidden)]
+        """Parameters of the head."""
+        return [_parameter(self.vocab, self.hidden)]
+
+    def norm(self) -> list[Tensor]:
+        """Parameters of the final norm."""
+        return [_parameter(self.hidden)]
 
 
 SHAPES = {

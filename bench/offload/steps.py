@@ -13,6 +13,7 @@ from torch import Tensor
 from bench.offload.recording import Log, RecordingEngine
 from bench.offload.shapes import Compute, Shape
 from bench.offload.timeline import Link, Seconds, Span, busy_seconds, floor_seconds, simulate
+from grass.config import GrassConfig
 from grass.offload.pipeline import StreamedPipeline, Update
 from grass.offload.store import Bucket, Store, allocating
 from grass.offload.streams import COMPUTE, D2H, H2D, HOST, CopyEngine, Operation
@@ -35,24 +36,26 @@ class Task(NamedTuple):
         compute: how long it computes.
         active: the layers that train.
         buffer_bytes, buffer_count: of the ring.
+        update_priority: of the stream of updates on a device, see `CudaEngine`; the simulation knows no priorities.
     """
 
     shape: Shape
     compute: Compute
     active: tuple[int, ...]
-    buffer_bytes: int = 64 * 2**20
-    buffer_count: int = 2
+    buffer_bytes: int = int(GrassConfig.buffer_mb * 2**20)
+    buffer_count: int = GrassConfig.buffer_count
+    update_priority: int = -1
 
     def members(self) -> list[list[Tensor]]:
-        """Parameters by bucket: layers, then the embedding, then norm and head."""
+        """Parameters by bucket: layers, then embedding, norm and head, as in the optimizer."""
         shape = self.shape
         layers = [shape.layer() if layer in self.active else [] for layer in range(shape.layers)]
-        return [*layers, shape.embedding(), shape.head()]
+        return [*layers, shape.embedding(), shape.norm(), shape.head()]
 
     def order(self) -> list[int]:
         """Buckets in the order of updates."""
         outside = self.shape.layers
-        return [outside + 1, *sorted(self.active, reverse=True), outside]
+        return [outside + 2, outside + 1, *sorted(self.active, reverse=True), outside]
 
 
 def spread(layers: int, count: int) -> tuple[int, ...]:
@@ -64,7 +67,7 @@ class Part(NamedTuple):
     """A part of a step that computes.
 
     Args:
-        operation: forward or backward of a layer, the embedding or the head.
+        operation: forward or backward of a layer, the embedding, the norm or the head.
         seconds: it takes.
         bucket: whose gradients are complete then; None if nobody's are.
     """
@@ -85,7 +88,8 @@ def parts(task: Task) -> list[Part]:
     found = [part("forward", f"layer {i}", compute.forward(layer)) for i in range(outside)]
     found.append(part("forward", "head", compute.forward(head)))
     seconds = compute.backward(head, trains=True, recomputes=False)
-    found.append(part("backward", "head", seconds, outside + 1))
+    found.append(part("backward", "head", seconds, outside + 2))
+    found.append(part("backward", "norm", 0.0, outside + 1))
     for i in reversed(range(outside)):
         trains = i in task.active
         seconds = compute.backward(layer, trains=trains, recomputes=True)
@@ -111,6 +115,7 @@ def drive(
         update: of a unit.
         ahead: tell the pipeline what comes.
     """
+    members = task.members()
     if ahead:
         pipeline.begin(task.order())
     for _ in range(STEPS):
@@ -119,6 +124,7 @@ def drive(
             if part.bucket is not None:
                 with pipeline.updating():
                     pipeline.run(part.bucket, update)
+                pipeline.hold(part.bucket, members[part.bucket])  # in place of their gradients
         pipeline.join()
         if ahead:
             pipeline.begin(task.order())
@@ -229,15 +235,16 @@ def steady(spans: Sequence[Span], link: Link, seconds: Seconds) -> Step:
     return Step(end - start, floor_seconds(asked, link, seconds), busy_seconds(cut), num_bytes, cut)
 
 
-def simulated(task: Task, link: Link, hbm: float, *, vanilla: bool = False) -> Step:
+def simulated(task: Task, link: Link, hbm: float, *, hop: float = 0.0, vanilla: bool = False) -> Step:
     """A steady step against the clock.
 
     Args:
         task: what to train.
         link: to the host.
         hbm: bytes a second of the device's memory.
+        hop: see `simulate`.
         vanilla: see `log_of`.
     """
     log = log_of(task, vanilla=vanilla)
     seconds = seconds_of(task, log, hbm)
-    return steady(simulate(log, link, seconds).spans, link, seconds)
+    return steady(simulate(log, link, seconds, hop).spans, link, seconds)

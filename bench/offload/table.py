@@ -30,6 +30,8 @@ def lines_of(rows: Sequence[Row]) -> list[str]:
         f"float32 moments in {first['buffer_count']} buffers of {first['buffer_bytes'] / 2**20:g} MiB",
         f"link: {gb[0]:.1f} GB/s in, {gb[1]:.1f} GB/s out, {shared} "
         f"({'measured' if first['link_measured'] else 'given'})",
+        f"updates at {first['hbm_bytes_per_second'] / 1e12:.2g} TB/s of device memory, "
+        f"{1e6 * first['hop_seconds']:.3g} us from a stream to the next",
         "",
         HEAD,
     ]

@@ -1,9 +1,11 @@
 """Timeline: begin and end of each operation of a log, and a lower bound of any schedule.
 
 A simulation of queues, not of a device: an operation begins when the previous one in its queue and all that it waits
-for are over, and the host is always far enough ahead. Copies in both directions share the link by its duplex factor.
+for are over, the latter for the time of a hop, and the host is always far enough ahead. Copies in both directions share
+the link by its duplex factor.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -103,13 +105,14 @@ def floor_seconds(operations: Iterable[tuple[str, Operation]], link: Link, secon
     return max([copies, *totals.values()])
 
 
-def simulate(log: Log, link: Link, seconds: Seconds) -> Timeline:
+def simulate(log: Log, link: Link, seconds: Seconds, hop: float = 0.0) -> Timeline:
     """Run a log against the clock.
 
     Args:
         log: of a `RecordingEngine`.
         link: for operations on `H2D` and `D2H`, by their bytes.
         seconds: for all others.
+        hop: seconds from the end of an operation to the beginning of one that waits for it in another queue.
     """
     waiting: defaultdict[str, list[int]] = defaultdict(list)  # numbers of its operations, by queue
     for number, entry in enumerate(log.entries):
@@ -118,22 +121,36 @@ def simulate(log: Log, link: Link, seconds: Seconds) -> Timeline:
     rest: dict[str, float] = {}  # of what runs now: bytes of a copy, or seconds
     starts, ends = [0.0] * len(log.entries), [0.0] * len(log.entries)
     now = 0.0
+    hopping: dict[str, float] = {}  # queues whose next operation begins at this time
 
     def begin_what_can() -> None:
+        hopping.clear()
         for queue, numbers in waiting.items():
             if queue not in rest and over[queue] < len(numbers):
-                entry = log.entries[numbers[over[queue]]]
-                if all(over.get(other, 0) >= count for other, count in entry.before.items()):
-                    starts[numbers[over[queue]]] = now
+                number = numbers[over[queue]]
+                entry = log.entries[number]
+                others = [(other, count) for other, count in entry.before.items() if other != queue and count]
+                if all(over.get(other, 0) >= count for other, count in others):
+                    earliest = max(
+                        (ends[waiting[other][count - 1]] + hop for other, count in others), default=0.0
+                    )
+                    if earliest > now:
+                        hopping[queue] = earliest
+                        continue
+                    starts[number] = now
                     is_copy = queue in (H2D, D2H)
                     rest[queue] = entry.operation.num_bytes if is_copy else seconds(entry.operation)
 
     begin_what_can()
-    while rest:
+    while rest or hopping:
         both = H2D in rest and D2H in rest
         rates = {queue: link.rate(queue, both=both) if queue in (H2D, D2H) else 1.0 for queue in rest}
-        passing = min(rest[queue] / rates[queue] for queue in rest)
-        now += passing
+        passing = min(rest[queue] / rates[queue] for queue in rest) if rest else math.inf
+        hopped = min(hopping.values(), default=math.inf)
+        if hopped < now + passing:
+            passing, now = hopped - now, hopped
+        else:
+            now += passing
         for queue in list(rest):
             if rest[queue] / rates[queue] <= passing * (1 + _SAME_TIME):
                 del rest[queue]

@@ -8,7 +8,8 @@ Every wait names the hazard that it prevents: see the table in docs/architecture
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
 from typing import Any, Literal, Protocol
 
@@ -21,6 +22,9 @@ from grass.offload.units import Unit, cut, elements_in
 
 Offload = Literal["none", "resident", "streamed"]
 """Choices of ``GrassConfig(offload=...)``: no pipeline, or one of the two of this file."""
+
+MAX_HELD = 1.25
+"""Gradients that may be held for updates when a bucket is complete, in units of the largest bucket."""
 
 Update = Callable[[Unit, dict[str, Tensor]], None]
 """Update a unit, given its sections as 1-D tensors on the device, by work on the current stream: `UPDATE`."""
@@ -60,11 +64,15 @@ class Pipeline(Protocol):
     def run(self, bucket: int, update: Update) -> None:
         """Update a bucket by calling `update` for every unit."""
 
-    def keep(self, tensors: Iterable[Tensor]) -> None:
-        """Keep the memory of tensors allocated until the current updates are done."""
+    def hold(self, bucket: int, grads: Sequence[Tensor]) -> None:
+        """Hold gradients of a bucket until the current stream has waited for its updates, which have been queued.
+
+        It waits in `join`, or earlier if `MAX_HELD` of the largest bucket is exceeded: when a bucket follows, but not
+        if that is a small one, such as a norm.
+        """
 
     def join(self) -> None:
-        """Make the current stream wait for all updates."""
+        """Make the current stream wait for all updates, and drop the gradients that are held."""
 
     def drain(self) -> None:
         """Wait on the host until the store holds the current states."""
@@ -88,6 +96,9 @@ class _PipelineBase:
         self._moved = [0, 0]  # bytes to and from the device
         self._grads_ready: Any = None  # events
         self._updates_done: Any = None
+        # Gradients that updates may still read: bucket, gradients, event of the updates; the oldest first.
+        self._held: deque[tuple[int, Sequence[Tensor], Any]] = deque()
+        self._max_held = MAX_HELD * store.largest_bucket  # elements
 
     def units(self, bucket: int) -> Sequence[Unit]:
         """See `Pipeline`."""
@@ -103,15 +114,26 @@ class _PipelineBase:
         engine.wait(UPDATE, self._grads_ready, "H7")  # updates read gradients of the current stream
         with engine.on(UPDATE):
             yield
-        self._updates_done = engine.record(UPDATE, self._updates_done)
+        self._updates_done = engine.record(UPDATE, None)  # not reused: `hold` keeps those of several buckets
 
-    def keep(self, tensors: Iterable[Tensor]) -> None:
+    def hold(self, bucket: int, grads: Sequence[Tensor]) -> None:
         """See `Pipeline`."""
-        self._engine.keep(UPDATE, tensors)
+        self._held.append((bucket, grads, self._updates_done))
+        while (
+            len(self._held) > 1 and sum(g.numel() for _, held, _ in self._held for g in held) > self._max_held
+        ):
+            self._engine.wait(COMPUTE, self._held[0][2], "H11")  # the current stream uses their memory again
+            self._drop_oldest()
 
     def join(self) -> None:
         """See `Pipeline`."""
         self._engine.wait(COMPUTE, self._updates_done, "H8")  # the next forward reads updated parameters
+        while self._held:
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        bucket, _, _ = self._held.popleft()
+        self._engine.note(COMPUTE, Operation("free", str(bucket), (), (f"gradients {bucket}",)))
 
     def _fetch(self, unit: Unit, buffer: Buffer) -> None:
         engine = self._engine

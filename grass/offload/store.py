@@ -210,6 +210,11 @@ class Store:
         """Return the bucket of a parameter."""
         return self._bucket[p]
 
+    @property
+    def largest_bucket(self) -> int:
+        """Number of elements of the largest bucket's parameters."""
+        return max((sum(map(Tensor.numel, bucket.params)) for bucket in self._buckets), default=0)
+
     def kinds(self, p: Tensor) -> list[str]:
         """Return the kinds of states that are stored for a parameter."""
         return list(self._buckets[self._bucket[p]].dtypes)

@@ -4,7 +4,7 @@ Every operation on states names its queue and the memory it reads and writes. On
 operations run immediately. Tests record the operations, to prove that all conflicting ones are ordered.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -22,8 +22,8 @@ class Operation(NamedTuple):
     ``"slab 3"`` of a resident bucket on the device, ``"gradients 3"`` and ``"weights 3"`` of bucket 3.
     """
 
-    kind: str  # "fetch", "update", "write-back", "host read" or "host write"
-    label: str  # label of the unit, such as "3.1"
+    kind: str  # "fetch", "update", "write-back", "free", "host read" or "host write"
+    label: str  # label of the unit, such as "3.1"; of a "free", which frees gradients, the bucket
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     num_bytes: int = 0  # copied
@@ -43,9 +43,6 @@ class CopyEngine(Protocol):
     def on(self, queue: str) -> AbstractContextManager[Any]:
         """Return a context in which work is queued on a queue."""
 
-    def keep(self, queue: str, tensors: Iterable[Tensor]) -> None:
-        """Keep the memory of tensors of `COMPUTE` allocated until the current work of a queue is done."""
-
     def record(self, queue: str, event: Any) -> Any:
         """Record an event on a queue, a new one if `event` is None, and return it."""
 
@@ -55,23 +52,23 @@ class CopyEngine(Protocol):
         Args:
             queue: queue that waits.
             event: event from `record`; None is no wait.
-            hazard: number of the hazard in docs/architecture.md, "H1" to "H10".
+            hazard: number of the hazard in docs/architecture.md, "H1" to "H11".
         """
 
 
 class CudaEngine:
     """Copies and updates on three side streams of a CUDA device.
 
-    Updates have a high priority: they are short, and copies wait for them, while backward has work queued for long.
-
     Args:
         device: CUDA device.
+        update_priority: priority of the stream of updates, lower first. It is high by default: updates are short, and
+            copies wait for them, while backward has work queued for long.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, update_priority: int = -1) -> None:
         self._device = device
         self._streams = {
-            queue: torch.cuda.Stream(device, priority=-1 if queue == UPDATE else 0)
+            queue: torch.cuda.Stream(device, priority=update_priority if queue == UPDATE else 0)
             for queue in (H2D, D2H, UPDATE)
         }
 
@@ -92,11 +89,6 @@ class CudaEngine:
     def on(self, queue: str) -> AbstractContextManager[Any]:
         """See `CopyEngine`."""
         return torch.cuda.stream(self._stream(queue))
-
-    def keep(self, queue: str, tensors: Iterable[Tensor]) -> None:
-        """See `CopyEngine`."""
-        for t in tensors:
-            t.record_stream(self._stream(queue))
 
     def record(self, queue: str, event: Any) -> Any:
         """See `CopyEngine`."""
@@ -130,9 +122,6 @@ class InlineEngine:
     def on(self, queue: str) -> AbstractContextManager[Any]:
         """Return an empty context: there is only one queue."""
         return nullcontext()
-
-    def keep(self, queue: str, tensors: Iterable[Tensor]) -> None:
-        """Do nothing: all operations have finished."""
 
     def record(self, queue: str, event: Any) -> Any:
         """Return None: there are no events."""

@@ -423,7 +423,7 @@ class GrassAdamW(AdamW):
         params = [entry.param for entry in self._current_entries() if entry.bucket == bucket]
         sq_norms = self._update_together(bucket, params, functools.partial(self._scope, bucket))
         if self._offload is not None:
-            self._offload.keep([p.grad for p in params if p.grad is not None])
+            self._offload.hold(bucket, [p.grad for p in params if p.grad is not None])
             if (
                 self._fused is not None
             ):  # the stream of backward waits for the updates, even if no step follows

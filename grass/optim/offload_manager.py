@@ -1,7 +1,7 @@
 """OffloadManager: the store and the pipeline of an optimizer."""
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -147,9 +147,9 @@ class OffloadManager:
         """See `Pipeline`."""
         self.pipeline.run(bucket, update)
 
-    def keep(self, tensors: Iterable[Tensor]) -> None:
+    def hold(self, bucket: int, grads: Sequence[Tensor]) -> None:
         """See `Pipeline`."""
-        self.pipeline.keep(tensors)
+        self.pipeline.hold(bucket, grads)
 
     def join(self) -> None:
         """See `Pipeline`."""

@@ -2,7 +2,7 @@
 
 The optimizers are the real ones, except that the active layers are given, since fake tensors have no values to draw
 them from. They are the last layers, whose gradients exist while the activations of all other layers are still alive,
-or the last but `Setting.frozen_at_the_end`; the layers before them are the next ones.
+except those in `Setting.frozen`; the layers before them are the next ones.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ class Setting(NamedTuple):
     buffer_count: int
     state_dtype: torch.dtype
     sample_interval: int
-    frozen_at_the_end: int = 0  # number of frozen layers after the active ones
+    frozen: tuple[int, ...] = ()  # layers to leave out of the active ones, counted from the last, which is 0
 
 
 Method = Callable[[nn.Module, FakeTensorMode, MemoryTracker, Setting], Prepared]
@@ -189,8 +189,8 @@ def _adapting(
 ) -> Prepared:
     optimizer = _make(model, mode, tracker, setting, config)
     layers = [layer for layer, count in enumerate(optimizer._scheduler.num_params) if count]
-    last = len(layers) - setting.frozen_at_the_end
-    active = tuple(layers[last - config.active_layers : last])
+    candidates = [layer for place, layer in enumerate(reversed(layers)) if place not in setting.frozen]
+    active = tuple(sorted(candidates[: config.active_layers]))
     rest = [layer for layer in layers if layer not in active]
     coming = tuple(rest[-config.active_layers :] or active)
     if config.moments == "reset":  # only active layers have moments

@@ -146,11 +146,12 @@ def predict(case: Case, names: Sequence[str] = tuple(METHODS)) -> Iterator[Row]:
             probing[fused] = probing.get(fused) or _predict(case, name, model)
             yield replace(probing[fused], method=name)
         elif FUSED in name:
-            # Active layers recompute more activations than frozen ones, so the peak may be higher if the last layer
-            # is frozen.
-            rows = [_predict(case, name, model)]
-            if len(LayerMap.from_model(model)) > case.active_layers:
-                rows.append(_predict(case, name, model, frozen_at_the_end=1))
+            # Active layers recompute more activations than frozen ones, so the peak may be higher if the last layer is
+            # frozen, while the head's gradient is held, or the last but one, while that of the last layer is.
+            has_more = len(LayerMap.from_model(model)) > case.active_layers
+            rows = [
+                _predict(case, name, model, frozen) for frozen in ((), (0,), (1,)) if has_more or not frozen
+            ]
             yield max(rows, key=lambda row: row.peak_gib)
         else:
             yield _predict(case, name, model)
@@ -173,7 +174,7 @@ def positions(case: Case) -> int | None:
     return None if most is None else int(most)
 
 
-def _predict(case: Case, name: str, meta: nn.Module, frozen_at_the_end: int = 0) -> Row:
+def _predict(case: Case, name: str, meta: nn.Module, frozen: tuple[int, ...] = ()) -> Row:
     mode, tracker = FakeTensorMode(), _tracker()
     if METHODS[name] is methods.lora:
         meta = methods.wrap_in_lora(meta)
@@ -192,7 +193,7 @@ def _predict(case: Case, name: str, meta: nn.Module, frozen_at_the_end: int = 0)
         case.buffer_count,
         case.state_dtype,
         case.sample_interval,
-        frozen_at_the_end,
+        frozen,
     )
     with warnings.catch_warnings():
         # the optimizer reads the addresses of fake tensors, which are 0

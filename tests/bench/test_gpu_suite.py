@@ -125,7 +125,7 @@ def test_the_whole_run_at_a_tiny_size_with_a_crash_and_a_hang(tmp_path, monkeypa
         "tests-mixtures": "passed",
         "crash": "failed",
         "hang": "killed",
-        "offload-2": "passed",
+        "offload-default": "passed",
         "training-grass-streamed-fused": "passed",
         "memcheck": tool,
         "racecheck": tool,

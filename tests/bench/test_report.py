@@ -59,8 +59,15 @@ def memory(extra) -> dict:
     return {"suite": "memory", "state_bytes": 10**9, "extra_bytes": extra, **CARD}
 
 
-def offload(seconds, variant="overlapped", source="device") -> dict:
-    keys = {"suite": "offload", "variant": variant, "source": source}
+def offload(seconds, variant="overlapped", source="device", **ring) -> dict:
+    keys = {
+        "suite": "offload",
+        "variant": variant,
+        "source": source,
+        "buffer_count": 3,
+        "update_priority": -1,
+        **ring,
+    }
     return {**keys, "seconds": seconds, "floor_seconds": 1.0, **CARD}
 
 
@@ -144,6 +151,7 @@ READINGS = [
     ("Memory", "needed", [kernel()], "0.0500 % (4.00 MB)", True),
     ("Memory", "needed", [kernel(peak_bytes=8_000_100)], "0.100001 %", False),
     ("States", "a streamed step", [offload(9.0, "vanilla"), offload(1.04)], "1.040x (1040 ms)", True),
+    ("States", "a streamed step", [offload(9.0, buffer_count=2), offload(1.04)], "1.040x (1040 ms)", True),
     ("States", "a streamed step", [offload(1.04, source="simulation"), offload(1.0501)], "1.0501x", False),
     ("States", "a resident", [trained("grass-resident", seconds=1.01), trained("grass")], "1.010x", True),
     ("States", "a resident", [trained("grass-resident", seconds=1.03), trained("grass")], "1.030x", False),

@@ -8,6 +8,7 @@ import ast
 import copy
 import functools
 import inspect
+import weakref
 from typing import NamedTuple
 
 import pytest
@@ -91,18 +92,31 @@ class Harness:
         self.pipeline.announce(slots)
 
     def run(self, slot):
+        self.pipeline.join()  # a forward came before
+        self.update(slot)
+
+    def update(self, slot):
         self.updates += 1
 
         def update(unit, views):
             n = views["exp_avg"].numel()
             advance(views, torch.arange(unit.start, unit.start + n) + self.updates)
 
-        self.pipeline.join()  # a forward came before
         self.engine.note(COMPUTE, Operation("backward", "", (), (f"gradients {slot}",)))
         with self.pipeline.updating():
             self.pipeline.run(slot, update)
         plain = self.plain[slot]
         advance(plain, torch.arange(plain["exp_avg"].numel()) + self.updates)
+
+    def backward(self, *slots):
+        """A backward that updates these slots, and frees their gradients."""
+        self.pipeline.join()
+        for slot in dict.fromkeys(slots):
+            self.update(slot)
+            self.pipeline.hold(slot, [torch.zeros_like(p) for p in self.params[slot]])
+
+    def join(self):
+        self.pipeline.join()
 
     def forward(self, slot):
         self.pipeline.join()
@@ -181,6 +195,8 @@ WITNESSES = [
     Witness("a unit that comes back soon", "H4", 3, [do("step", 0)]),
     Witness("gradients of the first backward", "H7", 2, [do("begin", 0), do("run", 0)]),
     Witness("the next forward", "H8", 2, [do("run", 0), do("forward", 0)]),
+    Witness("gradients freed behind the next", "H11", 2, [do("backward", 0, 2)]),
+    Witness("gradients freed at the end", "H8", 2, [do("backward", 0), do("join")]),
     Witness("a checkpoint", "H5", 2, [do("run", 0), do("drain")]),
     Witness("loading behind write-backs", "H6:d2h", 2, [do("run", 0), do("forget")]),
     Witness("loading below fetches", "H6:h2d", 2, [do("begin", 0), do("forget")]),
@@ -280,7 +296,7 @@ def test_every_wait_in_the_source_has_a_witness(number):
 def test_every_hazard_of_the_source_is_a_witness_s():
     source = ast.parse(inspect.getsource(pipelines))
     constants = {node.value for node in ast.walk(source) if isinstance(node, ast.Constant)}
-    hazards = {f"H{n}" for n in range(1, 11)} & constants
+    hazards = {f"H{n}" for n in range(1, 12)} & constants
     assert hazards == {witness.hazard.split(":")[0] for witness in WITNESSES}
 
 
@@ -296,6 +312,7 @@ def schedules(draw):
     sets = st.lists(slots, unique=True, max_size=len(sizes))
     action = st.one_of(
         st.builds(lambda s: do("step", *s), sets),
+        st.builds(lambda s: do("backward", *s), sets),
         st.builds(lambda s: do("begin", *s), sets),
         st.builds(lambda s: do("announce", *s), sets),
         st.builds(lambda s: do("run", s), slots),
@@ -349,3 +366,26 @@ def test_the_optimizer_s_own_schedule_has_no_conflict(monkeypatch, mode, moments
     (engine,) = engines
     assert {entry.operation.kind for entry in engine.log.entries} >= {"update", "host read", "host write"}
     assert [str(conflict) for conflict in conflicts(engine.log)] == []
+
+
+def test_gradients_are_held_until_the_next_bucket_and_no_longer():
+    """Would catch gradients that outlive the wait for their update, and a wait before memory needs it."""
+    harness = Harness([[CHUNK], [5], [CHUNK], [CHUNK // 2]], 2)
+    grads = {}
+
+    def alive():
+        return [slot for slot, grad in grads.items() if grad() is not None]
+
+    held = []
+    for slot in (0, 1, 2, 3):
+        harness.update(slot)
+        (p,) = harness.params[slot]
+        grad = torch.zeros_like(p)
+        grads[slot] = weakref.ref(grad)
+        harness.pipeline.hold(slot, [grad])
+        del grad
+        held.append(alive())
+    # A bucket of 5 elements does not make the large one wait; the next large one does.
+    assert held == [[0], [0, 1], [1, 2], [3]]
+    harness.pipeline.join()
+    assert alive() == []

@@ -31,8 +31,8 @@ class Writer:
         self.seconds[name] = size
         self.events[name] = self.engine.record(queue, None)
 
-    def run(self, link):
-        return simulate(self.engine.log, link, lambda operation: self.seconds[operation.label])
+    def run(self, link, hop=0.0):
+        return simulate(self.engine.log, link, lambda operation: self.seconds[operation.label], hop)
 
 
 def times(timeline):
@@ -65,6 +65,23 @@ def test_a_ring_of_two_by_hand():
     assert timeline.makespan == 8
     assert timeline.busy == {H2D: 3, COMPUTE: 3, D2H: 6}
     assert timeline.floor == 6  # of the write-backs
+
+
+def test_a_hop_comes_before_what_waits_for_another_queue_by_hand():
+    writer = Writer()
+    writer.do(H2D, "in", 10)
+    writer.do(H2D, "next in", 10)  # follows at once: the same queue
+    writer.do(COMPUTE, "update", 1, ["in"])
+    writer.do(D2H, "out", 10, ["update"])
+    writer.do(COMPUTE, "late", 1, ["in"])  # its event has come long ago
+    timeline = writer.run(Link(10.0, 10.0), hop=0.25)
+    assert times(timeline) == {
+        "in": (0, 1),
+        "next in": (1, 2),
+        "update": (1.25, 2.25),
+        "out": (2.5, 3.5),
+        "late": (2.25, 3.25),
+    }
 
 
 def test_two_copies_share_the_link_by_hand():

@@ -4,6 +4,7 @@ peak that shrinks with longer sequences, presets that are not the models they ar
 """
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def test_resident_holds_two_sets_and_streamed_its_ring(rows):
     slabs = in_store(LAYER_SHAPES * 4 + OUTSIDE_SHAPES, 4)
     held = size(rows["grass-resident"].states_device_gib)
     assert slabs + counters <= held <= slabs + counters + 512 * 5
-    ring = 2 * 256 * 1024
+    ring = 3 * 256 * 1024
     assert ring + counters == size(rows["grass-streamed"].states_device_gib)
 
 
@@ -127,15 +128,25 @@ def test_fused_backward_frees_gradients_on_the_way(rows):
     assert rows["grass-streamed-fused"].peak_gib <= rows["grass-streamed"].peak_gib
 
 
-def test_fused_is_what_the_worst_set_takes(case):
-    """In layers that train more is computed again, so a frozen last layer can take the most: here it does."""
-    case = dataclasses.replace(case, batch=4, seq=512)
-    peaks = []
-    for skipped in (0, 1, 2):
-        row = _predict(case, "grass-streamed-fused", build(case.model, case.dtype), skipped)
-        peaks.append(row.peak_gib)
-    assert peaks[0] != peaks[1] == peaks[2]
-    assert one(case, "grass-streamed-fused").peak_gib == max(peaks)
+@pytest.mark.parametrize(
+    ("vocab", "batch", "worst"),
+    [(VOCAB, 4, (2, 3)), (256, 1, (2, 4))],
+    ids=["the last frozen", "the last but one"],
+)
+def test_fused_is_what_the_worst_set_takes(case, tmp_path, vocab, batch, worst):
+    """Against every set of active layers. The worst is not the last layers: frozen ones recompute more at a time, and
+    do so while gradients above them are held."""
+    import transformers
+
+    transformers.LlamaConfig(**{**SIZES, "vocab_size": vocab}).save_pretrained(tmp_path)
+    case = dataclasses.replace(case, model=str(tmp_path), batch=batch, seq=512)
+    model = build(case.model, case.dtype)
+    peaks = {}
+    for active in itertools.combinations(range(LAYERS), case.active_layers):
+        frozen = tuple(LAYERS - 1 - layer for layer in range(LAYERS) if layer not in active)
+        peaks[active] = _predict(case, "grass-streamed-fused", model, frozen).peak_gib
+    assert one(case, "grass-streamed-fused").peak_gib == max(peaks.values())
+    assert peaks[worst] == max(peaks.values()) > peaks[3, 4]
 
 
 def test_probing_never_holds_all_gradients_and_has_no_states(case, rows):
@@ -303,9 +314,10 @@ def test_presets_have_as_many_parameters_as_the_models(name, num_params):
 
 
 def test_llama2_7b_takes_what_was_simulated_and_measured():
-    """Simulated 50.9 GiB by other means; the paper measures 51.3."""
+    """Simulated 50.9 GiB by other means; the paper measures 51.3. Fused: with the gradients of a layer that are held
+    for their update (0.38), and three buffers (0.19)."""
     full, fused, probing = predict(
         Case("llama2-7b"), ["full", "grass-streamed-fused", "grass-streamed-fused-probing"]
     )
     assert full.peak_gib == pytest.approx(50.9, rel=0.03)
-    assert probing.peak_gib <= fused.peak_gib <= 14.5
+    assert probing.peak_gib <= fused.peak_gib <= 14.9
