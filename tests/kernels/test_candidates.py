@@ -5,6 +5,7 @@ name; a copy that runs parts of the original; results that differ from those of 
 reach the machine code, or makes it spill; a wait that comes after what it should protect.
 """
 
+import functools
 import re
 import subprocess
 import sys
@@ -29,7 +30,10 @@ from bench.gpu.candidates import (
     StaleEditError,
     edited_sources,
     load,
+    variant_of,
 )
+from bench.kernels import problem
+from bench.kernels.cases import Case
 from grass_kernels.table import BLOCK, CHUNK, LAYER_BLOCK
 from tests.support import aot
 from tests.support.buffers import Buffers, interpreter_only, same_bits
@@ -90,6 +94,23 @@ def test_sources_are_there_as_long_as_the_process():
     folder = Path(run.stdout.strip())
     assert folder.name == "grass_kernels_chunk_32768"
     assert not folder.parent.exists()
+
+
+def test_a_variant_runs_its_copy(monkeypatch):
+    """Catches the original measured under the name of a candidate."""
+    called = []
+
+    def spy(function, *arguments, **options):
+        called.append(function.__module__)
+        return function(*arguments, **options)
+
+    for module in (grass_kernels, load(CHUNK_32768)):
+        for name in ("masked_adamw_", "layer_sq_norms"):
+            monkeypatch.setattr(module, name, functools.partial(spy, getattr(module, name)))
+    variant = variant_of(CHUNK_32768)
+    variant.build(problem.Problem(Case(300, 3, clip=True), torch.device("cpu"))).step()
+    assert variant.name == "chunk_32768"
+    assert called == ["grass_kernels_chunk_32768.sq_norm", "grass_kernels_chunk_32768.adamw"]
 
 
 # -- results -------------------------------------------------------------------------------------------
@@ -165,9 +186,7 @@ EDGES = [
 @interpreter_only
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
-@pytest.mark.parametrize(
-    ("step", "lr"), [(9.0, 1e-3), (9.0, -1e-3), (float("nan"), 1e-3), (9.0, float("inf"))]
-)
+@pytest.mark.parametrize(("step", "lr"), [(9.0, 1e-3), (9.0, -1e-3), (-3.0, 1e-3), (9.0, float("inf"))])
 def test_zeros_apart_are_bitwise_the_same(buffers, step, lr, eps, amsgrad):
     """Catches another quotient or root than that of the division and the root: of -0, infinity, NaN, and by 0."""
     rows = 3 * list(product(EDGES, EDGES, (0.0, -0.0, 1e-30, 1.0)))  # first moment, second moment, gradient
@@ -175,7 +194,8 @@ def test_zeros_apart_are_bitwise_the_same(buffers, step, lr, eps, amsgrad):
 
     def run(module: ModuleType) -> list[Tensor]:
         exp_avg, exp_avg_sq, grad = torch.tensor(rows).unbind(1)
-        columns = [[buffers.place(t, F32)] for t in (torch.ones(len(rows)), grad, exp_avg, exp_avg_sq)]
+        param = torch.tensor([1.0, 0.0, -0.0]).repeat_interleave(len(rows) // 3)
+        columns = [[buffers.place(t, F32)] for t in (param, grad, exp_avg, exp_avg_sq)]
         maxima = [buffers.place(exp_avg_sq.flip(0), F32)] if amsgrad else None
         options = {**HYPER, "lr": lr, "eps": eps, "max_exp_avg_sqs": maxima}
         module.masked_adamw_(*columns, [torch.tensor(step)], **options)
