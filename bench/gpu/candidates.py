@@ -15,14 +15,28 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 import grass_kernels
-from bench.kernels.variants import Variant, build_grass_kernels
+from bench.kernels.cases import BF16, F32
+from bench.kernels.problem import Problem
+from bench.kernels.variants import HYPERPARAMETERS, Built, Variant, build_grass_kernels
+from grass_kernels.table import BLOCK, CHUNK
 
 PACKAGE = Path(grass_kernels.__file__).parent
 
 
+COMPARED_CHUNKS = {"cuda": 2000, "cpu": 3}
+COMPARED_STEPS = 5
+
+
 class StaleEditError(Exception):
     """Raised for an edit whose text is not in the source exactly once."""
+
+
+class DifferentResultError(Exception):
+    """Raised for a candidate that computes something else than the kernels."""
 
 
 class Edit(NamedTuple):
@@ -111,9 +125,51 @@ def load(candidate: Candidate) -> ModuleType:
     return module
 
 
+def _results(kernels: ModuleType, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """Return tensors after steps that follow one another without a wait, and the norms of each step.
+
+    Tensors of all lengths in two launches a step, with more programs than a GPU runs at a time.
+    """
+    chunks = COMPARED_CHUNKS[device.type]
+    sizes = [CHUNK * chunks // 2 + 77, 7, CHUNK * chunks // 3, BLOCK, 3 * BLOCK + 1]
+    layers = [0, 1, 3, 0, 3]  # 2 has no parameter
+    generator = torch.Generator(device).manual_seed(0)
+    columns: list[list[Tensor]] = [[], [], [], []]
+    for dtypes in ((BF16, BF16, F32, F32), (BF16, BF16, BF16, BF16)):
+        for column, dtype in zip(columns, dtypes, strict=True):
+            column += [torch.rand(size, generator=generator, device=device).to(dtype) for size in sizes]
+    steps = [torch.zeros((), device=device) for _ in columns[0]]
+    norms = [torch.full((4,), float("nan"), device=device) for _ in range(COMPARED_STEPS)]
+    for sq_norms in norms:
+        kernels.masked_adamw_(*columns, steps, layer_index=2 * layers, sq_norms=sq_norms, **HYPERPARAMETERS)
+    return [t for column in (*columns, steps) for t in column], norms
+
+
+@functools.cache
+def _check_results(kernels: ModuleType, device: torch.device) -> None:
+    """Raise DifferentResultError if a copy does not compute what `grass_kernels` does, in norms up to their order."""
+    (tensors, norms), (expected, expected_norms) = (_results(k, device) for k in (kernels, grass_kernels))
+    if not all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True)):
+        raise DifferentResultError(
+            f"{kernels.__name__}: parameters or moments differ from those of the kernels"
+        )
+    if not all(torch.allclose(a, b, rtol=1e-5, atol=0) for a, b in zip(norms, expected_norms, strict=True)):
+        raise DifferentResultError(f"{kernels.__name__}: norms differ from those of the kernels")
+
+
 def variant_of(candidate: Candidate) -> Variant:
-    """Return the variant that runs a candidate. An error in it is an outcome, not a failure of the run."""
-    return Variant(candidate.name, lambda problem: build_grass_kernels(problem, load(candidate)))
+    """Return the variant that runs a candidate. An error in it is an outcome, not a failure of the run.
+
+    Before it is measured its results are compared with those of the kernels: the runner's own comparison leaves out
+    norms, and what a step reads that was not complete may be right in the next attempt.
+    """
+
+    def build(problem: Problem) -> Built:
+        kernels = load(candidate)
+        _check_results(kernels, problem.device)
+        return build_grass_kernels(problem, kernels)
+
+    return Variant(candidate.name, build)
 
 
 # -- the candidates ---------------------------------------------------------------------------------------

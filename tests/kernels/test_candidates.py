@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import grass_kernels
+from bench.gpu import candidates
 from bench.gpu.candidates import (
     CANDIDATES,
     CHUNK_32768,
@@ -26,6 +27,7 @@ from bench.gpu.candidates import (
     NORMS_IN_LAST_PROGRAM,
     ZEROS_APART,
     Candidate,
+    DifferentResultError,
     Edit,
     StaleEditError,
     edited_sources,
@@ -42,6 +44,7 @@ from tests.support.oracle import BF16, F32
 
 each_candidate = pytest.mark.parametrize("candidate", CANDIDATES, ids=lambda candidate: candidate.name)
 plain_only = pytest.mark.plain_only(reason="compiles for GPUs, or tests what is no kernel")
+needs_triton = pytest.mark.skipif(aot.INSTALLED is None, reason="no Triton on this platform")
 
 
 # -- edits and copies ----------------------------------------------------------------------------------
@@ -107,6 +110,7 @@ def test_a_variant_runs_its_copy(monkeypatch):
     for module in (grass_kernels, load(CHUNK_32768)):
         for name in ("masked_adamw_", "layer_sq_norms"):
             monkeypatch.setattr(module, name, functools.partial(spy, getattr(module, name)))
+    monkeypatch.setattr(candidates, "_check_results", lambda kernels, device: None)
     variant = variant_of(CHUNK_32768)
     variant.build(problem.Problem(Case(300, 3, clip=True), torch.device("cpu"))).step()
     assert variant.name == "chunk_32768"
@@ -167,6 +171,41 @@ def test_norms_are_0_where_nothing_is_launched(candidate, active):
     assert sq_norms.tolist() == [0.0] * 5
 
 
+@interpreter_only
+def test_norms_of_more_partial_sums_than_a_block(buffers, monkeypatch):
+    """Catches another order of additions, or a partial sum left out, where the last program takes several rounds."""
+    module = load(NORMS_IN_LAST_PROGRAM)
+    monkeypatch.setattr(grass_kernels.sq_norm, "LAYER_BLOCK", 2)
+    monkeypatch.setattr(module.plan, "LAYER_BLOCK", 2)
+    expected, found = (update(buffers, kernels)[-1] for kernels in (grass_kernels, module))
+    assert same_bits(found, expected)
+
+
+@interpreter_only
+@pytest.mark.parametrize(
+    ("edit", "what"),
+    [
+        (
+            Edit("adamw_kernel.py", "bias_correction2_sqrt) + eps", "bias_correction2_sqrt) + 1e-3"),
+            "parameters",
+        ),
+        (
+            Edit(
+                "sq_norm.py", "tl.store(sq_norms_ptr + layer, sq_norm)", "tl.store(sq_norms_ptr + layer, 0.0)"
+            ),
+            "norms",
+        ),
+    ],
+    ids=["parameters", "norms"],
+)
+def test_a_candidate_with_other_results_is_not_measured(edit, what, monkeypatch):
+    """Catches a time of something that computes nothing useful."""
+    monkeypatch.setattr(candidates, "COMPARED_STEPS", 1)
+    variant = variant_of(Candidate(f"wrong_{what}", [edit], ""))
+    with pytest.raises(DifferentResultError, match=f"grass_kernels_wrong_{what}: {what}"):
+        variant.build(problem.Problem(Case(300, 3), torch.device("cpu")))
+
+
 EDGES = [
     0.0,
     -0.0,
@@ -214,35 +253,49 @@ NORMS_ARGUMENTS = {
     "grad_scale_ptr": "*fp32",
     "layers_start": "i32",
     "LAYER_BLOCK": LAYER_BLOCK,
+    "norms_ptr": "*fp32",
+    "norms_count": "i32",
 }
-"""Arguments that the main kernel has in `NORMS_IN_LAST_PROGRAM` alone."""
+"""Arguments that kernels have in `NORMS_IN_LAST_PROGRAM` alone."""
+MIXED = "adamw bf16-bf16-fp32 nearest norms"
 
 
 def compiled(candidate: Candidate, name: str, monkeypatch: pytest.MonkeyPatch, folder: Path):
-    """The binary of the main kernel of a candidate for sm_90, by the installed Triton."""
+    """The binary of a candidate's kernel for sm_90, by the installed Triton; `name` is that of a variant of `aot`."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
     module, variant = load(candidate), aot.variants()[name]
-    kernel = module.adamw_kernel._masked_adamw_kernel
+    kernel = getattr(module.plan, variant.kernel.__name__, None) or module.sq_norm._sum_layers_kernel
     known = {**NORMS_ARGUMENTS, **variant.arguments, "CHUNK": module.table.CHUNK}
     arguments = {argument: known[argument] for argument in kernel.arg_names}
     return aot._compile(variant._replace(kernel=kernel, arguments=arguments), "sm_90")
 
 
 @plain_only
-@pytest.mark.skipif(aot.INSTALLED is None, reason="no Triton on this platform")
+@needs_triton
+@pytest.mark.slow
 @each_candidate
-@pytest.mark.parametrize("dtypes", ["bf16-bf16-fp32", "bf16-bf16-bf16"])
-def test_a_candidate_compiles_without_spilling(candidate, dtypes, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "loads", "stores"),
+    [
+        (MIXED, 4, 4),
+        ("adamw bf16-bf16-bf16 nearest norms", 4, 3),
+        ("prologue on_device", 0, 0),
+        ("sum_layers grad_scale", None, 0),
+    ],
+)
+def test_a_candidate_compiles_without_spilling(candidate, name, loads, stores, monkeypatch, tmp_path):
     """Catches what the interpreter runs and a compiler refuses, registers in memory, and narrower accesses."""
-    facts = aot._nvidia_facts(compiled(candidate, f"adamw {dtypes} nearest norms", monkeypatch, tmp_path))
+    facts = aot._nvidia_facts(compiled(candidate, name, monkeypatch, tmp_path))
     assert (facts["stack"], facts["local"], facts["spills"]) == (0, 0, 0)
     assert facts["registers"] <= 80
-    assert facts["inexact"] == []
-    assert (facts["loads_128"], facts["stores_128"]) == ((4, 4) if dtypes == "bf16-bf16-fp32" else (4, 3))
+    assert facts["inexact"] == [] or not aot.variants()[name].fp32_only
+    assert facts["stores_128"] == stores
+    assert loads in (facts["loads_128"], None)
 
 
 @plain_only
-@pytest.mark.skipif(aot.INSTALLED is None, reason="no Triton on this platform")
+@needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("candidate", "patterns"),
     [
@@ -259,20 +312,26 @@ def test_a_candidate_compiles_without_spilling(candidate, dtypes, monkeypatch, t
 )
 def test_an_option_reaches_the_machine_code(candidate, patterns, monkeypatch, tmp_path):
     """Catches an option that Triton drops, or that reaches other accesses than it should."""
-    ptx = compiled(candidate, "adamw bf16-bf16-fp32 nearest norms", monkeypatch, tmp_path).asm["ptx"]
+    ptx = compiled(candidate, MIXED, monkeypatch, tmp_path).asm["ptx"]
     assert {pattern: len(re.findall(pattern, ptx)) for pattern in patterns} == patterns
 
 
 @plain_only
-@pytest.mark.skipif(aot.INSTALLED is None, reason="no Triton on this platform")
+@needs_triton
+@pytest.mark.slow
 def test_a_dependent_kernel_waits_before_it_reads_what_another_writes(monkeypatch, tmp_path):
     """Catches a wait behind a read of a coefficient or a write, in the source or by the compiler.
 
     Before it are the word of the chunk, the gradient's address and seven columns of the table, which are not written.
     """
-    binary = compiled(DEPENDENT_LAUNCH, "adamw bf16-bf16-fp32 nearest norms", monkeypatch, tmp_path)
+    binary = compiled(DEPENDENT_LAUNCH, MIXED, monkeypatch, tmp_path)
     (tmp_path / "cubin").write_bytes(binary.asm["cubin"])
     code = aot._tool("nvdisasm", "--no-dataflow", str(tmp_path / "cubin"))
+    prologue = compiled(DEPENDENT_LAUNCH, "prologue on_device", monkeypatch, tmp_path).asm["ptx"]
+    assert "griddepcontrol.launch_dependents" in prologue
+    assert "griddepcontrol.wait" not in prologue  # it is launched normally
+    total = compiled(DEPENDENT_LAUNCH, "sum_layers grad_scale", monkeypatch, tmp_path).asm["ptx"]
+    assert total.index("griddepcontrol.wait") < total.index("ld.global.b32")
     before, behind = code.split("ACQBULK")  # griddepcontrol.wait
     assert "PREEXIT" in before  # griddepcontrol.launch_dependents
     assert "STG" not in before
