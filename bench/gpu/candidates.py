@@ -407,7 +407,7 @@ NORMS_IN_LAST_PROGRAM = Candidate(
 """,
         ),
     ],
-    "3 to 5 us a step less",
+    "3 to 5 us a step less, by the launch; each program waits for a fence at its end, which may take as much",
 )
 
 ZEROS_APART = Candidate(
@@ -430,7 +430,7 @@ ZEROS_APART = Candidate(
 """,
         )
     ],
-    "no more time where nothing is zero; as fast with zeros as without",
+    "no change of mixed dtypes, at most 3 % more of all bf16; with zeros as fast as without",
 )
 
 CANDIDATES = (EVICT_FIRST, CHUNK_32768, DEPENDENT_LAUNCH, NORMS_IN_LAST_PROGRAM, ZEROS_APART)
