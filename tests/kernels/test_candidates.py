@@ -172,6 +172,22 @@ def test_norms_are_0_where_nothing_is_launched(candidate, active):
 
 
 @interpreter_only
+def test_all_but_the_prologue_is_launched_dependently(buffers, monkeypatch):
+    """Catches a prologue that begins before uploads are complete, and a launch that gains nothing."""
+    module, launched = load(DEPENDENT_LAUNCH), []
+    launch = module._triton.launch
+
+    def spy(kernel, *arguments, **options):
+        launched.append((kernel.__name__, options.get("dependent", False)))
+        launch(kernel, *arguments, **options)
+
+    monkeypatch.setattr(module._triton, "launch", spy)
+    update(buffers, module)
+    main = ("_masked_adamw_kernel", True)
+    assert launched == [("_prologue_kernel", False), main, main, ("_sum_layers_kernel", True)]
+
+
+@interpreter_only
 def test_norms_of_more_partial_sums_than_a_block(buffers, monkeypatch):
     """Catches another order of additions, or a partial sum left out, where the last program takes several rounds."""
     module = load(NORMS_IN_LAST_PROGRAM)
