@@ -103,6 +103,7 @@ def figure_cases(part: str, largest: int = LARGE.numel) -> list[Case]:
             LARGE,
             replace(LARGE, norms=False),
             *(replace(LARGE, active_share=share) for share in SHARES),
+            replace(LARGE, zeros=True),
         ]
     else:
         mixture = OF_ONE_DTYPE[part.replace("-", " ")]

@@ -12,20 +12,18 @@ from typing import Any
 import torch
 
 import grass
+from bench.gpu.candidates import CANDIDATES, variant_of
 from bench.gpu.figures import LARGE, PARTS, SHARES, figure_cases
 from bench.kernels.cases import Case
 from bench.kernels.plan import Plan, run_plan
 from bench.kernels.rows import describe_environment
 from bench.kernels.table import Table
-from bench.kernels.variants import GRASS, GRASS_KERNELS, TORCH_FUSED, Variant
+from bench.kernels.variants import GRASS, GRASS_KERNELS, TORCH_FUSED
 from bench.output import Row, add_output_options, output_of
 from grass.cli.values import count, positive
 
-CANDIDATES: tuple[Variant, ...] = ()
-"""Variants of the kernels that are being tried: measured beside ours, interleaved, in a process of their own, since
-they may crash."""
 TRIED = "candidates"
-"""The part that measures them."""
+"""The part that measures candidates beside ours, interleaved, in a process of their own, since they may crash."""
 
 
 def measure_memory(case: Case, device: torch.device) -> Row:
@@ -58,14 +56,14 @@ def measure_memory(case: Case, device: torch.device) -> Row:
 
 
 def tried_cases(largest: int = LARGE.numel) -> list[Case]:
-    """Return the cases in which candidates are compared: the largest of each part, and few layers of it.
+    """Return the cases in which candidates are compared: the largest of each part, few layers of it, and zeros.
 
     Args:
         largest: see `figure_cases`.
     """
     few = replace(LARGE, numel=min(LARGE.numel, largest), active_share=min(SHARES))
     first, *others = (figure_cases(part, largest)[0] for part in PARTS)
-    return [first, few, *others]
+    return [first, few, replace(first, zeros=True), *others]
 
 
 def add_parser(subparsers: Any) -> None:
@@ -110,8 +108,14 @@ def run(arguments: argparse.Namespace) -> int:
 
         failures: list[str] = []
         for part in arguments.part:
-            variants = [GRASS_KERNELS, *(CANDIDATES if part == TRIED else (GRASS, TORCH_FUSED))]
-            cases = tried_cases(arguments.largest) if part == TRIED else figure_cases(part, arguments.largest)
+            if part == TRIED:
+                for candidate in CANDIDATES:
+                    output.say(f"{candidate.name}, expected: {candidate.expected}")
+                variants = [GRASS_KERNELS, *map(variant_of, CANDIDATES)]
+                cases = tried_cases(arguments.largest)
+            else:
+                variants = [GRASS_KERNELS, GRASS, TORCH_FUSED]
+                cases = figure_cases(part, arguments.largest)
             plan = Plan(device, cases, variants, [])
             outcome = run_plan(plan, seconds=arguments.seconds / len(arguments.part), report=report)
             failures += outcome.failures

@@ -73,6 +73,7 @@ class Case:
         active_share: share of the layers that is updated; the others have no gradients.
         norms: whether gradient norms by layer are computed.
         clip: whether gradients are clipped to a total norm.
+        zeros: whether gradients and moments are 0, as for rows of an embedding that have never been read.
     """
 
     numel: int
@@ -81,6 +82,7 @@ class Case:
     active_share: float = 1.0
     norms: bool = True
     clip: bool = False
+    zeros: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.tensors <= self.numel:
@@ -97,6 +99,7 @@ class Case:
                 str(self.mixture),
                 f"active1:{round(1 / self.active_share)}",
                 work.get((self.norms, self.clip), "norms+clip"),
+                *(["zeros"] if self.zeros else []),
             ]
         )
 
@@ -172,13 +175,13 @@ def make_cases(sizes: Sequence[int]) -> list[Case]:
     Every mixture at every size; the mixtures that torch's fused AdamW takes with norms, without, and with
     clipping; and, with the base mixture at every size, other numbers of tensors, shares of active layers, no
     norms, clipping. The anchor is the largest size up to 1e9: its cases come before
-    those of other sizes.
+    those of other sizes, and it alone has a case of zeros.
     """
     anchor = max((size for size in sizes if size <= 1_000_000_000), default=min(sizes))
     others = sorted((size for size in sizes if size != anchor), reverse=True)
     ordered: list[Case] = [*_by_mixture(anchor, (BASE,)), *_as_torch(anchor), *_by_work(anchor)]
     ordered += itertools.chain.from_iterable(_by_mixture(size, (BASE,)) for size in others)
-    ordered += _by_mixture(anchor, MIXTURES)
+    ordered += [*_by_mixture(anchor, MIXTURES), Case(anchor, min(TENSORS, anchor), zeros=True)]
     for size in others:
         ordered += [*_as_torch(size), *_by_mixture(size, MIXTURES), *_by_work(size)]
     return list(dict.fromkeys(ordered))

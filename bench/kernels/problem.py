@@ -19,7 +19,8 @@ class Problem:
     """Parameters, gradients and moments of a case on a device.
 
     With 2e9 parameters a GPU has no memory for separate moments of each variant, so variants share tensors where
-    possible: timings do not depend on values, and each comparison starts from the same ones (:meth:`fill`).
+    possible: timings do not depend on values other than 0, and each comparison starts from the same ones
+    (:meth:`fill`).
     """
 
     def __init__(self, case: Case, device: torch.device) -> None:
@@ -49,16 +50,23 @@ class Problem:
         return self._moments[dtype]
 
     def fill(self) -> None:
-        """Reset every tensor to its initial values."""
+        """Reset every tensor to its initial values: random, or 0 for gradients and moments of a case of zeros."""
         for seed, tensors in enumerate([self.params, *self._grads.values()]):
             generator = torch.Generator(self.device).manual_seed(min(seed, 1))
             for tensor in tensors:
-                tensor.normal_(0.0, 0.02 if tensors is self.params else 1.0, generator=generator)
+                if self.case.zeros and tensors is not self.params:
+                    tensor.zero_()
+                else:
+                    tensor.normal_(0.0, 0.02 if tensors is self.params else 1.0, generator=generator)
         for exp_avgs, exp_avg_sqs in self._moments.values():
             generator = torch.Generator(self.device).manual_seed(2)
             for exp_avg, exp_avg_sq in zip(exp_avgs, exp_avg_sqs, strict=True):
-                exp_avg.normal_(0.0, 0.1, generator=generator)
-                exp_avg_sq.uniform_(0.5, 1.5, generator=generator)  # no underflow, in fp16 neither
+                if self.case.zeros:
+                    exp_avg.zero_()
+                    exp_avg_sq.zero_()
+                else:
+                    exp_avg.normal_(0.0, 0.1, generator=generator)
+                    exp_avg_sq.uniform_(0.5, 1.5, generator=generator)  # no underflow, in fp16 neither
 
 
 class Comparison:

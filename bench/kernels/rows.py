@@ -21,8 +21,8 @@ Row = dict[str, Any]
 
 KEYS = (
     "suite", "case", "numel", "tensors", "param_dtype", "grad_dtype", "state_dtype", "rounding", "active_share",
-    "norms", "clip", "variant", "measured", "reason", "bytes", "seconds_median", "seconds_p20", "seconds_p80",
-    "seconds_min", "samples", "gb_per_s", "percent_of_copy", "copy_gb_per_s", "baseline",
+    "norms", "clip", "zeros", "variant", "measured", "reason", "bytes", "seconds_median", "seconds_p20",
+    "seconds_p80", "seconds_min", "samples", "gb_per_s", "percent_of_copy", "copy_gb_per_s", "baseline",
     "time_ratio_to_torch", "byte_ratio_to_torch", "error_ulps", "peak_bytes", "device", "driver", "torch",
     "triton", "python", "commit", "dirty", "timestamp",
 )  # fmt: skip
@@ -56,6 +56,7 @@ def empty_row(case: Case, variant: str, environment: Row) -> Row:
         active_share=case.active_share,
         norms=case.norms,
         clip=case.clip,
+        zeros=case.zeros,
         variant=variant,
         measured=False,
         timestamp=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

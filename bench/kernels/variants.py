@@ -7,6 +7,7 @@ device; with clipping, it scales the gradients.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -202,8 +203,13 @@ def _build_grass(problem: Problem) -> Built:
     return Built(optimizer.step, our_bytes(case), mixture.grad, mixture.state, mixture.rounding)
 
 
-def _build_grass_kernels(problem: Problem) -> Built:
-    """Build a call of `masked_adamw_`, with norms and clipping only if the case has them."""
+def build_grass_kernels(problem: Problem, kernels: ModuleType = grass_kernels) -> Built:
+    """Build a call of `masked_adamw_`, with norms and clipping only if the case has them.
+
+    Args:
+        problem: problem with the case.
+        kernels: package of the kernels: `grass_kernels`, or an edited copy of it.
+    """
     case = problem.case
     mixture = case.mixture
     _check_ours(case)
@@ -222,9 +228,9 @@ def _build_grass_kernels(problem: Problem) -> Built:
     def step() -> None:
         clip_coef = None
         if case.clip:
-            measured = grass_kernels.layer_sq_norms(active_grads, active_layers, case.num_layers)
+            measured = kernels.layer_sq_norms(active_grads, active_layers, case.num_layers)
             clip_coef = (problem.max_grad_norm / (measured.sum().sqrt() + 1e-6)).clamp(max=1.0)
-        grass_kernels.masked_adamw_(
+        kernels.masked_adamw_(
             params,
             grads,
             exp_avgs,
@@ -234,15 +240,15 @@ def _build_grass_kernels(problem: Problem) -> Built:
             active=active,
             sq_norms=sq_norms,
             clip_coef=clip_coef,
-            **HYPERPARAMETERS,  # type: ignore[arg-type]
-            **extra,  # type: ignore[arg-type]
+            **HYPERPARAMETERS,
+            **extra,
         )
 
     return Built(step, our_bytes(case), mixture.grad, mixture.state, mixture.rounding)
 
 
 GRASS = Variant("grass", _build_grass, is_ours=True)
-GRASS_KERNELS = Variant("grass_kernels", _build_grass_kernels, is_ours=True)
+GRASS_KERNELS = Variant("grass_kernels", build_grass_kernels, is_ours=True)
 TORCH_FUSED = Variant("torch_fused", functools.partial(_build_torch, fused=True))
 TORCH_FOREACH = Variant("torch_foreach", functools.partial(_build_torch, foreach=True))
 TORCH_SINGLE = Variant("torch_single", functools.partial(_build_torch, foreach=False))

@@ -79,6 +79,7 @@ def test_all_axes_are_run():
     assert {(case.norms, case.clip) for case in cases} == {
         (n, c) for n in (True, False) for c in (True, False)
     }
+    assert [case for case in cases if case.zeros] == [Case(10**9, zeros=True)]
     for size in SIZES:
         assert {case.mixture for case in cases if case.numel == size and case.is_default} == set(MIXTURES)
 
@@ -86,6 +87,8 @@ def test_all_axes_are_run():
 def test_ids_are_unique():
     cases = make_cases([*SIZES, 1_234_567, 1_234_568])
     assert len({str(case) for case in cases}) == len(cases)
+    assert str(Case(10**9)) == "1e9/300t/bf16-bf16-fp32/active1:1/norms"
+    assert str(Case(10**9, zeros=True)) == "1e9/300t/bf16-bf16-fp32/active1:1/norms/zeros"
     assert [size_name(n) for n in (10**9, 2_500_000, 1_234_567, 300)] == ["1e9", "25e5", "1234567", "300"]
 
 

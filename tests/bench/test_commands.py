@@ -5,7 +5,6 @@ wrong exit code; a failure of ours that goes by; a picture of cases that are not
 wheel with benchmarks in it, or without a package.
 """
 
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ import torch
 
 from bench.__main__ import main
 from bench.gpu import measure
+from bench.gpu.candidates import Candidate, Edit
 from bench.gpu.stages import make_stages
 from bench.kernels import plan as plans
 from bench.kernels.cases import BASE, F32, Case, Mixture
@@ -26,7 +26,6 @@ from bench.kernels.plan import CPU_SIZES, make_plan
 from bench.kernels.rows import KEYS, failed_row
 from bench.kernels.runner import NO_TIME_LEFT
 from bench.kernels.table import Table
-from bench.kernels.variants import GRASS_KERNELS
 from bench.offload.rows import KEYS as OFFLOAD_KEYS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -94,17 +93,25 @@ def test_candidates_are_measured_beside_ours_in_a_process_of_their_own(capsys, m
     def tasks():
         return [t.name for s in make_stages() for t in s.tasks if s.name == "figures"]
 
-    assert tasks() == ["figures-mixed", "figures-all-bf16", "figures-all-fp32"]
-    candidate = dataclasses.replace(GRASS_KERNELS, name="candidate")
-    monkeypatch.setattr(measure, "CANDIDATES", (candidate,))
-    assert tasks()[3:] == ["figures-candidates"]
+    parts = ["figures-mixed", "figures-all-bf16", "figures-all-fp32"]
+    assert tasks() == [*parts, "figures-candidates"]
+    candidate = Candidate("candidate", [], "nothing")
+    stale = Candidate("stale", [Edit("table.py", "not in it", "")], "nothing")
+    monkeypatch.setattr(measure, "CANDIDATES", ())
+    assert tasks() == parts
+    monkeypatch.setattr(measure, "CANDIDATES", (candidate, stale))
     arguments = ("figures", "--largest", 5000, "--seconds", 1e-3, "--json", "--part")
     assert bench(*arguments, "candidates") == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["variant"] for row in rows if row["measured"]] == ["grass_kernels", "candidate", "copy"]
+    (reason,) = {
+        row["reason"] for row in rows if row["variant"] == "stale" and "no time" not in row["reason"]
+    }
+    assert reason.startswith("StaleEditError: stale: table.py must have this text once, not 0 times")
     assert list(dict.fromkeys(row["case"].split("/", 2)[2] for row in rows)) == [
         "bf16-bf16-fp32/active1:1/norms",
         "bf16-bf16-fp32/active1:16/norms",
+        "bf16-bf16-fp32/active1:1/norms/zeros",
         "bf16-bf16-bf16/active1:1/plain",
         "fp32-fp32-fp32/active1:1/plain",
     ]

@@ -1,6 +1,6 @@
 """Failures these tests catch: a wrong update that the error column does not see, be it at the end of a large
 tensor, in the moments, in one of many tensors, or not finite; an error where there is none; a reference that is
-not AdamW.
+not AdamW; a case of zeros that is not.
 """
 
 import math
@@ -22,6 +22,7 @@ from bench.kernels.problem import (
     adamw,
     ulps,
 )
+from bench.kernels.variants import own_variants
 
 CPU = torch.device("cpu")
 
@@ -134,3 +135,28 @@ def test_fill_restores_what_steps_have_changed():
     problem.fill()
     assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
     assert all(bool((a != 0).any()) for a in before)
+
+
+@pytest.mark.parametrize("variant", own_variants(CPU), ids=lambda variant: variant.name)
+@pytest.mark.parametrize("clip", [False, True])
+def test_zeros_are_compared_as_all_else(variant, clip):
+    """Catches gradients or moments that are not 0, an error of 0 by 0, and a wrong moment that is taken for 0."""
+    problem = Problem(Case(2000, 20, Mixture(F32, F32, F32), clip=clip, zeros=True), CPU)
+    built = variant.build(problem)
+    errors = []
+    for wrong in (0.0, 1e-30):
+        comparison = Comparison(problem, built.grad_dtype, built.shared_dtype)
+        zeros = [
+            *problem.grads(built.grad_dtype),
+            *(t for of in problem.moments(built.shared_dtype) for t in of),
+        ]
+        assert not any(bool(t.any()) for t in zeros)
+        assert all(bool((p != 0).all()) for p in problem.params)
+        before = [p.clone() for p in problem.params]
+        built.step()
+        assert not any(bool(t.any()) for t in zeros)
+        assert not all(torch.equal(a, b) for a, b in zip(before, problem.params, strict=True))  # they decay
+        problem.moments(built.shared_dtype)[1][0][0] = wrong
+        errors.append(comparison.worst_ulps())
+    assert 0 < errors[0] <= 1
+    assert errors[1] > 100

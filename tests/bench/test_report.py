@@ -217,7 +217,7 @@ def test_the_commands_measure_every_figure():
         *(trained(name, seq=stages.SEQUENCE) for name in stages.METHODS),
     ]
     assert [figure.name for figure in figures() if figure.read(Rows(rows)) is None] == []
-    assert len(CASES_OF_FIGURES) == len(set(CASES_OF_FIGURES)) == 16
+    assert len(CASES_OF_FIGURES) == len(set(CASES_OF_FIGURES)) == 17
 
 
 # -- the page -------------------------------------------------------------------------------------------
