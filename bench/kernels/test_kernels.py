@@ -24,6 +24,8 @@ CASES = make_cases([SIZE])
 VARIANTS = [*own_variants(DEVICE), *peer_variants(DEVICE)[0]]
 LARGEST_ERROR = 8.0
 """In ulps: torch's loops round several times in low precision. 8-bit moments may be further off."""
+LARGEST_ERROR_CLIPPED = 64.0
+"""The same with clipping: torch sums a norm in fp32, and its error is in every gradient; 17 ulps of 1e6 on a CPU."""
 
 
 @pytest.fixture(scope="module")
@@ -64,4 +66,5 @@ def test_step(benchmark: Any, clock: Clock, case: Case, variant: Variant) -> Non
         torch=torch.__version__,
     )
     benchmark.pedantic(step, setup=clock.flush, rounds=20 if DEVICE.type == "cuda" else 5)
-    assert error <= LARGEST_ERROR or not built.state_is_shared, f"{variant.name} is {error} ulps off"
+    largest = LARGEST_ERROR_CLIPPED if case.clip else LARGEST_ERROR
+    assert error <= largest or not built.state_is_shared, f"{variant.name} is {error} ulps off"
