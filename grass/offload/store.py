@@ -8,6 +8,7 @@ whichever parameters it holds.
 import contextlib
 import ctypes
 import functools
+import math
 import mmap
 import os
 import threading
@@ -80,6 +81,13 @@ def _map_memory(num_bytes: int, pinned: bool) -> _Memory:
     if pinned:
         memory.pin()
     return memory
+
+
+def zeros_on_demand(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return zeros on the CPU, contiguous, that take no memory until they are written."""
+    numel = math.prod(shape)
+    memory = _map_memory(max(1, numel * dtype.itemsize), pinned=False)
+    return _section(memory, 0, numel, dtype).view(shape)
 
 
 def _section(memory: _Memory | Tensor, offset: int, numel: int, dtype: torch.dtype) -> Tensor:

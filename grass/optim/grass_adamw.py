@@ -609,19 +609,22 @@ class GrassAdamW(AdamW):
     def state_dict(self) -> dict[str, Any]:
         """Return the state in torch's AdamW layout, with the state of the method in ``param_groups[0]["grass"]``.
 
-        Layers that were never drawn have zero moments that take no memory: checkpoint libraries expect the state
-        of every parameter.
+        Parameters that were never stepped have an empty state, so `torch.optim.AdamW` can load the dict too, and
+        initializes them at their first step. In `torch.distributed.checkpoint`, which needs the state of every
+        parameter, they have zeros on the CPU.
         """
         if self._offload is not None:
             self._offload.drain()
         state_dict = super().state_dict()
         state_dict["param_groups"][0]["grass"] = self._method_state()
+        needs_zeros = state_dicts.is_for_distributed_checkpoint()
         for index, entry in enumerate(self._current_entries()):
-            state = self.state.get(entry.param, {})
-            if entry.can_train and "step" not in state:
-                group = self.param_groups[entry.group]
-                empty = state_dicts.placeholder_state(group, entry.param, self._options)
-                state_dict["state"][index] = {**empty, **state}
+            if entry.can_train:
+                state = state_dicts.drop_zero_state(state_dict["state"].get(index, {}))
+                if needs_zeros and "step" not in state:
+                    group = self.param_groups[entry.group]
+                    state = {**state_dicts.zero_state(group, entry.param, self._options), **state}
+                state_dict["state"][index] = state
         return state_dict
 
     def _method_state(self) -> dict[str, Any]:

@@ -1,30 +1,44 @@
-"""State dict of `GrassAdamW`: torch's layout, with entries for parameters that were never stepped.
+"""State dict of `GrassAdamW`: torch's layout, with an entry for each parameter, also for those never stepped.
 
-Checkpoint libraries expect the state of every parameter that requires grad, and a layer that was never drawn has none.
-Its state is saved as placeholders: zeros that share one element of memory, which are dropped when loaded.
+A parameter that was never stepped has an empty entry: torch's optimizers initialize its state at its first step.
+`torch.distributed.checkpoint` needs the state of every parameter that requires grad, and gets zeros.
 """
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from grass.errors import StateMismatchError
+from grass.offload.store import zeros_on_demand
 from grass.optim.states import KINDS, Options, has_remainder, moment_dtype, moment_keys, own_keys
 
 
-def placeholder_state(group: dict[str, Any], p: Tensor, options: Options) -> dict[str, Tensor]:
-    """Return the state of a parameter that was never stepped, in torch's layout, as expanded zeros."""
-    state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
-    for key in moment_keys(group):
-        state[key] = torch.zeros((), dtype=moment_dtype(group, p, options), device=p.device).expand(p.shape)
+def is_for_distributed_checkpoint() -> bool:
+    """Return if `torch.distributed.checkpoint` is among the callers; there may be wrappers in between."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("torch.distributed.checkpoint."):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def zero_state(group: dict[str, Any], p: Tensor, options: Options) -> dict[str, Tensor]:
+    """Return the state of a parameter that was never stepped, in torch's layout: zeros on the CPU.
+
+    They take no memory until they are written.
+    """
+    dtypes = dict.fromkeys(moment_keys(group), moment_dtype(group, p, options))
     if has_remainder(group, p, options):
-        state["remainder"] = torch.zeros((), dtype=torch.int16, device=p.device).expand(p.shape)
-    return state
+        dtypes["remainder"] = torch.int16
+    state = {key: zeros_on_demand(p.shape, dtype) for key, dtype in dtypes.items()}
+    return {"step": torch.zeros((), dtype=torch.float32, device="cpu"), **state}
 
 
 def split_method(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Split the state of the method from a state dict, and drop placeholders.
+    """Split the state of the method from a state dict, and drop the states of parameters that were never stepped.
 
     Returns:
         A shallow copy in plain torch layout, and the state of the method or None.
@@ -38,15 +52,15 @@ def split_method(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     method = groups[0].pop("grass", None) if groups else None
     params = {key for group in groups for key in group["params"]}
     entries = {
-        key: _drop_placeholder(entry) if key in params and isinstance(entry, dict) else entry
+        key: drop_zero_state(entry) if key in params and isinstance(entry, dict) else entry
         for key, entry in state_dict["state"].items()
     }
     kept = {key: entry for key, entry in entries.items() if key not in params or entry}
     return {**state_dict, "state": kept, "param_groups": groups}, method
 
 
-def _drop_placeholder(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a state without placeholders, which are recognized by a step counter of 0."""
+def drop_zero_state(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state without the parts of `zero_state`, which are recognized by a step counter of 0."""
     if float(state.get("step", 1)) != 0:
         return state
     kept = {key: value for key, value in state.items() if key not in ("step", *KINDS)}

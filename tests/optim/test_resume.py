@@ -102,19 +102,6 @@ def test_the_state_is_torchs_layout_and_the_method_in_the_first_group() -> None:
     assert "grass" not in opt.param_groups[0], "the optimizer's own groups are torch's"
 
 
-def test_layers_that_were_never_drawn_take_no_memory_in_a_state() -> None:
-    model = tiny.stack()
-    opt = grass.GrassAdamW(model, config=tiny.config(active_layers=1, sampler="cyclic"))
-    tiny.train(model, opt, 0, 1)
-    index = [name for name, _ in model.named_parameters()].index("blocks.4.up.weight")
-    shown = opt.state_dict()["state"][index]
-    assert shown["exp_avg"].shape == model.blocks[4].up.weight.shape
-    assert shown["exp_avg"].untyped_storage().nbytes() <= 8
-    fresh = grass.GrassAdamW(tiny.stack(), config=tiny.config(active_layers=1, sampler="cyclic"))
-    fresh.load_state_dict(opt.state_dict())
-    assert len(fresh.state) == sum(bool(float(s["step"])) for s in opt.state.values())
-
-
 def test_bfloat16_runs_resume_with_float32_moments() -> None:
     def start() -> tuple[nn.Module, grass.GrassAdamW]:
         model = tiny.stack().bfloat16()
