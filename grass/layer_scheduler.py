@@ -65,7 +65,10 @@ class LayerScheduler:
     ) -> None:
         self.config = config
         self.num_params = list(num_params)
-        self.sampler = make_sampler(config, [count > 0 for count in num_params])
+        eligible = [count > 0 for count in num_params]
+        if any(eligible):  # otherwise the user may unfreeze some later
+            config.check_layers(sum(eligible))
+        self.sampler = make_sampler(config, eligible)
         self.importance = MeanGradientNorm(num_params, config.ema, device)
         self.schedule = Schedule(
             config.probe_steps if self.sampler.probes else 0,
@@ -87,11 +90,26 @@ class LayerScheduler:
         self.beginning = self.state_dict()
 
     def recount(self, num_params: Sequence[int]) -> None:
-        """Replace the sizes of the layers, after parameters were added, and keep the rest of the state."""
-        sampler = make_sampler(self.config, [count > 0 for count in num_params])
-        sampler.load_state_dict(self.sampler.state_dict())
-        self.sampler, self.num_params = sampler, list(num_params)
+        """Replace the sizes of the layers, after parameters were added, frozen or unfrozen.
+
+        A layer that can be drawn from now on has not been measured: its importance is the mean of the others, or 1.
+        """
+        before, eligible = self.sampler, [count > 0 for count in num_params]
+        self.sampler = make_sampler(self.config, eligible)
+        self.sampler.load_state_dict(before.state_dict())
+        new = self.sampler.eligible & ~before.eligible
+        if new.any():
+            known = self.importance.importance[before.eligible]
+            self.importance.importance[new] = known.mean() if len(known) else 1.0
+        if not torch.equal(self.sampler.eligible, before.eligible):
+            self.sampler.probabilities = self.sampler.eligible.double() / max(1, sum(eligible))
+            self.sampler.refresh(self.importance.importance)
+        self.num_params = list(num_params)
         self.importance.set_num_params(num_params, self.importance.device)
+
+    def draw_at_once(self) -> Change:
+        """Draw, and switch to the layers drawn, out of turn: for a model that had no layer to draw before."""
+        return self._apply(Events(refresh=False, draw=True, switch=True), ends_probe=False)
 
     @property
     def probing(self) -> bool:
@@ -135,9 +153,9 @@ class LayerScheduler:
             for layer in drawn:
                 self.draw_counts[layer] += 1
         if events.switch:
-            assert self.next_active is not None
-            left = tuple(layer for layer in self.active if layer not in self.next_active)
-            self.active, self.next_active = self.next_active, None
+            coming = self.next_active or ()  # none if there is no layer to draw
+            left = tuple(layer for layer in self.active if layer not in coming)
+            self.active, self.next_active = coming, None
         return Change(drawn, left)
 
     def state_dict(self) -> dict[str, Any]:

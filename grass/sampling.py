@@ -70,24 +70,27 @@ class Sampler:
     def __init__(self, config: "GrassConfig", eligible: list[bool]) -> None:
         self.config = config
         self.eligible = torch.tensor(eligible, device="cpu")
-        config.check_layers(int(self.eligible.sum()))
         self.generator = torch.Generator().manual_seed(config.seed)
         self.num_draws = 0
-        self.probabilities = self.eligible.double() / self.eligible.sum()
+        self.probabilities = self.eligible.double() / max(1, int(self.eligible.sum()))
 
     def refresh(self, importance: Tensor) -> None:
         """Recompute the probabilities from the importance, [L]."""
         self.probabilities = self._from_importance(importance)
 
     def draw(self) -> tuple[int, ...]:
-        """Draw ``active_layers`` layers and return their indices, ascending."""
+        """Draw ``active_layers`` layers, or all if there are fewer, and return their indices, ascending."""
         noise = torch.empty_like(self.probabilities).exponential_(generator=self.generator).log().neg()
         keys = torch.where(self.eligible, self.probabilities.log() + noise, -torch.inf)
         # Layers whose probability underflowed to 0 rank behind all others, in random order.
         underflowed = self.eligible & (self.probabilities <= 0)
         keys = torch.where(underflowed, noise - 1e6, keys)
         self.num_draws += 1
-        return tuple(sorted(keys.topk(self.config.active_layers).indices.tolist()))
+        return tuple(sorted(keys.topk(self._num_to_draw).indices.tolist()))
+
+    @property
+    def _num_to_draw(self) -> int:
+        return min(self.config.active_layers, int(self.eligible.sum()))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a dict of tensors and numbers."""
@@ -111,10 +114,13 @@ class Sampler:
             self.config.temperature,
             self.config.min_probability,
         )
+        if not self.eligible.any():
+            return self.eligible.double()
         logits = scale_importance(importance.cpu()[self.eligible], kind)
         # Subtract the maximum before dividing: with a tiny temperature the quotient would be inf, and the softmax NaN.
         scaled[self.eligible] = (logits - logits.max()) / tau
         count = int(self.eligible.sum())
+        floor = min(floor, 1 / count)  # there may be more layers than at construction
         return (1 - count * floor) * scaled.softmax(0) + floor * self.eligible.double()
 
 
@@ -169,11 +175,11 @@ class CyclicSampler(UniformSampler):
     def draw(self) -> tuple[int, ...]:
         """Return the indices of the next ``active_layers`` eligible layers, ascending."""
         indices = self.eligible.nonzero().flatten().tolist()
-        gamma = self.config.active_layers
+        gamma = self._num_to_draw
         chosen = [indices[(self.num_draws * gamma + i) % len(indices)] for i in range(gamma)]
         self.num_draws += 1
         self.probabilities = torch.zeros_like(self.probabilities)
-        self.probabilities[chosen] = 1 / gamma
+        self.probabilities[chosen] = 1 / max(1, gamma)
         return tuple(sorted(chosen))
 
 
@@ -188,9 +194,5 @@ SAMPLER_CLASSES: dict[str, type[Sampler]] = {
 
 
 def make_sampler(config: "GrassConfig", eligible: list[bool]) -> Sampler:
-    """Construct the sampler that ``config.sampler`` names.
-
-    Raises:
-        ConfigError: there are fewer eligible layers than ``active_layers``, or ``min_probability`` is too high.
-    """
+    """Construct the sampler that ``config.sampler`` names."""
     return SAMPLER_CLASSES[config.sampler](config, eligible)

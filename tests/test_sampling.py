@@ -15,6 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from grass import ConfigError, GrassConfig
+from grass.layer_scheduler import LayerScheduler
 from grass.sampling import SAMPLER_CLASSES, SamplerName, make_sampler, scale_importance
 
 IMPORTANCE = torch.tensor([3e-4, 1e-4, 2e-4, 8e-4, 1.5e-4])
@@ -130,10 +131,22 @@ def test_layers_that_cannot_train_are_never_drawn(name: str) -> None:
 
 
 def test_what_cannot_be_drawn_does_not_count() -> None:
+    cpu = torch.device("cpu")
     with pytest.raises(ConfigError, match="between 1 and 2"):
-        sampler(eligible=[True, False, True], active_layers=3)
+        LayerScheduler(GrassConfig(active_layers=3), "abc", [5, 0, 5], cpu)
     with pytest.raises(ConfigError, match=r"at most 0\.5"):
-        sampler(eligible=[True, False, True], min_probability=0.6, active_layers=1)
+        LayerScheduler(GrassConfig(min_probability=0.6, active_layers=1), "abc", [5, 0, 5], cpu)
+
+
+@pytest.mark.parametrize("name", SAMPLER_CLASSES)
+@pytest.mark.parametrize("eligible", [[False] * 4, [False, True, False, False]], ids=["none", "one"])
+def test_fewer_layers_than_active_ones_are_all_drawn(name: str, eligible: list[bool]) -> None:
+    """Layers may be frozen after construction."""
+    s = sampler(eligible=eligible, sampler=name, active_layers=2, min_probability=0.4)
+    s.refresh(torch.ones(4))
+    assert s.draw() == tuple(layer for layer, can in enumerate(eligible) if can)
+    assert s.probabilities.sum().item() == sum(eligible)
+    assert (s.probabilities >= 0).all()
 
 
 @pytest.mark.parametrize("gamma", [1, 2, 3])

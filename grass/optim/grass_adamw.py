@@ -10,7 +10,7 @@ import functools
 import logging
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -143,8 +143,6 @@ class GrassAdamW(AdamW):
         layer_of = dict(zip(members, self._assign_layers(members), strict=True))
         self._tied_params = tied_parameters(model)
         flags = trainable_flags(members)
-        if not any(flags):
-            raise ParameterError("no parameter requires grad, so there is nothing to train: unfreeze some")
         self._start(layer_of, dict(zip(members, flags, strict=True)))
         self._lease.handles.extend(keep_graph_through_frozen_embeddings(model))
         if hasattr(model, "_orig_mod"):
@@ -166,8 +164,10 @@ class GrassAdamW(AdamW):
         """Create the parts; the lease last, since it is the first to change the model."""
         self._entries = make_entries(self.param_groups, layer_of, trainable, len(self._layers))
         by_layer = params_by_layer(self._entries, len(self._layers))
+        if not any(by_layer):  # all layers are frozen; the user may unfreeze some later
+            self._config.check_layers(len({entry.layer for entry in self._entries if entry.layer < len(self._layers)}))
         weights = weight_norms(by_layer) if self._config.sampler == "weight_norm" else None
-        device = next(p.device for p, on in trainable.items() if on)
+        device = next((p.device for p, on in trainable.items() if on), next(iter(trainable)).device)
         self._scheduler = LayerScheduler(
             self._config, self._layers.names, count_elements(by_layer), device, weights
         )
@@ -178,7 +178,7 @@ class GrassAdamW(AdamW):
         self._lease.bind(self)
         self._probe: Probe | None = None
         self._fused: FusedBackward | None = None
-        self._has_removed_params = False
+        self._has_removed_params = self._has_told_of_changes = False
         self._switch_parameters()
         if self._config.fused_backward:
             self._step_supports_amp_scaling = True  # a GradScaler then calls `step`, which raises
@@ -294,6 +294,8 @@ class GrassAdamW(AdamW):
             else:
                 self._take_adapt_step()
         self._drop_removed_params()
+        if self._adopt_requires_grad():
+            self._switch_parameters()
         return loss
 
     def _refuse_if_ended(self) -> None:
@@ -341,7 +343,59 @@ class GrassAdamW(AdamW):
     def _finish_step(self, sq_norms: Tensor, observed: list[bool], accumulated: bool) -> None:
         self._sq_norms = sq_norms
         found_inf = getattr(self, "found_inf", None)
-        self._apply_change(self._scheduler.finish_step(sq_norms[:-1], observed[:-1], found_inf, accumulated))
+        changed = self._adopt_requires_grad()
+        change = self._scheduler.finish_step(sq_norms[:-1], observed[:-1], found_inf, accumulated)
+        self._apply_change(change)
+        if changed and change.left is None:
+            self._switch_parameters()
+
+    def _adopt_requires_grad(self) -> bool:
+        """Adopt what the user has set as ``requires_grad`` since the last switch; return if anything has changed."""
+        changed = self._lease.adopt_changes()
+        if not changed:
+            return False
+        self._update_trainable()
+        if not self._has_told_of_changes:
+            self._has_told_of_changes = True
+            warnings.warn(
+                f"requires_grad of {len(changed)} parameters was set outside of the optimizer, and is kept: layers are "
+                "drawn accordingly from the next draw on. To freeze a layer that is not active, whose requires_grad is "
+                "False already, call optimizer.set_trainable(layer.parameters(), False)",
+                stacklevel=4,
+            )
+        return True
+
+    def set_trainable(self, params: Iterable[Tensor], trainable: bool) -> None:
+        """Freeze or unfreeze parameters, from the next draw on.
+
+        Setting ``requires_grad`` is enough for parameters that train now. A layer that is not active has False already,
+        so the optimizer could not notice.
+
+        Args:
+            params: parameters of this optimizer, as from ``module.parameters()``.
+            trainable: whether they are trained.
+
+        Raises:
+            ParameterError: a parameter does not belong to this optimizer.
+        """
+        self._refuse_if_ended()
+        params = list(params)
+        if not set(params) <= {entry.param for entry in self._current_entries()}:
+            raise ParameterError("set_trainable got parameters that this optimizer does not have: pass its own")
+        self._lease.adopt_changes()
+        self._lease.set_trainable(params, trainable)
+        self._update_trainable()
+        self._switch_parameters()
+
+    def _update_trainable(self) -> None:
+        """Update records, layer sizes and store to the parameters that are trainable."""
+        num_layers = len(self._layers)
+        for entry in self._current_entries():
+            entry.can_train = self._lease.is_trainable(entry.param) and entry.layer <= num_layers
+        self._scheduler.recount(count_elements(params_by_layer(self._entries, num_layers)))
+        self._rebuild_store()
+        if not (self._scheduler.probing or self._scheduler.active):
+            self._apply_change(self._scheduler.draw_at_once())
 
     def _apply_change(self, change: Change) -> None:
         """Allocate and reset states, and switch parameters, for a change of active layers."""
@@ -579,7 +633,7 @@ class GrassAdamW(AdamW):
         known, groups = self._current_entries(), len(self.param_groups)
         layer_of = {entry.param: entry.layer for entry in known}
         layer_of.update(zip(params, self._assign_layers(params), strict=True))
-        trainable = {entry.param: self._lease.original_requires_grad(entry.param) for entry in known}
+        trainable = {entry.param: self._lease.is_trainable(entry.param) for entry in known}
         trainable.update(zip(params, trainable_flags(params), strict=True))
         try:
             super().add_param_group({**param_group, "params": given})
@@ -600,7 +654,7 @@ class GrassAdamW(AdamW):
         self._switch_parameters()
 
     def release(self) -> None:
-        """Restore ``requires_grad`` as it was at construction and remove all hooks."""
+        """Restore ``requires_grad`` as the user has set it, and remove all hooks."""
         self._lease.end()
         self._probe = None
 
@@ -649,6 +703,7 @@ class GrassAdamW(AdamW):
         state_dict, method = state_dicts.split_method(given)
         state_dicts.check_structure(state_dict, self.param_groups, self._options)
         entries = self._current_entries()
+        self._adopt_requires_grad()
         if method is not None:
             self._scheduler.check(method)
             expected = {entry.param for entry in entries if entry.can_train}
@@ -684,7 +739,7 @@ class GrassAdamW(AdamW):
                 "config": self._config,
                 "layers": self._layers,
                 "layer_of": [entry.layer for entry in entries],
-                "trainable": [self._lease.original_requires_grad(entry.param) for entry in entries],
+                "trainable": [self._lease.is_trainable(entry.param) for entry in entries],
                 "tied": [entry.param in self._tied_params for entry in entries],
                 "method": self._method_state(),
             },

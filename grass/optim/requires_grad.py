@@ -2,6 +2,9 @@
 
 One optimizer at a time controls ``requires_grad`` of a parameter. A newer one ends the lease of the older one: hooks
 are removed and ``requires_grad`` is restored. The same happens on `release`, and when the optimizer is collected.
+
+What the user sets meanwhile is kept: a parameter that is found with another value than the lease has set becomes
+trainable, or stops being so.
 """
 
 import contextlib
@@ -29,7 +32,8 @@ class RequiresGradLease:
 
     def __init__(self, params: Sequence[Tensor], trainable: Sequence[bool]) -> None:
         end_leases(params)
-        self._original = dict(zip(params, trainable, strict=True))
+        self._trainable = dict(zip(params, trainable, strict=True))
+        self._current = {p: p.requires_grad for p in params}  # as last set
         self.handles: list[RemovableHandle] = []
         self.ended = False
         ref = weakref.ref(self)
@@ -47,21 +51,46 @@ class RequiresGradLease:
         """
         if self.ended:
             return
-        for p, trainable in self._original.items():
+        for p, trainable in self._trainable.items():
             if trainable:
-                on = is_on(p)
+                on = self._current[p] = is_on(p)
                 _set_requires_grad(p, on)
                 if not on:
                     p.grad = None
 
-    def original_requires_grad(self, p: Tensor) -> bool:
-        """Return ``requires_grad`` of a parameter before the lease."""
-        return self._original[p]
+    def adopt_changes(self) -> dict[Tensor, bool]:
+        """Adopt what the user has set since the last switch; return the parameters that change, and if they train now.
+
+        A parameter that is switched off and set to False by the user looks the same as before: see `set_trainable`.
+        """
+        changed = {}
+        if not self.ended:
+            for p, trainable in self._trainable.items():
+                if self.is_trainable(p) != trainable:
+                    changed[p] = not trainable
+                self._current[p] = p.requires_grad
+        self._trainable.update(changed)
+        return changed
+
+    def set_trainable(self, params: Iterable[Tensor], trainable: bool) -> None:
+        """Set whether parameters are switched on by `switch`, as if they had been so before the lease."""
+        for p in params:
+            self._trainable[p] = trainable
+            if not trainable:
+                self._current[p] = False
+                _set_requires_grad(p, False)
+                p.grad = None
+
+    def is_trainable(self, p: Tensor) -> bool:
+        """Return ``requires_grad`` of a parameter as the user set it, before the lease or since."""
+        on = p.requires_grad
+        return on if on != self._current[p] else self._trainable[p]
 
     def drop(self, params: Iterable[Tensor]) -> None:
         """Restore ``requires_grad`` of some parameters, and remove them from the lease."""
         for p in params:
-            trainable = self._original.pop(p)
+            trainable = self._trainable.pop(p)
+            del self._current[p]
             if not self.ended:
                 _set_requires_grad(p, trainable)
                 _LEASES.pop(p, None)
@@ -70,10 +99,11 @@ class RequiresGradLease:
         """Restore ``requires_grad`` and remove the hooks. Further calls do nothing."""
         if self.ended:
             return
-        self.ended = True
         for handle in self.handles:
             handle.remove()
-        for p, trainable in self._original.items():
+        self.adopt_changes()
+        self.ended = True
+        for p, trainable in self._trainable.items():
             _set_requires_grad(p, trainable)
             _LEASES.pop(p, None)
 
@@ -84,7 +114,7 @@ def trainable_flags(params: Sequence[Tensor]) -> list[bool]:
     for p in params:
         ref = _LEASES.get(p)
         lease = None if ref is None else ref()
-        flags.append(p.requires_grad if lease is None else lease.original_requires_grad(p))
+        flags.append(p.requires_grad if lease is None else lease.is_trainable(p))
     return flags
 
 

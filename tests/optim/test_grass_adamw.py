@@ -39,7 +39,10 @@ BAD: list[tuple[str, Callable[[], nn.Module], Callable[[nn.Module], object], typ
     ("no parameters", nn.Module, grass.GrassAdamW, grass.ParameterError, "no parameters"),
     ("no model", tiny.stack, lambda m: grass.GrassAdamW(m.parameters()), grass.ParameterError, "model=model"),
     ("empty list", tiny.stack, lambda m: grass.GrassAdamW([], model=m), grass.ParameterError, "no parameters"),
-    ("nothing trainable", all_frozen, grass.GrassAdamW, grass.ParameterError, "nothing to train"),
+    (
+        "all frozen, and too many layers", all_frozen,
+        lambda m: grass.GrassAdamW(m, config=tiny.config(active_layers=6)), grass.ConfigError, "pass active_layers between 1 and 5",
+    ),
     ("two models", tiny.stack, lambda m: grass.GrassAdamW(m, model=tiny.stack()), grass.ParameterError, "give one"),
     (
         "too many layers", tiny.stack, lambda m: grass.GrassAdamW(m, config=tiny.config(active_layers=6)),
