@@ -165,7 +165,9 @@ class GrassAdamW(AdamW):
         self._entries = make_entries(self.param_groups, layer_of, trainable, len(self._layers))
         by_layer = params_by_layer(self._entries, len(self._layers))
         if not any(by_layer):  # all layers are frozen; the user may unfreeze some later
-            self._config.check_layers(len({entry.layer for entry in self._entries if entry.layer < len(self._layers)}))
+            self._config.check_layers(
+                len({entry.layer for entry in self._entries if entry.layer < len(self._layers)})
+            )
         weights = weight_norms(by_layer) if self._config.sampler == "weight_norm" else None
         device = next((p.device for p, on in trainable.items() if on), next(iter(trainable)).device)
         self._scheduler = LayerScheduler(
@@ -381,7 +383,9 @@ class GrassAdamW(AdamW):
         self._refuse_if_ended()
         params = list(params)
         if not set(params) <= {entry.param for entry in self._current_entries()}:
-            raise ParameterError("set_trainable got parameters that this optimizer does not have: pass its own")
+            raise ParameterError(
+                "set_trainable got parameters that this optimizer does not have: pass its own"
+            )
         self._lease.adopt_changes()
         self._lease.set_trainable(params, trainable)
         self._update_trainable()

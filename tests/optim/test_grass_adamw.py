@@ -41,7 +41,8 @@ BAD: list[tuple[str, Callable[[], nn.Module], Callable[[nn.Module], object], typ
     ("empty list", tiny.stack, lambda m: grass.GrassAdamW([], model=m), grass.ParameterError, "no parameters"),
     (
         "all frozen, and too many layers", all_frozen,
-        lambda m: grass.GrassAdamW(m, config=tiny.config(active_layers=6)), grass.ConfigError, "pass active_layers between 1 and 5",
+        lambda m: grass.GrassAdamW(m, config=tiny.config(active_layers=6)),
+        grass.ConfigError, "pass active_layers between 1 and 5",
     ),
     ("two models", tiny.stack, lambda m: grass.GrassAdamW(m, model=tiny.stack()), grass.ParameterError, "give one"),
     (

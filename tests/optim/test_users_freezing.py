@@ -1,8 +1,8 @@
 """Parameters that the user freezes or unfreezes while the optimizer lives.
 
 Would catch: a parameter that the user has frozen and a switch of layers trains again; one that was unfrozen and is
-never drawn, or never measured; a draw of a layer that cannot train; a change that is told at every step, or not at all; a
-model that is frozen at first and refused, or that stays frozen.
+never drawn, or never measured; a draw of a layer that cannot train; a change that is told at every step, or not at all;
+a model that is frozen at first and refused, or that stays frozen.
 """
 
 import warnings
@@ -95,7 +95,9 @@ def test_some_parameters_of_a_layer():
 def test_a_layer_that_is_not_active_is_frozen_by_a_call():
     model, optimizer = start()
     tiny.train(model, optimizer, 0, 5)
-    layer = next(i for i in range(5) if i not in optimizer.active_layers + (optimizer.next_active_layers or ()))
+    layer = next(
+        i for i in range(5) if i not in optimizer.active_layers + (optimizer.next_active_layers or ())
+    )
     before, draws = weights(model.blocks[layer]), optimizer.draw_counts[layer]
     optimizer.set_trainable(model.blocks[layer].parameters(), False)
     tiny.train(model, optimizer, 5, 40)
