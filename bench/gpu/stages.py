@@ -105,7 +105,7 @@ def make_stages(predictions: Path | None = None) -> list[Stage]:
             "smoke",
             "a step of every mixture beside the reference; the link, the device's memory, pinning",
             "check",
-            15.0,
+            20.0,
             (Task("smoke", _bench("smoke")),),
         ),
         Stage(
@@ -136,7 +136,7 @@ def make_stages(predictions: Path | None = None) -> list[Stage]:
             "states through the ring, beside matrix products and the simulation: the defaults, two buffers, and "
             "updates at normal priority",
             "bench",
-            60.0,
+            66.0,
             tuple(
                 Task(name, _bench("offload", *options), row={"suite": "offload"})
                 for name, options in OFFLOADS.items()
@@ -154,7 +154,7 @@ def make_stages(predictions: Path | None = None) -> list[Stage]:
             "kernels",
             "all cases and all optimizers that are installed",
             "bench",
-            45.0,
+            34.0,
             (Task("kernels", _bench("kernels", "--seconds", SECONDS, *_chart())),),
         ),
     ]

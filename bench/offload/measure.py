@@ -17,7 +17,7 @@ from grass.offload.units import Unit
 from grass_kernels import Hyperparameters, TensorLists, make_plan
 
 _LINK_BYTES, _HBM_BYTES, _COPIES = 256 * 2**20, 2**30, 8  # of each measurement
-_HOPS = 500
+_HOPS, _SLEEP_CYCLES = 200, 100_000_000  # 50 ms at 2 GHz
 
 
 class TracingEngine(CudaEngine):
@@ -59,9 +59,9 @@ class TracingEngine(CudaEngine):
         self._end(queue, operation)
 
     def wait(self, queue: str, event: Any, hazard: str) -> None:
-        """See `CopyEngine`. An update begins when its waits are over."""
+        """See `CopyEngine`. What follows on the queue begins when its waits are over."""
         super().wait(queue, event, hazard)
-        if queue == UPDATE:
+        if queue in (COMPUTE, UPDATE):
             self.begin(queue)
 
     def note(self, queue: str, operation: Operation) -> None:
@@ -124,11 +124,14 @@ def measure_hop(device: torch.device) -> float:
     streams = [torch.cuda.Stream(device) for _ in range(2)]
     between = torch.cuda.Event()
     seconds = []
+    for stream in streams:  # load the kernel
+        with torch.cuda.stream(stream):
+            cell.add_(1)
     for changes in (False, True):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
         with torch.cuda.stream(streams[0]):
-            torch.cuda._sleep(10_000_000)  # while it lasts, the host queues all that follows
+            torch.cuda._sleep(_SLEEP_CYCLES)  # while it lasts, the host queues all that follows
             start.record()
         for n in range(_HOPS):
             stream = streams[n % 2 if changes else 0]
@@ -151,7 +154,7 @@ class Products:
         device: a CUDA device.
     """
 
-    _TIMED = 50
+    _WARM, _TIMED = 2000, 500  # long enough for the clocks of a device that is limited by power
 
     def __init__(self, task: Task, device: torch.device) -> None:
         tokens, hidden = task.compute.tokens, task.shape.hidden
@@ -159,7 +162,7 @@ class Products:
         self._inputs, self._weight = made.split([tokens, hidden])
         self._outputs = torch.empty_like(self._inputs)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._run(self._TIMED)  # until the clocks are those of a device at work
+        self._run(self._WARM)
         start.record()
         self._run(self._TIMED)
         end.record()
