@@ -28,7 +28,7 @@ examples:
   python -m bench offload
   python -m bench offload --layer-indices 0,1
   python -m bench offload --model llama3-8b --pcie-gbs 24 --duplex-factor 0.5 --plot step.png
-  python -m bench offload --model 32x4096x11008x32000 --buffer-count 3 --out rows.jsonl
+  python -m bench offload --model 32x4096x11008x32000 --buffer-count 4 --buffer-mb 32 --out rows.jsonl
 """
 
 DEFAULT_TFLOPS = 200.0
@@ -126,7 +126,7 @@ def indices(text: str) -> tuple[int, ...]:
 
 
 def _not_negative(text: str) -> float:
-    return 0.0 if text in ("0", "0.0") else positive(text)
+    return 0.0 if text.strip("0") in ("", ".") else positive(text)
 
 
 def _share(text: str) -> float:

@@ -112,9 +112,13 @@ class _PipelineBase:
         engine = self._engine
         self._grads_ready = engine.record(COMPUTE, self._grads_ready)
         engine.wait(UPDATE, self._grads_ready, "H7")  # updates read gradients of the current stream
-        with engine.on(UPDATE):
-            yield
-        self._updates_done = engine.record(UPDATE, None)  # not reused: `hold` keeps those of several buckets
+        try:
+            with engine.on(UPDATE):
+                yield
+        finally:  # an update that fails has queued others
+            self._updates_done = engine.record(
+                UPDATE, None
+            )  # not reused: `hold` keeps those of several buckets
 
     def hold(self, bucket: int, grads: Sequence[Tensor]) -> None:
         """See `Pipeline`."""

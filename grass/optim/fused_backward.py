@@ -6,6 +6,7 @@ that were not updated inside backward are updated by `step`.
 
 import contextlib
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -29,6 +30,8 @@ class FusedBackward:
     Attributes:
         handles: handles of the hooks.
         done: buckets updated since the last step. After a backward that failed, they have one update more than others.
+        at_end: function that is called when a backward that has updated something ends; not if all of its gradients
+            arrive inside reentrant checkpoints, whose callbacks would be called once a layer.
     """
 
     def __init__(
@@ -41,11 +44,14 @@ class FusedBackward:
         self._update = weakref.WeakMethod(
             update
         )  # parameters hold their hooks, and must not hold the optimizer
-        self._arrived: dict[int, set[Tensor]] = {bucket: set() for bucket in members}
+        # Parameters of each bucket whose gradients have arrived, and these.
+        self._arrived: dict[int, dict[Tensor, weakref.ref[Tensor]]] = {bucket: {} for bucket in members}
         self._sq_norms: list[Tensor] = []
         self._accumulating = 0
-        self._in_backward = self._has_callback = False
+        self._backward: int | None = None  # id of the backward that runs, or has failed
+        self._updated: list[int] = []  # buckets updated in it
         self.done: list[int] = []
+        self.at_end: Callable[[], None] = lambda: None
         self.handles: list[RemovableHandle] = []
         for bucket, params in self._members.items():
             if not any(p in tied for p in params):
@@ -67,37 +73,61 @@ class FusedBackward:
         return self._accumulating > 0 or not _accelerate_syncs()
 
     def _on_grad(self, bucket: int, param: Tensor) -> None:
+        backward = torch._C._current_graph_task_id()
+        if self._backward != backward and not _is_in_reentrant_checkpoint():
+            if self._backward is not None:
+                self._forget_failed_backward()
+            self._backward = backward
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
         if bucket in self.done:
-            param.grad = None
-            raise BackwardError(
-                f"a second gradient arrived for a parameter of shape {tuple(param.shape)} whose layer has already been "
-                "updated inside an earlier backward of this step; that update stays. With fused_backward one backward "
-                "is one step: run all micro-batches but the last in `with optimizer.accumulate():`. After a backward "
-                "that failed call step(), which counts the updates as a step, or zero_grad(), which does not"
-            )
+            self._refuse_second_gradient(bucket, param)
         arrived = self._arrived[bucket]
-        arrived.add(param)
+        assert param.grad is not None
+        arrived[param] = weakref.ref(param.grad)
         if len(arrived) == len(self._members[bucket]):
-            self._in_backward = True
-            try:
-                self._run(bucket)
-            finally:
-                self._in_backward = False
+            self._updated.append(bucket)
+            self._run(bucket)
 
-    def at_end_of_backward(self, function: Callable[[], None]) -> None:
-        """Call a function once when the backward that has called `update` ends; do nothing outside of one.
+    def _end_backward(self) -> None:
+        updated = bool(self._updated)
+        self._backward = None
+        self._updated.clear()
+        if updated:
+            self.at_end()
 
-        The first bucket of a backward asks for it. Later ones may be inside the backward of a reentrant checkpoint,
-        which ends with each layer.
-        """
+    def _forget_failed_backward(self) -> None:
+        """Lead on after a backward that failed, if its gradients have been cleared, as by ``model.zero_grad()``."""
+        arrived = [(p, grad) for params in self._arrived.values() for p, grad in params.items()]
+        if any(grad() is not None and p.grad is grad() for p, grad in arrived):
+            raise BackwardError(
+                "an earlier backward has failed, and some of its gradients are still there: call zero_grad() before "
+                "the next backward"
+            )
+        if self.done:
+            warnings.warn(
+                f"an earlier backward has failed after {len(self.done)} buckets of parameters had been updated by "
+                "fused_backward: they keep this update, which belongs to no step",
+                stacklevel=2,
+            )
+        self.discard()
 
-        def call() -> None:
-            self._has_callback = False
-            function()
-
-        if self._in_backward and not self._has_callback:
-            self._has_callback = True
-            torch.autograd.Variable._execution_engine.queue_callback(call)
+    def _refuse_second_gradient(self, bucket: int, param: Tensor) -> None:
+        param.grad = None
+        shape = tuple(param.shape)
+        what = (
+            f"a second gradient arrived for a parameter of shape {shape} whose layer has already been updated"
+        )
+        if bucket in self._updated:
+            raise BackwardError(
+                f"{what} inside this backward: the model uses a module more than once, so no hook knows which "
+                "gradient is the last; train it without fused_backward. The update stays"
+            )
+        self._backward = None  # the same for the next backward
+        raise BackwardError(
+            f"{what} inside an earlier backward of this step; that update stays. With fused_backward one backward "
+            "is one step: run all micro-batches but the last in `with optimizer.accumulate():`. To go on call step(), "
+            "which counts the updates as a step, or zero_grad(), which does not"
+        )
 
     @torch.no_grad()
     def _run(self, bucket: int) -> None:
@@ -131,7 +161,8 @@ class FusedBackward:
 
     def discard(self) -> None:
         """Start a new step; parameters that were updated are not restored."""
-        self._has_callback = False  # a backward that failed has not called it
+        self._backward = None  # a backward that failed has not ended
+        self._updated.clear()
         self._sq_norms.clear()
         self.done.clear()
         for arrived in self._arrived.values():
@@ -160,6 +191,16 @@ def tied_parameters(model: nn.Module | None) -> set[Tensor]:
         for _, p in model.named_parameters(remove_duplicate=False):
             (tied if p in seen else seen).add(p)
     return tied
+
+
+def _is_in_reentrant_checkpoint() -> bool:
+    """Return if this runs inside the backward of a reentrant checkpoint, which is a backward of its own."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _accelerate_syncs() -> bool:

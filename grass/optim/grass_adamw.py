@@ -145,6 +145,10 @@ class GrassAdamW(AdamW):
         flags = trainable_flags(members)
         self._start(layer_of, dict(zip(members, flags, strict=True)))
         self._lease.handles.extend(keep_graph_through_frozen_embeddings(model))
+        if self._config.fused_backward:  # the last backward may have failed, or have ended in checkpoints
+            self._lease.handles.append(
+                model.register_forward_pre_hook(lambda *_, join=self._weak_join: join())
+            )
         if hasattr(model, "_orig_mod"):
             warnings.warn(
                 "the whole model is compiled, and is recompiled for every new set of active layers: compile its blocks "
@@ -174,6 +178,7 @@ class GrassAdamW(AdamW):
             self._config, self._layers.names, count_elements(by_layer), device, weights
         )
         self._offload: OffloadManager | None = None
+        self._weak_join = functools.partial(_join_updates, weakref.ref(self))  # for hooks
         self._observed_order: list[int] = []
         self._rebuild_store()
         self._lease = RequiresGradLease(list(trainable), list(trainable.values()))
@@ -319,8 +324,7 @@ class GrassAdamW(AdamW):
         if self._fused is not None:
             self._refuse_scaler()
             parts, self._observed_order = self._fused.finish_step(self._update_order(self._scheduler.active))
-            if self._offload is not None:
-                self._offload.join()
+            self._join_updates()
             sq_norms = torch.stack(parts).sum(0) if parts else None
             layers = {min(bucket, len(self._layers)) for bucket in self._observed_order}
         else:
@@ -451,10 +455,12 @@ class GrassAdamW(AdamW):
                 for entry in training:
                     by_bucket.setdefault(entry.bucket, []).append(entry.param)
                 self._fused = FusedBackward(by_bucket, self._tied_params, self._update_in_backward)
+                self._fused.at_end = self._weak_join
                 self._lease.handles.extend(self._fused.handles)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the measurements of a probe since the last step."""
+        self._join_updates()  # a backward may have failed behind updates that read these gradients
         super().zero_grad(set_to_none)
         if self._probe is not None:
             self._probe.discard()
@@ -467,8 +473,7 @@ class GrassAdamW(AdamW):
         if self._offload is not None:
             self._offload.update_device()
         sq_norms = super()._update()
-        if self._offload is not None:
-            self._offload.join()
+        self._join_updates()
         return sq_norms
 
     def _update_in_backward(self, bucket: int) -> Tensor | None:
@@ -479,14 +484,16 @@ class GrassAdamW(AdamW):
         if self._offload is not None:
             self._offload.update_device()
         params = [entry.param for entry in self._current_entries() if entry.bucket == bucket]
-        sq_norms = self._update_together(bucket, params, functools.partial(self._scope, bucket))
+        try:
+            return self._update_together(bucket, params, functools.partial(self._scope, bucket))
+        finally:
+            if self._offload is not None:
+                self._offload.hold(bucket, [p.grad for p in params if p.grad is not None])
+
+    def _join_updates(self) -> None:
+        """Make the current stream wait for updates of states in host memory, before weights are read."""
         if self._offload is not None:
-            self._offload.hold(bucket, [p.grad for p in params if p.grad is not None])
-            if (
-                self._fused is not None
-            ):  # the stream of backward waits for the updates, even if no step follows
-                self._fused.at_end_of_backward(self._offload.join)
-        return sq_norms
+            self._offload.join()
 
     def accumulate(self) -> contextlib.AbstractContextManager[None]:
         """Accumulate gradients inside this context: its backwards are not the last of a step.
@@ -659,6 +666,7 @@ class GrassAdamW(AdamW):
 
     def release(self) -> None:
         """Restore ``requires_grad`` as the user has set it, and remove all hooks."""
+        self._join_updates()
         self._lease.end()
         self._probe = None
 
@@ -703,6 +711,7 @@ class GrassAdamW(AdamW):
             StateMismatchError: the state dict is of another model, layer map or `GrassConfig`. Nothing has been
                 changed then.
         """
+        self._join_updates()
         given = state_dict
         state_dict, method = state_dicts.split_method(given)
         state_dicts.check_structure(state_dict, self.param_groups, self._options)
@@ -784,3 +793,9 @@ class GrassAdamW(AdamW):
             self._states.allocate(self.state[entry.param], self.param_groups[entry.group], entry.param)
         params = {entry.param for entry in trainable}
         self._lease.switch(params.__contains__)
+
+
+def _join_updates(optimizer_ref: "weakref.ref[GrassAdamW]") -> None:
+    optimizer = optimizer_ref()
+    if optimizer is not None:
+        optimizer._join_updates()

@@ -153,7 +153,8 @@ class OffloadManager:
 
     def join(self) -> None:
         """See `Pipeline`."""
-        self.pipeline.join()
+        if self._pipeline is not None:
+            self._pipeline.join()
 
     def prefetch(self, buckets: Sequence[int], later: Sequence[int] | None) -> None:
         """Start to fetch the states of the next step's buckets; `later`: those of the next period, if drawn."""

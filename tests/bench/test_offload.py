@@ -3,6 +3,8 @@ step that moves other bytes than the moments have; a floor or a bound that is no
 only and does not say so; a benchmark that pretends to have measured; a share or an excess that is another's.
 """
 
+import argparse
+import json
 import math
 import re
 from pathlib import Path
@@ -13,7 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.offload import rows
+from bench.__main__ import main
+from bench.offload import command, measure, rows
 from bench.offload.bound import bound_seconds
 from bench.offload.measure import Updates
 from bench.offload.order import conflicts
@@ -21,6 +24,7 @@ from bench.offload.shapes import SHAPES, Compute, numel, shape_of
 from bench.offload.steps import UPDATE_TRAFFIC, Task, log_of, parts, simulated, spread
 from bench.offload.table import lines_of
 from bench.offload.timeline import Link
+from grass.cli.values import UsageError
 from grass.errors import ConfigError
 from grass.offload import pipeline
 from grass.offload.streams import COMPUTE, D2H, H2D, UPDATE
@@ -273,3 +277,64 @@ def test_a_measurement_that_fails_says_why_and_leaves_the_simulation(monkeypatch
         ("vanilla", "simulation", None),
     ]
     assert {(row["flops"], row["flops_measured"]) for row in made} == {(700e12, True)}
+
+
+def asked(*options):
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    arguments = parser.parse_args(["offload", *options])
+    return command.read(arguments), arguments
+
+
+def test_options_reach_the_task_and_the_rates():
+    """Catches an option that is read and forgotten, or in another unit."""
+    (task, link, hbm), arguments = asked()
+    assert task == Task(SEVEN, Compute(4096, 200e12), (8, 24), 64 * 2**20, 3, -1)
+    assert (link, hbm, arguments.hop_us) == (None, None, None)
+    assert asked("--buffer-count", "2", "--buffer-mb", "32", "--normal-priority")[0][0][3:] == (
+        32 * 2**20,
+        2,
+        0,
+    )
+    assert asked("--tflops", "400", "--tokens", "7")[0][0].compute == Compute(7, 400e12)
+    assert asked("--hbm-gbs", "1500")[0][2] == 1.5e12
+    (_, _, hbm), _ = asked("--update-ms", "0.3", "--buffer-mb", "32")
+    assert UPDATE_TRAFFIC * 32 * 2**20 / hbm == pytest.approx(0.3e-3)
+    with pytest.raises(UsageError, match="the same"):
+        asked("--update-ms", "0.3", "--hbm-gbs", "100")
+    for text, value in (("0", 0), ("0.00", 0), ("7.5", 7.5)):
+        assert asked("--hop-us", text)[1].hop_us == value
+    with pytest.raises(SystemExit):
+        asked("--hop-us", "-1")
+
+
+def test_a_run_uses_the_hop_and_the_updates_it_was_asked_for(capsys):
+    """And says so in its rows."""
+    for option, key, value in (
+        ("--hop-us=500", "hop_seconds", 500e-6),
+        ("--update-ms=3", "hbm_bytes_per_second", UPDATE_TRAFFIC * 64 * 2**20 / 3e-3),
+    ):
+        seconds = []
+        for options in ([], [option]):
+            assert main(["offload", "--layer-indices", "0,1", "--json", *options]) == 0
+            row = next(r for r in json.loads(capsys.readouterr().out) if r["source"] == "simulation")
+            seconds.append(row["seconds"])
+        assert row[key] == pytest.approx(value)
+        assert seconds[1] > 1.005 * seconds[0]
+
+
+def test_the_priority_of_updates_reaches_the_device(monkeypatch):
+    priorities = []
+
+    class StoppedError(Exception):
+        pass
+
+    def engine(device, *, serial, update_priority):
+        priorities.append(update_priority)
+        raise StoppedError
+
+    monkeypatch.setattr(measure, "TracingEngine", engine)
+    for priority in (-1, 0):
+        with pytest.raises(StoppedError):
+            measure.measure_steps(seven(update_priority=priority), torch.device("cpu"), vanilla=False)
+    assert priorities == [-1, 0]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import grass
+from bench.offload.order import conflicts
 from bench.offload.recording import RecordingEngine
 from grass.errors import BackwardError
 from grass.integrations.transformers import trainer_optimizer
@@ -281,43 +282,124 @@ def test_activation_checkpointing(always: str, reentrant: bool, tied: bool) -> N
     compare(*run(**MODES["streamed"], **FUSED), *run())
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
-@pytest.mark.parametrize("reentrant", [None, False, True])
-def test_backward_waits_for_its_updates_once_and_at_its_end(
-    reentrant: bool | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not after each reentrant checkpoint, whose own backward ends with the layer: nothing would overlap."""
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> RecordingEngine:
+    """The engine of the next optimizer."""
     engine = RecordingEngine()
     made_with = functools.partialmethod(OffloadManager.__init__, engine=lambda device: engine)
     monkeypatch.setattr(OffloadManager, "__init__", made_with)
+    return engine
+
+
+def updates_of(engine: RecordingEngine) -> list[int]:
+    return [i for i, entry in enumerate(engine.log.entries) if entry.operation.kind == "update"]
+
+
+def joins_of(engine: RecordingEngine) -> list[int]:
+    return [wait.operations for wait in engine.log.waits if wait.hazard == "H8"]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
+@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize("always", ["outside", "none", "*norm*"])
+def test_backward_waits_for_its_updates_once_and_at_its_end(
+    always: str, reentrant: bool | None, engine: RecordingEngine
+) -> None:
+    """Not after each reentrant checkpoint, whose own backward ends with the layer: nothing would overlap. If every
+    gradient arrives in such a one, `step` waits."""
     model = tiny.llama(layers=4)
     if reentrant is not None:
         tiny.checkpoint_activations(model, reentrant)
-    config = tiny.config(probe_steps=0, active_layers=3, **MODES["streamed"], **FUSED)
+    config = tiny.config(probe_steps=0, active_layers=3, always_active=always, **MODES["streamed"], **FUSED)
     opt = grass.GrassAdamW(model, lr=1e-2, config=config)
     for index in range(4):
-        waits, entries = len(engine.log.waits), len(engine.log.entries)
+        before = len(updates_of(engine))
         backward(model, index)
-        joins = [wait.operations for wait in engine.log.waits[waits:] if wait.hazard == "H8"]
-        updates = [
-            i for i, e in enumerate(engine.log.entries) if e.operation.kind == "update" and i >= entries
-        ]
-        assert len(updates) >= 5  # head, norm, three layers
-        assert len(joins) == 1
-        assert joins[0] > updates[-1]
+        first, *_, last = updates_of(engine)[before:]
+        inside = [join for join in joins_of(engine) if join > first]
+        assert len(inside) == (0 if reentrant and always == "none" else 1)
         opt.step()
+        assert last < next(join for join in joins_of(engine) if join > first)
+        assert conflicts(engine.log) == []
         opt.zero_grad()
 
 
-def test_a_backward_after_one_that_failed_waits_for_its_updates() -> None:
-    model, opt = torn("streamed")
-    opt.zero_grad()
-    joined: list[int] = []
+@pytest.mark.filterwarnings("ignore:an earlier backward has failed:UserWarning")
+@pytest.mark.filterwarnings("ignore:the state was saved inside a step:UserWarning")
+@pytest.mark.parametrize("offload", ["streamed", "resident"])
+@pytest.mark.parametrize("then", ["zero_grad", "release", "load", "forward", "step", "backward"])
+def test_updates_of_a_backward_that_failed_are_waited_for(
+    offload: str, then: str, engine: RecordingEngine
+) -> None:
+    """Its end did not come. Weights may be read next, and the memory of gradients used again."""
+    model, opt = torn(offload)
+    last = updates_of(engine)[-1]
     assert opt._offload is not None
-    join = opt._offload.join
-    opt._offload.join = lambda: (joined.append(1), join())  # type: ignore[method-assign]
-    backward(model, 4)
-    assert joined == [1]
+    assert opt._offload.pipeline._held
+    waited = len(joins_of(engine))
+    if then == "zero_grad":
+        opt.zero_grad()
+    elif then == "release":
+        opt.release()
+    elif then == "load":
+        opt.load_state_dict(opt.state_dict())
+    elif then == "forward":
+        model(tiny.batch(3))
+    elif then == "step":
+        opt.step()
+    else:
+        model.zero_grad()
+        backward(model, 4)
+    assert joins_of(engine)[waited] > last
+    assert not opt._offload.pipeline._held
+    assert conflicts(engine.log) == []
+
+
+def test_an_update_that_fails_half_way_is_waited_for(engine: RecordingEngine) -> None:
+    """Those of its units that have been queued read gradients, which the caller will clear."""
+    model = tiny.stack(width=96)  # layers of several units
+    config = tiny.config(probe_steps=1, active_layers=3, **FUSED, **MODES["streamed"])
+    opt = grass.GrassAdamW(model, lr=1e-2, config=config)
+    tiny.train(model, opt, 0, 1)
+    assert opt._offload is not None
+    run = type(opt._offload.pipeline).run
+    begun = []
+
+    def failing_run(self: Any, bucket: int, update: Any) -> None:
+        def fail(unit: Any, views: Any) -> None:
+            if len(begun) == 3:
+                raise RuntimeError("out of memory")
+            begun.append(unit)
+            update(unit, views)
+
+        run(self, bucket, fail)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(opt._offload.pipeline), "run", failing_run)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            backward(model, 1)
+    last = updates_of(engine)[-1]
+    waited = len(joins_of(engine))
+    opt.zero_grad()
+    assert joins_of(engine)[waited] > last
+    assert "free" in [entry.operation.kind for entry in engine.log.entries[last:]]
+    assert conflicts(engine.log) == []
+
+
+def test_step_waits_for_what_it_updates_itself(engine: RecordingEngine) -> None:
+    """Tied weights are updated by `step`, after the end of backward."""
+    model = tiny.llama(tied=True)
+    opt = grass.GrassAdamW(model, lr=1e-2, config=tiny.config(probe_steps=0, **MODES["streamed"], **FUSED))
+    for index in range(3):
+        backward(model, index)
+        before = len(updates_of(engine))
+        opt.step()
+        assert len(updates_of(engine)) > before
+        assert joins_of(engine)[-1] > updates_of(engine)[-1]
+        assert opt._offload is not None
+        assert not opt._offload.pipeline._held
+        assert conflicts(engine.log) == []
+        opt.zero_grad()
 
 
 class Twice(nn.Module):

@@ -36,9 +36,9 @@ MODES: dict[str, dict[str, Any]] = {
 }
 RINGS: dict[str, dict[str, Any]] = {
     "no ring": {},
-    "two buffers": {},
+    "three buffers": {},
     "one buffer": {"buffer_count": 1},
-    "three buffers": {"buffer_count": 3},
+    "two buffers": {"buffer_count": 2},
     "buffers of layers": {"buffer_mb": 1, "buffer_count": 4},
 }
 
