@@ -146,9 +146,7 @@ class GrassAdamW(AdamW):
         self._start(layer_of, dict(zip(members, flags, strict=True)))
         self._lease.handles.extend(keep_graph_through_frozen_embeddings(model))
         if self._config.fused_backward:  # the last backward may have failed, or have ended in checkpoints
-            self._lease.handles.append(
-                model.register_forward_pre_hook(lambda *_, join=self._weak_join: join())
-            )
+            self._lease.handles.append(model.register_forward_pre_hook(_JoinUpdates(self)))
         if hasattr(model, "_orig_mod"):
             warnings.warn(
                 "the whole model is compiled, and is recompiled for every new set of active layers: compile its blocks "
@@ -178,7 +176,6 @@ class GrassAdamW(AdamW):
             self._config, self._layers.names, count_elements(by_layer), device, weights
         )
         self._offload: OffloadManager | None = None
-        self._weak_join = functools.partial(_join_updates, weakref.ref(self))  # for hooks
         self._observed_order: list[int] = []
         self._rebuild_store()
         self._lease = RequiresGradLease(list(trainable), list(trainable.values()))
@@ -455,7 +452,7 @@ class GrassAdamW(AdamW):
                 for entry in training:
                     by_bucket.setdefault(entry.bucket, []).append(entry.param)
                 self._fused = FusedBackward(by_bucket, self._tied_params, self._update_in_backward)
-                self._fused.at_end = self._weak_join
+                self._fused.at_end = _JoinUpdates(self)
                 self._lease.handles.extend(self._fused.handles)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -795,7 +792,16 @@ class GrassAdamW(AdamW):
         self._lease.switch(params.__contains__)
 
 
-def _join_updates(optimizer_ref: "weakref.ref[GrassAdamW]") -> None:
-    optimizer = optimizer_ref()
-    if optimizer is not None:
-        optimizer._join_updates()
+class _JoinUpdates:
+    """Hook that makes the current stream wait for an optimizer's updates; a copy of it does nothing."""
+
+    def __init__(self, optimizer: GrassAdamW | None = None) -> None:
+        self._optimizer_ref = None if optimizer is None else weakref.ref(optimizer)
+
+    def __call__(self, *args: Any) -> None:
+        optimizer = None if self._optimizer_ref is None else self._optimizer_ref()
+        if optimizer is not None:
+            optimizer._join_updates()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _JoinUpdates, ()
