@@ -214,7 +214,8 @@ def _head(case: Case) -> str:
     what = "checkpointed" if case.checkpointing else "all activations"
     title = (
         f"{case.model}: batch {case.batch} x {case.seq}, {str(case.dtype).removeprefix('torch.')}, {what}, "
-        f"{case.loss} loss, {case.active_layers} active layers; GiB"
+        f"{case.loss} loss, {case.active_layers} active layers; GiB; floor at {case.tflops:g} TFLOP/s and "
+        f"{case.pcie_gbs:g} GB/s"
     )
     return f"{title}\n\n{'':28}" + "".join(f"{column:>12}" for column in _COLUMNS) + "  fits"
 
