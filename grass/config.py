@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin
 
 from grass.errors import ConfigError
@@ -147,6 +147,14 @@ class GrassConfig:
                 "fused_backward and max_grad_norm exclude each other: most layers are updated before the norm of all "
                 "gradients is known, at the end of backward; leave one of them out"
             )
+
+    def for_run(self, num_steps: int) -> "GrassConfig":
+        """Return the configuration for a run of `num_steps` steps: with a probe of a quarter of them at most.
+
+        The probe updates no weights, so a run that is no longer than its probe would train nothing.
+        """
+        most = min(max(1, num_steps // 4), num_steps - 1)
+        return replace(self, probe_steps=min(self.probe_steps, max(0, most)))
 
     def check_layers(self, num_layers: int) -> None:
         """Check the configuration against the number of layers that can be drawn.

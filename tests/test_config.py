@@ -136,3 +136,12 @@ def test_copies_are_equal() -> None:
 def test_settings_other_libraries_would_choke_on_are_refused_here(setting, remedy):
     with pytest.raises(ConfigError, match=remedy):
         GrassConfig(**setting)
+
+
+@pytest.mark.parametrize(
+    ("given", "num_steps", "expected"),
+    [(20, 1000, 20), (20, 80, 20), (20, 79, 19), (20, 3, 1), (20, 2, 1), (20, 1, 0), (0, 10, 0)],
+)
+def test_a_probe_takes_a_quarter_of_a_run_at_most(given, num_steps, expected):
+    config = GrassConfig(probe_steps=given, active_layers=3)
+    assert config.for_run(num_steps) == GrassConfig(probe_steps=expected, active_layers=3)

@@ -34,8 +34,9 @@ from grass.finetune.run_folder import (
 from grass.finetune.screen import Screen
 from grass.finetune.stopping import Stopped
 from grass.finetune.summary import make_results
-from grass.finetune.training import train
+from grass.finetune.training import count_steps, train
 from grass.layers import LayerMap
+from grass.sampling import SAMPLER_CLASSES
 
 
 @dataclass
@@ -211,6 +212,7 @@ def _train_and_evaluate(
         run.model, _ = load_model(str(folder.model))
     else:
         if run.layers is not None:
+            config = _shorten_probe(config, count_steps(options, len(run.examples)), screen)
             screen.say(
                 f"fine-tuning with GRASS, {config.active_layers} of {len(run.layers)} layers at a time"
             )
@@ -269,6 +271,16 @@ def evaluate(
         result["accuracy"] = sum(answer.correct for answer in answers) / len(answers)
         result["answers"] = len(answers)
     return result, answers
+
+
+def _shorten_probe(config: GrassConfig, steps: int, screen: Screen) -> GrassConfig:
+    shortened = config.for_run(steps)
+    if shortened.probe_steps < config.probe_steps and SAMPLER_CLASSES[config.sampler].probes:
+        screen.say(
+            f"the probe is shortened from {config.probe_steps} to {shortened.probe_steps} of {steps} steps, since it "
+            "updates no weights"
+        )
+    return shortened
 
 
 def _to_device(model: PreTrainedModel) -> None:

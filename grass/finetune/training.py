@@ -1,7 +1,7 @@
 """Training with Hugging Face Trainer and `grass.GrassAdamW`."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -26,6 +27,7 @@ from grass.finetune.stopping import Stopped, StopRequest
 from grass.integrations.transformers import trainer_optimizer
 from grass.layers import LayerMap
 from grass.optim import AdamW, GrassAdamW
+from grass.sampling import SAMPLER_CLASSES
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,26 @@ class _HeldoutLoss(TrainerCallback):
         self.recorder.skip_time()
 
 
-class ChunkedLossTrainer(Trainer):
+def _after_probe(schedule: Callable[[int], float], probe_steps: int) -> Callable[[int], float]:
+    """Return the factor of the learning rate of a schedule that begins after the probe, which updates nothing."""
+    return lambda step: schedule(max(0, step - probe_steps))
+
+
+class _GrassTrainer(Trainer):
+    """Trainer whose learning-rate schedule begins after the probe."""
+
+    probe_steps = 0
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """Return Trainer's schedule for the steps after the probe, and its first value during the probe."""
+        scheduler = super().create_scheduler(num_training_steps - self.probe_steps, optimizer)
+        if self.probe_steps:
+            factors = [_after_probe(factor, self.probe_steps) for factor in scheduler.lr_lambdas]
+            scheduler = self.lr_scheduler = LambdaLR(scheduler.optimizer, factors)
+        return scheduler
+
+
+class ChunkedLossTrainer(_GrassTrainer):
     """Trainer with the chunked loss."""
 
     def compute_loss(
@@ -141,7 +162,7 @@ def train(
     if options.activation_checkpointing:
         fused = options.method != "full" and config.fused_backward
         checkpoint_activations(model, LayerMap.from_model(model, layer_pattern(options)) if fused else None)
-    trainer = (ChunkedLossTrainer if chunked else Trainer)(
+    trainer = (ChunkedLossTrainer if chunked else _GrassTrainer)(
         model=model,
         args=_arguments(options, config, folder, steps),
         data_collator=collator,
@@ -150,6 +171,8 @@ def train(
         optimizer_cls_and_kwargs=optimizer_for(options, config),
     )
     trainer.remove_callback(PrinterCallback)
+    if options.method == "grass" and SAMPLER_CLASSES[config.sampler].probes:
+        trainer.probe_steps = config.probe_steps
     checkpoint = folder.last_checkpoint()
     folder.drop_rows_after(int(checkpoint.name.split("-")[1]) if checkpoint else 0)
     try:

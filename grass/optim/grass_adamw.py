@@ -40,6 +40,7 @@ from grass.optim.probe import Probe
 from grass.optim.requires_grad import RequiresGradLease, trainable_flags
 from grass.optim.states import takes_kernel
 from grass.optim.step_plan import InPlace, Residency, Scope
+from grass.schedule import Schedule
 
 _logger = logging.getLogger(__name__)
 
@@ -180,6 +181,7 @@ class GrassAdamW(AdamW):
         self._rebuild_store()
         self._lease = RequiresGradLease(list(trainable), list(trainable.values()))
         self._lease.bind(self)
+        weakref.finalize(self, _tell_if_untrained, self._scheduler.schedule)
         self._probe: Probe | None = None
         self._fused: FusedBackward | None = None
         self._has_removed_params = self._has_told_of_changes = False
@@ -790,6 +792,17 @@ class GrassAdamW(AdamW):
             self._states.allocate(self.state[entry.param], self.param_groups[entry.group], entry.param)
         params = {entry.param for entry in trainable}
         self._lease.switch(params.__contains__)
+
+
+def _tell_if_untrained(schedule: Schedule) -> None:
+    """Warn about an optimizer that has taken steps, but none that updates weights."""
+    if 0 < schedule.step_count <= schedule.probe_steps:
+        _logger.warning(
+            "GrassAdamW has updated no weights: all %d steps belonged to the probe, which takes %d; take more steps, "
+            "or pass a config with fewer probe_steps, as GrassConfig.for_run(num_steps) returns",
+            schedule.step_count,
+            schedule.probe_steps,
+        )
 
 
 class _JoinUpdates:

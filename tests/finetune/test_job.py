@@ -288,3 +288,30 @@ def test_a_second_request_interrupts_at_once():
             press_ctrl_c()
     assert len(said) == 1
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(("steps", "probe"), [(20, 5), (3, 1), (2, 1)])
+def test_a_run_no_longer_than_the_probe_trains_all_the_same(options, tmp_path, capsys, steps, probe):
+    """With the default probe of 20 steps: it was saved as it had been."""
+    config = replace(CONFIG, probe_steps=20)
+    start_run(replace(options, steps=steps, eval_steps=0), config, Screen())
+    assert f"the probe is shortened from 20 to {probe} of {steps} steps" in capsys.readouterr().err
+    before = AutoModelForCausalLM.from_pretrained(options.model).state_dict()
+    after = weights(tmp_path / "run")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("chunked", ["full", "chunked"])
+def test_the_learning_rate_waits_for_the_end_of_the_probe(options, tmp_path, chunked):
+    options = replace(options, steps=12, log_steps=1, scheduler="linear", eval_steps=0, loss=chunked)
+    start_run(options, CONFIG, Screen())
+    rates = [row["lr"] for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "lr" in row]
+    peak = options.lr
+    assert rates == pytest.approx([peak] * 3 + [peak * (1 - k / 9) for k in range(9)])
+
+
+def test_methods_without_a_probe_keep_the_schedule(options, tmp_path):
+    options = replace(options, steps=8, log_steps=1, eval_steps=0)
+    start_run(options, replace(CONFIG, sampler="uniform"), Screen())
+    rates = [row["lr"] for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "lr" in row]
+    assert rates == pytest.approx([options.lr * (1 - k / 8) for k in range(8)])

@@ -5,6 +5,7 @@ never drawn, or never measured; a draw of a layer that cannot train; a change th
 a model that is frozen at first and refused, or that stays frozen.
 """
 
+import gc
 import warnings
 
 import pytest
@@ -192,3 +193,19 @@ def test_another_optimizer_trains_what_the_user_wants():
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     assert not trainable.pop("embed.weight")
     assert all(trainable.values())
+
+
+@pytest.mark.parametrize(("steps", "told"), [(0, False), (1, True), (4, True), (5, False)])
+def test_a_run_that_was_all_probe_is_told(steps, told, caplog):
+    """Not in silence: its weights are those it began with."""
+    model, optimizer = start(probe_steps=4)
+    before = weights(model)
+    tiny.train(model, optimizer, 0, steps)
+    assert is_unchanged(model, before) == (steps <= 4)
+    optimizer.release()
+    del optimizer
+    gc.collect()
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [m.startswith("GrassAdamW has updated no weights") for m in messages] == [True] * told
+    if told:
+        assert f"all {steps} steps belonged to the probe, which takes 4" in messages[0]
