@@ -102,6 +102,7 @@ class _GrassTrainer(Trainer):
         """Return Trainer's schedule for the steps after the probe, and its first value during the probe."""
         scheduler = super().create_scheduler(num_training_steps - self.probe_steps, optimizer)
         if self.probe_steps:
+            assert isinstance(scheduler, LambdaLR)  # as all schedules of `FinetuneOptions` are
             factors = [_after_probe(factor, self.probe_steps) for factor in scheduler.lr_lambdas]
             scheduler = self.lr_scheduler = LambdaLR(scheduler.optimizer, factors)
         return scheduler
