@@ -44,7 +44,8 @@ class GrassConfig:
         seed: seed of the sampler's generator.
         offload: where the optimizer states are kept. ``"none"``: on the device of their parameters.
             ``"resident"``: in host memory, and on the device for layers that are active. ``"streamed"``: in
-            host memory; they pass through device buffers in every step. All modes train bitwise the same
+            host memory; they pass through device buffers in every step. ``"auto"``: resident for a model on one GPU
+            whose states fit into host memory, otherwise none; the choice is logged. All modes train bitwise the same
             parameters (with ``fused_backward`` the reported ``grad_norm`` may differ in its last bit).
         buffer_mb: size of a device buffer with ``"streamed"``, in MiB.
         buffer_count: number of device buffers with ``"streamed"``. With three, copies in both directions go on
@@ -73,7 +74,7 @@ class GrassConfig:
     moments: Moments = "keep"
     draw_ahead: int = 1
     seed: int = 0
-    offload: Offload = "none"
+    offload: Literal["auto", Offload] = "auto"
     buffer_mb: float = 64
     buffer_count: int = 3
     fused_backward: bool = False

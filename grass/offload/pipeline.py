@@ -21,7 +21,7 @@ from grass.offload.streams import COMPUTE, D2H, H2D, HOST, UPDATE, CopyEngine, O
 from grass.offload.units import Unit, cut, elements_in
 
 Offload = Literal["none", "resident", "streamed"]
-"""Choices of ``GrassConfig(offload=...)``: no pipeline, or one of the two of this file."""
+"""Where states are kept: no pipeline, or one of the two of this file."""
 
 MAX_HELD = 1.25
 """Gradients that may be held for updates when a bucket is complete, in units of the largest bucket."""

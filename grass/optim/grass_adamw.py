@@ -11,6 +11,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -21,12 +22,13 @@ from grass.config import GrassConfig
 from grass.errors import ConfigError, GrassError, ParameterError
 from grass.layer_scheduler import Change, LayerScheduler
 from grass.layers import LayerMap, Pattern
+from grass.offload.pipeline import Offload
 from grass.optim import state_dict as state_dicts
 from grass.optim.adamw import AdamW
 from grass.optim.checks import check_groups, check_state_shapes, refuse_sparse
 from grass.optim.embeddings import keep_graph_through_frozen_embeddings
 from grass.optim.fused_backward import FusedBackward, tied_parameters
-from grass.optim.offload_manager import OffloadManager, TransferStats, buckets_of
+from grass.optim.offload_manager import OffloadManager, TransferStats, buckets_of, choose_offload
 from grass.optim.param_entry import (
     ParamEntry,
     assign_layers,
@@ -177,6 +179,7 @@ class GrassAdamW(AdamW):
             self._config, self._layers.names, count_elements(by_layer), device, weights
         )
         self._offload: OffloadManager | None = None
+        self._mode: Offload = "none" if self._config.offload == "auto" else self._config.offload
         self._observed_order: list[int] = []
         self._rebuild_store()
         self._lease = RequiresGradLease(list(trainable), list(trainable.values()))
@@ -407,6 +410,8 @@ class GrassAdamW(AdamW):
     def _apply_change(self, change: Change) -> None:
         """Allocate and reset states, and switch parameters, for a change of active layers."""
         if change.drawn is not None:
+            if self._config.offload == "auto" and self._mode == "none" and not self.state:
+                self._rebuild_store()  # the model may have been moved to a GPU after construction
             _logger.debug("step %d: drew layers %s", self.step_count, list(change.drawn))
             for entry in self._entries:
                 if entry.can_train and entry.layer in (*change.drawn, len(self._layers)):
@@ -567,12 +572,17 @@ class GrassAdamW(AdamW):
 
     def _rebuild_store(self) -> None:
         """Create a store for the states of all trainable parameters, and move states there; atomic."""
-        if self._config.offload != "none":
+        buckets = buckets_of(self._entries, self.param_groups, self.state, self._options)
+        if self._offload is None and self._config.offload == "auto":
+            self._mode = choose_offload(
+                buckets, all(self._takes_kernel(entry) for entry in self._entries if entry.can_train)
+            )
+        if self._mode != "none":
             before = self._offload
             if before is not None:
                 before.drain()
-            buckets = buckets_of(self._entries, self.param_groups, self.state, self._options)
-            self._offload = self._states.storage = OffloadManager(buckets, self._config, before)
+            config = replace(self._config, offload=self._mode)
+            self._offload = self._states.storage = OffloadManager(buckets, config, before)
             if before is not None:
                 before.close()
         self._observed_order = []
@@ -596,14 +606,16 @@ class GrassAdamW(AdamW):
         if self._offload is None:
             return
         for entry in self._entries:
-            group = self.param_groups[entry.group]
-            if entry.param in self._offload and not takes_kernel(group, entry.param, self._options):
+            if entry.param in self._offload and not self._takes_kernel(entry):
                 raise ConfigError(
                     f"parameter {entry.index} is in a group with settings that the kernels do not support "
                     "(differentiable, capturable, decoupled_weight_decay=False, or betas in tensors on a device), "
                     "and states in host memory need the kernels: use offload='none', or other settings"
                 )
         self._offload.clone_misplaced({p: self.state[p] for _, p in self._members() if p in self.state})
+
+    def _takes_kernel(self, entry: ParamEntry) -> bool:
+        return takes_kernel(self.param_groups[entry.group], entry.param, self._options)
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self._ensure_capacity()

@@ -1,9 +1,10 @@
 """OffloadManager: the store and the pipeline of an optimizer."""
 
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -11,14 +12,16 @@ from torch import Tensor
 import grass_kernels
 from grass.config import GrassConfig
 from grass.errors import OffloadError
-from grass.offload.host import check_host_memory
-from grass.offload.pipeline import Pipeline, Update, check_buffers, make_pipeline
+from grass.offload.host import available_bytes, check_host_memory
+from grass.offload.pipeline import Offload, Pipeline, Update, check_buffers, make_pipeline
 from grass.offload.store import Bucket, Store, allocates_host_memory
 from grass.offload.streams import CopyEngine, engine_for
 from grass.offload.units import Unit
 from grass.optim.param_entry import ParamEntry
 from grass.optim.states import KINDS, Options, has_remainder, moment_dtype, moment_keys, own_keys
 from grass_kernels.conversions import DTYPES
+
+_logger = logging.getLogger(__name__)
 
 MEBIBYTE = 2**20
 
@@ -46,13 +49,40 @@ class TransferStats(NamedTuple):
         return tuple.__iter__(self)
 
 
+def choose_offload(buckets: Sequence[Bucket], takes_kernels: bool) -> Offload:
+    """Return where ``offload="auto"`` keeps states: in host memory for a model on one GPU, if they fit there.
+
+    Args:
+        buckets: from `buckets_of`.
+        takes_kernels: whether all parameters of the buckets can be updated by the kernels.
+    """
+    devices = {p.device for bucket in buckets for p in bucket.params}
+    if len(devices) != 1 or next(iter(devices)).type != "cuda":
+        return "none"
+    if not takes_kernels:
+        _logger.info("offload: none, since the kernels do not support these settings")
+        return "none"
+    needed = Store(buckets, pinned=False).max_bytes
+    available = available_bytes()
+    if available is not None and needed > available:
+        _logger.warning(
+            "offload: none, since the states of all layers will take %.1f GiB, and %.1f GiB of host memory are "
+            "available: they stay on the GPU",
+            needed / 2**30,
+            available / 2**30,
+        )
+        return "none"
+    _logger.info("offload: resident, up to %.1f GiB of states in host memory", needed / 2**30)
+    return "resident"
+
+
 class OffloadManager:
     """States in host memory: a storage of states (`grass.optim.states.StateStorage`) and a residency
     (`grass.optim.step_plan.Residency`), which brings them to the device for updates.
 
     Args:
         buckets: buckets of the store, from `buckets_of`.
-        config: for ``offload``, ``buffer_mb`` and ``buffer_count``.
+        config: for ``buffer_mb`` and ``buffer_count``, and for ``offload``, which is resident or streamed.
         before: manager that this one replaces; its traffic stays counted.
         engine: function that makes the copy engine of a device.
 
@@ -72,7 +102,8 @@ class OffloadManager:
         self._params = [p for bucket in buckets for p in bucket.params]
         self._device = self._common_device()
         self.store = Store(buckets, pinned=self._device.type == "cuda")
-        check_buffers(config.offload, buckets, self._buffer_bytes)
+        self._mode = cast(Offload, config.offload)
+        check_buffers(self._mode, buckets, self._buffer_bytes)
         held = 0 if before is None else before.store.num_bytes
         if allocates_host_memory():
             check_host_memory(self.store.max_bytes - held)
@@ -99,7 +130,7 @@ class OffloadManager:
         if self._pipeline is None:
             config, engine = self._config, self._make_engine(self._device)
             self._pipeline = make_pipeline(
-                config.offload, self.store, engine, self._device, self._buffer_bytes, config.buffer_count
+                self._mode, self.store, engine, self._device, self._buffer_bytes, config.buffer_count
             )
             # copies in flight must not outlive the memory they read and write
             self._end = weakref.finalize(self, _close, self._pipeline, self.store)

@@ -123,7 +123,7 @@ def _torch_adamw(model: nn.Module, mode: FakeTensorMode, tracker: MemoryTracker)
 def lisa(model: nn.Module, mode: FakeTensorMode, tracker: MemoryTracker, setting: Setting) -> Prepared:
     """Prepare LISA: uniform sampling; moments have the dtype of the parameters and are dropped with each draw."""
     config = GrassConfig(
-        active_layers=setting.active_layers, sampler="uniform", moments="reset", draw_ahead=0
+        active_layers=setting.active_layers, sampler="uniform", moments="reset", draw_ahead=0, offload="none"
     )
     dtype = next(model.parameters()).dtype
     return _adapting(model, mode, tracker, setting._replace(state_dtype=dtype), config)

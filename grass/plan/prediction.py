@@ -32,13 +32,13 @@ GIBIBYTE, MEBIBYTE = 2**30, 2**20
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 METHODS: dict[str, Method] = {
-    "full": methods.full,
-    f"lora-r{methods.LORA_RANK}": methods.lora,
-    "lisa": methods.lisa,
-    "grass": methods.grass(),
     "grass-resident": methods.grass("resident"),
     "grass-streamed": methods.grass("streamed"),
     "grass-streamed-fused": methods.grass("streamed", fused=True),
+    "grass": methods.grass(),
+    "lisa": methods.lisa,
+    f"lora-r{methods.LORA_RANK}": methods.lora,
+    "full": methods.full,
     "grass-probing": methods.grass(probing=True),
     "grass-resident-probing": methods.grass("resident", probing=True),
     "grass-streamed-probing": methods.grass("streamed", probing=True),

@@ -131,7 +131,7 @@ def refreshes(opt: grass.GrassAdamW, model: nn.Module, x: Tensor, steps: int) ->
 @pytest.mark.parametrize(("moments", "clip"), [("keep", None), ("reset", 0.5)])
 def test_steps_of_grass_between_refreshes(device: torch.device, moments: str, clip: float | None) -> None:
     config = grass.GrassConfig(
-        active_layers=1, probe_steps=2, sample_interval=2, update_interval=4, moments=moments
+        active_layers=1, probe_steps=2, sample_interval=2, update_interval=4, moments=moments, offload="none"
     )
     x = torch.randn(8, 16).to(device)
     models = [Model().to(device) for _ in range(2)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import grass
 
 MODES = {
+    "by default": {},
     "streamed": {"offload": "streamed", "buffer_mb": 1.0},
     "streamed, two buffers": {"offload": "streamed", "buffer_mb": 1.0, "buffer_count": 2},
     "resident": {"offload": "resident"},
@@ -38,7 +39,7 @@ class Blocks(nn.Module):
 
 @functools.cache
 def train_in_place(device: torch.device, steps: int) -> list[Tensor]:
-    return train(device, {}, steps)
+    return train(device, {"offload": "none"}, steps)
 
 
 def train(device: torch.device, mode: dict, steps: int, save_at: int | None = None) -> list[Tensor]:
@@ -111,6 +112,25 @@ def test_device_memory_for_states_is_the_ring(cuda: torch.device, rows: int) -> 
     ring = config.buffer_count * 2 * 2**20
     assert opt.transfer_stats.ring_bytes == ring
     assert ring <= torch.cuda.max_memory_allocated() - before <= ring + 2**20
+
+
+def test_states_are_in_host_memory_by_default(cuda: torch.device) -> None:
+    for moved_late in (False, True):
+        model = Blocks(3, 4096)
+        if not moved_late:
+            model.to(cuda)
+        opt = grass.GrassAdamW(
+            model, config=grass.GrassConfig(active_layers=1, probe_steps=1), pattern="blocks.*"
+        )
+        model.to(cuda)
+        for _ in range(3):
+            model(torch.arange(8, device=cuda)).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        moments = [t for state in opt.state.values() for key, t in state.items() if key != "step"]
+        assert moments
+        assert {t.device.type for t in moments} == {"cpu"}
+        assert opt.transfer_stats.h2d_bytes > 0
 
 
 def test_a_fused_backward_holds_the_gradients_of_few_layers(cuda: torch.device) -> None:

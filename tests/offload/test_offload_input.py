@@ -53,7 +53,7 @@ TOO_SMALL = {"offload": "streamed", "buffer_mb": 0.125}
 BAD: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any], type[Exception], str]] = {
     "unknown offload": (
         ragged.ragged, {"offload": "disk"}, {}, ConfigError,
-        r"offload must be one of none, resident, streamed, not 'disk'",
+        r"offload must be one of auto, none, resident, streamed, not 'disk'",
     ),
     "no buffer": (
         ragged.ragged, {"buffer_count": 0}, {}, ConfigError, r"buffer_count .* at least 1, not 0",

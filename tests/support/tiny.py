@@ -109,7 +109,13 @@ def train(
 
 def config(**options: Any) -> grass.GrassConfig:
     """Probe, periods and windows short enough to see several of each in 20 steps."""
-    defaults = {"active_layers": 2, "probe_steps": 3, "sample_interval": 3, "update_interval": 6}
+    defaults = {
+        "active_layers": 2,
+        "probe_steps": 3,
+        "sample_interval": 3,
+        "update_interval": 6,
+        "offload": "none",
+    }
     return grass.GrassConfig(**{**defaults, **options})
 
 
