@@ -1,7 +1,6 @@
-"""Evaluation on held-out records: loss, and exact match of generated answers."""
+"""Evaluation on held-out records: loss, and generated answers."""
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,16 +10,24 @@ from transformers import GenerationConfig, PreTrainedModel
 from grass.finetune.data import Chat, Instruction
 from grass.finetune.encoding import IGNORED, Collator, Encoder, Example
 from grass.finetune.loss import chunked_loss
-
-_NUMBER = re.compile(r"(?<!\d)-?\d[\d,]*(?:\.\d+)?")
-_MAX_CHOICES = 20  # with more distinct answers, the task is not treated as multiple choice
+from grass.finetune.scoring import Rule
 
 
 class Answer(NamedTuple):
-    """Generated answer to a held-out record."""
+    """Generated answer to a held-out record.
 
+    Attributes:
+        prompt: the text that the model continued, special tokens included.
+        expected: the expected answer.
+        generated: the generated text.
+        rule: name of the rule that compared them.
+        correct: the result.
+    """
+
+    prompt: str
     expected: str
     generated: str
+    rule: str
     correct: bool
 
 
@@ -68,6 +75,7 @@ def answer_records(
     model: PreTrainedModel,
     encoder: Encoder,
     records: Sequence[Instruction | Chat],
+    rules: Mapping[str, Rule],
     batch_size: int,
     max_new_tokens: int,
     pad_token_id: int,
@@ -79,6 +87,7 @@ def answer_records(
         model: a causal language model.
         encoder: encodes the prompts.
         records: records with an answer.
+        rules: the rule of each expected answer.
         batch_size: number of prompts in a batch, padded on the left.
         max_new_tokens: maximum length of a generated answer in tokens.
         pad_token_id: id of the padding token.
@@ -88,7 +97,6 @@ def answer_records(
     room = max(1, encoder.context - max_new_tokens)
     prompts = [encoder.prompt(record)[-room:] for record in records]
     expected = [str(record.answer) for record in records]
-    choices = sorted(set(expected))
     order = sorted(range(len(records)), key=lambda i: len(prompts[i]))
     settings = GenerationConfig(
         do_sample=False,
@@ -110,32 +118,8 @@ def answer_records(
             generated = generate(input_ids=ids, attention_mask=mask, generation_config=settings)
             texts = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):
-                answers[i] = Answer(expected[i], text.strip(), is_match(text, expected[i], choices))
+                rule, prompt = rules[expected[i]], str(tokenizer.decode(prompts[i]))
+                correct = rule.is_right(text, expected[i])
+                answers[i] = Answer(prompt, expected[i], text.strip(), rule.name, correct)
             advance(len(chosen))
     return [answers[i] for i in range(len(records))]
-
-
-def is_match(generated: str, expected: str, choices: Sequence[str] = ()) -> bool:
-    """Return True if a generated text contains the expected answer.
-
-    If the expected answer is a number, it is compared by value with the last number of the text. If there are few
-    choices (true/false, A to E), it is compared with the first choice in the text. Otherwise the whole text must be
-    equal, up to case and whitespace.
-
-    Args:
-        generated: the generated text.
-        expected: the expected answer.
-        choices: all expected answers of the evaluation.
-    """
-    if _NUMBER.fullmatch(expected.strip()):
-        numbers = _NUMBER.findall(generated)
-        return bool(numbers) and _value(numbers[-1]) == _value(expected.strip())
-    if 1 < len(choices) <= _MAX_CHOICES:
-        longest_first = sorted(choices, key=len, reverse=True)
-        named = re.search(rf"\b(?:{'|'.join(map(re.escape, longest_first))})\b", generated)
-        return named is not None and named.group() == expected
-    return generated.split() == expected.split() or generated.lower().split() == expected.lower().split()
-
-
-def _value(number: str) -> float:
-    return float(number.replace(",", ""))

@@ -31,6 +31,7 @@ from grass.finetune.run_folder import (
     read_rows,
     write_json,
 )
+from grass.finetune.scoring import Rule, count_rules, rules_for
 from grass.finetune.screen import Screen
 from grass.finetune.stopping import Stopped
 from grass.finetune.summary import make_results
@@ -47,6 +48,7 @@ class Prepared:
     examples: list[Example]
     heldout: list[Example]
     questions: list[Instruction | Chat]  # held-out records that the model answers by generation
+    rules: dict[str, Rule]  # of each expected answer
     layers: LayerMap | None  # None for full fine-tuning
     chunked: bool  # losses are computed by `chunked_loss`
 
@@ -163,9 +165,14 @@ def prepare(options: FinetuneOptions, config: GrassConfig, screen: Screen) -> Pr
     if not heldout_records:
         screen.say("no held-out records: pass --eval FILE or --eval-fraction for held-out loss and accuracy")
     questions = [r for r in heldout_records if isinstance(r, (Instruction, Chat)) and r.answer is not None]
+    rules = rules_for([str(question.answer) for question in questions])  # of the whole file, not of a sample
     if len(questions) > options.eval_answers:
         questions = random.Random(config.seed).sample(questions, options.eval_answers)
-    return Prepared(model, encoder, train_set.examples, heldout.examples, questions, layers, chunked)
+    if questions:
+        counts = count_rules(rules, (str(question.answer) for question in questions)).items()
+        named = ", ".join(f"{name} ({count:,})" for name, count in counts)
+        screen.say(f"held-out answers are scored by these rules: {named}")
+    return Prepared(model, encoder, train_set.examples, heldout.examples, questions, rules, layers, chunked)
 
 
 def _report_truncation(encoded: Encoded, kind: str, context: int, screen: Screen) -> None:
@@ -260,6 +267,7 @@ def evaluate(
             run.model,
             run.encoder,
             run.questions,
+            run.rules,
             options.eval_batch_size,
             options.max_new_tokens,
             run.pad_token_id,
@@ -268,6 +276,7 @@ def evaluate(
         screen.stop()
         result["accuracy"] = sum(answer.correct for answer in answers) / len(answers)
         result["answers"] = len(answers)
+        result["scoring"] = count_rules(run.rules, (answer.expected for answer in answers))
     return result, answers
 
 

@@ -82,7 +82,7 @@ def crash():
     raise RuntimeError("out of memory, say")
 
 
-def test_a_run_leaves_everything_behind(options, tmp_path, tiny_model):
+def test_a_run_leaves_everything_behind(options, tmp_path, tiny_model, problem_files, capsys):
     results = start_run(options, CONFIG, Screen(), ["grass", "finetune"])
     folder = RunFolder.open(tmp_path / "run")
     assert folder.state == "finished"
@@ -120,7 +120,15 @@ def test_a_run_leaves_everything_behind(options, tmp_path, tiny_model):
     assert all(r["grad_norm"] > 1e-3 and r["tokens_per_second"] > 0 for r in metrics if "lr" in r)
     assert [r["step"] for r in metrics if "heldout_loss" in r] == [0, 10, 19]
     assert results["heldout_loss_after"] < results["heldout_loss_before"]
-    assert len(read_rows(folder.path / "answers.jsonl")) == results["answers"] == 8
+    answers = read_rows(folder.path / "answers.jsonl")
+    assert len(answers) == results["answers"] == 8
+    assert [set(row) for row in answers] == [{"prompt", "expected", "generated", "rule", "correct"}] * 8
+    questions = [
+        json.loads(line)["instruction"].split()[0] for line in problem_files[1].read_text().splitlines()
+    ]
+    assert [row["prompt"].split()[1] for row in answers] == questions  # <s> comes first
+    assert results["scoring"] == {"number": 8}
+    assert "held-out answers are scored by these rules: number (8)" in capsys.readouterr().err
     assert folder.picture.read_bytes().startswith(b"\x89PNG")
     assert not folder.checkpoints.exists()
 
