@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from grass.finetune.data import Chat, Instruction
 from grass.finetune.encoding import IGNORED, Collator, Encoder, Example
 from grass.finetune.loss import chunked_loss
+from grass.finetune.records import Chat, Instruction
 from grass.finetune.scoring import Rule
 
 

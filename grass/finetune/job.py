@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 import grass
 from grass.config import GrassConfig
 from grass.errors import RunFolderError
-from grass.finetune.data import Chat, Instruction, Record, file_digest, read_records, split_heldout
+from grass.finetune.data import BadRecord, RecordFile, file_digest, read_records, split_heldout
 from grass.finetune.demo import demo_model, demo_tokenizer, make_demo, one_thread
 from grass.finetune.encoding import Encoded, Encoder, Example
 from grass.finetune.evaluation import Answer, answer_records, heldout_loss
@@ -23,6 +23,7 @@ from grass.finetune.loss import use_chunked_loss
 from grass.finetune.model import check_method, context_of, load_model, pad_token_id
 from grass.finetune.options import FinetuneOptions
 from grass.finetune.picture import draw_picture
+from grass.finetune.records import Chat, Instruction, Record
 from grass.finetune.run_folder import (
     RunFolder,
     append_row,
@@ -38,6 +39,8 @@ from grass.finetune.summary import make_results
 from grass.finetune.training import train
 from grass.layers import LayerMap
 
+_MOST_SHOWN = 3  # of skipped records, on the screen
+
 
 @dataclass
 class Prepared:
@@ -49,6 +52,7 @@ class Prepared:
     heldout: list[Example]
     questions: list[Instruction | Chat]  # held-out records that the model answers by generation
     rules: dict[str, Rule]  # of each expected answer
+    skipped: list[BadRecord]  # training records that cannot be used
     layers: LayerMap | None  # None for full fine-tuning
     chunked: bool  # losses are computed by `chunked_loss`
 
@@ -140,10 +144,14 @@ def prepare(options: FinetuneOptions, config: GrassConfig, screen: Screen) -> Pr
         config: configuration of the method.
         screen: shows notes about the data, such as the number of truncated texts.
     """
-    records = read_records(options.data)
-    heldout_records: list[Record] = []
+    read = read_records(options.data, max_skipped=options.max_skipped)
+    _report_skipped(read, screen)
+    _report_unused(options.data, read, screen)
+    records, heldout_records = read.records, list[Record]()
     if options.eval:
-        heldout_records = read_records(options.eval)
+        read_heldout = read_records(options.eval, evaluation=True)
+        _report_unused(options.eval, read_heldout, screen)
+        heldout_records = read_heldout.records
     elif options.eval_fraction:
         records, heldout_records = split_heldout(records, options.eval_fraction, config.seed)
     if not Path(options.model).exists():
@@ -156,10 +164,17 @@ def prepare(options: FinetuneOptions, config: GrassConfig, screen: Screen) -> Pr
     train_set = encoder.encode(records, options.data)
     _report_truncation(train_set, "training", encoder.context, screen)
     heldout = Encoded()
-    if heldout_records:
-        heldout = encoder.encode(heldout_records, options.eval or options.data)
+    learnable = [record for record in heldout_records if record.has_target]
+    if len(learnable) < len(heldout_records):
+        screen.say(
+            f"{len(heldout_records) - len(learnable):,} of {len(heldout_records):,} held-out records have no output: "
+            "they count for the accuracy only"
+        )
+    if learnable:
+        heldout = encoder.encode(learnable, options.eval or options.data)
         _report_truncation(heldout, "held-out", encoder.context, screen)
-    shared = len(set(heldout_records) & set(records))
+    seen = {record.question for record in records}
+    shared = len({record.question for record in heldout_records} & seen)
     if shared:
         screen.say(f"warning: {shared:,} held-out records are also among the training records")
     if not heldout_records:
@@ -172,7 +187,27 @@ def prepare(options: FinetuneOptions, config: GrassConfig, screen: Screen) -> Pr
         counts = count_rules(rules, (str(question.answer) for question in questions)).items()
         named = ", ".join(f"{name} ({count:,})" for name, count in counts)
         screen.say(f"held-out answers are scored by these rules: {named}")
-    return Prepared(model, encoder, train_set.examples, heldout.examples, questions, rules, layers, chunked)
+    return Prepared(
+        model, encoder, train_set.examples, heldout.examples, questions, rules, read.bad, layers, chunked
+    )
+
+
+def _report_skipped(read: RecordFile, screen: Screen) -> None:
+    if read.bad:
+        total = len(read.records) + len(read.bad)
+        screen.say(
+            f"{len(read.bad):,} of {total:,} training records cannot be used and are skipped; "
+            "all of them are listed in skipped.jsonl of the run folder"
+        )
+        for bad in read.bad[:_MOST_SHOWN]:
+            screen.say(f"  {bad}")
+
+
+def _report_unused(path: str, read: RecordFile, screen: Screen) -> None:
+    if read.unused:
+        keys = [f"{key} ({count:,} records)" for key, count in read.unused.items()]
+        more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+        screen.say(f"{path}: keys that are not used: {', '.join(keys[:8])}{more}")
 
 
 def _report_truncation(encoded: Encoded, kind: str, context: int, screen: Screen) -> None:
@@ -210,6 +245,9 @@ def _execute(
 def _train_and_evaluate(
     folder: RunFolder, options: FinetuneOptions, config: GrassConfig, run: Prepared, screen: Screen
 ) -> dict[str, Any]:
+    (folder.path / "skipped.jsonl").unlink(missing_ok=True)
+    for bad in run.skipped:
+        append_row(folder.path / "skipped.jsonl", asdict(bad))
     before = _saved_evaluation(folder, "before")
     if before is None:
         before, _ = evaluate(run, options, screen, "evaluating before training")
@@ -245,6 +283,7 @@ def _train_and_evaluate(
     results = make_results(
         options, config, run.layers, num_params, training, rows, before, after, str(folder.path)
     )
+    results["skipped_records"] = len(run.skipped)
     write_json(folder.results, results)
     folder.update(state="finished")
     return results

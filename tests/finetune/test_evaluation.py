@@ -31,7 +31,7 @@ def encoder(tokenizer):
 
 @pytest.fixture(scope="module")
 def records(problem_files):
-    return read_records(problem_files[1])
+    return read_records(problem_files[1]).records
 
 
 def test_loss_is_the_mean_over_learnt_tokens_at_any_batch_size(model, encoder, records):
