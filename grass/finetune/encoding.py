@@ -50,11 +50,13 @@ class Encoded:
 
     Attributes:
         examples: the examples that have at least one target.
+        num_texts: number of all texts.
         num_cut: number of texts that were truncated to the context length.
         num_dropped: number of truncated texts without a target left, which are not in `examples`.
     """
 
     examples: list[Example] = field(default_factory=list)
+    num_texts: int = 0
     num_cut: int = 0
     num_dropped: int = 0
 
@@ -89,10 +91,11 @@ class Encoder:
             source: name of the records in error messages.
 
         Raises:
-            DataError: no example has a target.
+            DataError: more than half of the texts have no target within the context.
         """
         result = Encoded()
         for record in records:
+            result.num_texts += 1
             input_ids, labels = self.encode_one(record)
             if len(input_ids) > self.context:
                 result.num_cut += 1
@@ -102,9 +105,10 @@ class Encoder:
                 result.num_dropped += 1
                 continue
             result.examples.append(Example(input_ids, labels))
-        if not result.examples:
+        if not result.examples or 2 * result.num_dropped > result.num_texts:
             raise DataError(
-                f"{source}: no text has a token to learn within the context of {self.context} tokens"
+                f"{source}: {result.num_dropped:,} of {result.num_texts:,} texts have no token to learn within the "
+                f"context of {self.context} tokens: pass a larger --context, or leave those texts out"
             )
         return result
 

@@ -18,9 +18,9 @@ from grass.errors import RunFolderError
 from grass.finetune.data import BadRecord, RecordFile, file_digest, read_records, split_heldout
 from grass.finetune.demo import demo_model, demo_tokenizer, make_demo, one_thread
 from grass.finetune.encoding import Encoded, Encoder, Example
-from grass.finetune.evaluation import Answer, answer_records, heldout_loss
+from grass.finetune.evaluation import Answer, Question, answer_questions, heldout_loss, make_questions
 from grass.finetune.loss import use_chunked_loss
-from grass.finetune.model import check_method, context_of, load_model, pad_token_id
+from grass.finetune.model import check_method, context_of, load_model, pad_token_id, positions_of
 from grass.finetune.options import FinetuneOptions
 from grass.finetune.picture import draw_picture
 from grass.finetune.records import Chat, Instruction, Record
@@ -50,7 +50,8 @@ class Prepared:
     encoder: Encoder
     examples: list[Example]
     heldout: list[Example]
-    questions: list[Instruction | Chat]  # held-out records that the model answers by generation
+    questions: list[Question]  # that the model answers by generation
+    questions_cut: int  # number of questions whose beginning was cut
     rules: dict[str, Rule]  # of each expected answer
     skipped: list[BadRecord]  # training records that cannot be used
     layers: LayerMap | None  # None for full fine-tuning
@@ -179,16 +180,33 @@ def prepare(options: FinetuneOptions, config: GrassConfig, screen: Screen) -> Pr
         screen.say(f"warning: {shared:,} held-out records are also among the training records")
     if not heldout_records:
         screen.say("no held-out records: pass --eval FILE or --eval-fraction for held-out loss and accuracy")
-    questions = [r for r in heldout_records if isinstance(r, (Instruction, Chat)) and r.answer is not None]
-    rules = rules_for([str(question.answer) for question in questions])  # of the whole file, not of a sample
-    if len(questions) > options.eval_answers:
-        questions = random.Random(config.seed).sample(questions, options.eval_answers)
+    asked = [r for r in heldout_records if isinstance(r, (Instruction, Chat)) and r.answer is not None]
+    rules = rules_for([str(record.answer) for record in asked])  # of the whole file, not of a sample
+    if len(asked) > options.eval_answers:
+        asked = random.Random(config.seed).sample(asked, options.eval_answers)
+    positions = positions_of(model)
+    questions, questions_cut = make_questions(encoder, asked, positions, options.max_new_tokens)
+    if positions is not None and questions_cut:
+        share = _share(questions_cut, len(questions), "questions")
+        room = f"{positions - options.max_new_tokens} tokens that {options.max_new_tokens} new ones leave"
+        screen.say(
+            f"{share} are longer than the {room} of the model's {positions} positions; their beginning is cut"
+        )
     if questions:
-        counts = count_rules(rules, (str(question.answer) for question in questions)).items()
+        counts = count_rules(rules, (question.expected for question in questions)).items()
         named = ", ".join(f"{name} ({count:,})" for name, count in counts)
         screen.say(f"held-out answers are scored by these rules: {named}")
     return Prepared(
-        model, encoder, train_set.examples, heldout.examples, questions, rules, read.bad, layers, chunked
+        model,
+        encoder,
+        train_set.examples,
+        heldout.examples,
+        questions,
+        questions_cut,
+        rules,
+        read.bad,
+        layers,
+        chunked,
     )
 
 
@@ -212,11 +230,17 @@ def _report_unused(path: str, read: RecordFile, screen: Screen) -> None:
 
 def _report_truncation(encoded: Encoded, kind: str, context: int, screen: Screen) -> None:
     if encoded.num_cut:
-        total = len(encoded.examples) + encoded.num_dropped
-        line = f"{encoded.num_cut:,} of {total:,} {kind} texts are longer than {context} tokens and are truncated"
-        if encoded.num_dropped:
-            line += f"; {encoded.num_dropped:,} are left out, since no token to learn remains"
-        screen.say(line)
+        share = _share(encoded.num_cut, encoded.num_texts, f"{kind} texts")
+        screen.say(f"{share} are longer than {context} tokens and are truncated (--context)")
+    if encoded.num_dropped:
+        screen.say(
+            f"{encoded.num_dropped:,} ({encoded.num_dropped / encoded.num_texts:.1%}) are left out: their prompt fills "
+            "the context, so that no token to learn remains"
+        )
+
+
+def _share(count: int, total: int, name: str) -> str:
+    return f"{count:,} of {total:,} {name} ({count / total:.1%})"
 
 
 def _execute(
@@ -283,7 +307,7 @@ def _train_and_evaluate(
     results = make_results(
         options, config, run.layers, num_params, training, rows, before, after, str(folder.path)
     )
-    results["skipped_records"] = len(run.skipped)
+    results |= {"skipped_records": len(run.skipped), "questions_cut": run.questions_cut}
     write_json(folder.results, results)
     folder.update(state="finished")
     return results
@@ -302,9 +326,9 @@ def evaluate(
         )
     if run.questions:
         screen.start(title, len(run.questions), unit="answer")
-        answers = answer_records(
+        answers = answer_questions(
             run.model,
-            run.encoder,
+            run.encoder.tokenizer,
             run.questions,
             run.rules,
             options.eval_batch_size,

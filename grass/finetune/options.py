@@ -27,8 +27,8 @@ class FinetuneOptions:
         pattern: module paths of the layers, such as "model.layers.*", one for each stack; found automatically by
             default.
         template: prompt for an instruction: "alpaca", or "plain" (the instruction and a newline).
-        context: maximum length of a text in tokens; longer texts are truncated. Default: the limit of the model, at
-            most 1024.
+        context: maximum length in tokens of a text that is learnt, or of which the held-out loss is computed; longer
+            texts are truncated. Default: the limit of the model, at most 1024.
         steps: number of optimizer steps; replaces epochs.
         epochs: number of passes over the data, if steps is not given.
         batch_size: number of texts in a forward pass.

@@ -96,7 +96,7 @@ def test_cut_and_dropped_texts_are_counted(tokenizer):
     encoded = Encoder(tokenizer, "plain", 8).encode(records, "d.jsonl")
     assert (len(encoded.examples), encoded.num_cut, encoded.num_dropped) == (2, 2, 1)
     assert [len(e.input_ids) for e in encoded.examples] == [7, 8]
-    with pytest.raises(DataError, match=r"d\.jsonl: no text has a token to learn"):
+    with pytest.raises(DataError, match=r"d\.jsonl: 1 of 1 texts have no token to learn"):
         Encoder(tokenizer, "plain", 8).encode(records[2:], "d.jsonl")
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from grass.finetune.data import read_records
 from grass.finetune.encoding import IGNORED, Encoder
-from grass.finetune.evaluation import answer_records, heldout_loss
+from grass.finetune.evaluation import answer_questions, heldout_loss, make_questions
 from grass.finetune.scoring import rules_for
 
 
@@ -51,9 +51,11 @@ def test_loss_is_the_mean_over_learnt_tokens_at_any_batch_size(model, encoder, r
 def test_answers_do_not_depend_on_the_batch(model, encoder, records):
     model.train()
     rules = rules_for([r.answer for r in records])
-    one = answer_records(model, encoder, records, rules, 1, 6, 0)
+    questions, num_cut = make_questions(encoder, records, 64, 6)
+    assert num_cut == 0
+    one = answer_questions(model, encoder.tokenizer, questions, rules, 1, 6, 0)
     done = []
-    all_at_once = answer_records(model, encoder, records, rules, 100, 6, 0, done.append)
+    all_at_once = answer_questions(model, encoder.tokenizer, questions, rules, 100, 6, 0, done.append)
     assert model.training
     assert one == all_at_once
     assert done == [len(records)]
@@ -64,7 +66,15 @@ def test_answers_do_not_depend_on_the_batch(model, encoder, records):
     assert len({a.generated for a in one}) > 1  # else the test could not fail
 
 
-def test_a_long_prompt_keeps_its_end(model, tokenizer, records):
-    short = Encoder(tokenizer, "plain", 12)
-    answers = answer_records(model, short, records, rules_for([r.answer for r in records]), 4, 6, 0)
-    assert len(answers) == len(records)
+def test_prompts_may_be_as_long_as_the_positions_allow(tokenizer, records):
+    short = Encoder(tokenizer, "plain", 12)  # the context of training
+    whole = [short.prompt(record) for record in records]
+    for positions in (None, 10_000, max(map(len, whole)) + 6):
+        questions, num_cut = make_questions(short, records, positions, 6)
+        assert [q.prompt for q in questions] == whole
+        assert num_cut == 0
+    longest = max(whole, key=len)
+    questions, num_cut = make_questions(short, records, len(longest) + 5, 6)
+    assert num_cut == sum(len(prompt) == len(longest) for prompt in whole) <= len(whole) / 2
+    assert questions[whole.index(longest)].prompt == longest[1:]
+    assert make_questions(short, [], 10, 20) == ([], 0)
