@@ -170,7 +170,7 @@ def _check_keys(item: dict[str, Any]) -> None:
 def _text(item: dict[str, Any], key: str, *, may_be_empty: bool = False) -> str:
     value = item[key]
     if not isinstance(value, str):
-        remedy = "; join the texts of its parts to one string" if isinstance(value, list) else ""
+        remedy = "; join its texts to one string, if it has no other parts" if isinstance(value, list) else ""
         raise DataError(f'"{key}" must be a string, not {_kind(value)}{remedy}')
     if not value.strip() and not may_be_empty:
         raise DataError(f'"{key}" is empty')

@@ -6,9 +6,7 @@ and images trained as if they were not there, messages of weight 0 learnt, syste
 """
 
 import json
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -20,7 +18,6 @@ from grass.finetune.records import Chat, Instruction
 from grass.finetune.run_folder import read_rows
 from grass.finetune.screen import Screen, quiet_libraries
 
-ROOT = Path(__file__).parents[2]
 CONFIG = GrassConfig(active_layers=1, probe_steps=1, sample_interval=2, update_interval=2)
 GOOD = {"instruction": "1 + 1", "output": "2", "answer": "2"}
 EMPTY = {"instruction": "2 + 2", "output": "\n", "answer": "4"}
@@ -235,14 +232,11 @@ def test_what_is_cheap_to_respect_is_read(tmp_path):
     ]
 
 
-def test_files_of_llm_adapters_are_accepted():
-    folder = Path(os.environ.get("GRASS_LLM_ADAPTERS") or ROOT.parent / "shared" / "data" / "llm-adapters")
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is missing: set GRASS_LLM_ADAPTERS to the folder of LLM-Adapters' data sets")
-    training = read_records(folder / "math_data.json", max_skipped=FinetuneOptions.max_skipped)
+def test_files_of_llm_adapters_are_accepted(llm_adapters):
+    training = read_records(llm_adapters / "math_data.json", max_skipped=FinetuneOptions.max_skipped)
     assert (len(training.records), len(training.bad), training.unused) == (3257, 3, {})
     assert {bad.reason for bad in training.bad} == {'"output" is empty'}
-    for path in sorted(folder.glob("*/test.json")):
+    for path in sorted(llm_adapters.glob("*/test.json")):
         read = read_records(path, evaluation=True)
         assert len(read.records) == len(json.loads(path.read_text(encoding="utf-8")))
         assert all(record.answer is not None for record in read.records)

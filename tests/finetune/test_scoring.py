@@ -5,24 +5,17 @@ letters); a rule that needs every option to occur among the expected answers; a 
 number compared as text; a choice found inside another word.
 
 The rules of LLM-Adapters are written a second time below, by data set and from their description, and compared on
-their own files. Those files are not part of the project: `GRASS_LLM_ADAPTERS` names their folder; by default it is
-`../shared/data/llm-adapters` beside the checkout.
+their own files, which are not part of the project (see `llm_adapters` in conftest.py).
 """
 
 import json
 import math
-import os
 import re
-from pathlib import Path
 
 import pytest
 
 from grass.finetune.scoring import count_rules, rules_for
 
-FOLDER = Path(
-    os.environ.get("GRASS_LLM_ADAPTERS")
-    or Path(__file__).parents[2].parent / "shared" / "data" / "llm-adapters"
-)
 ARITHMETIC = ("MultiArith", "AddSub", "SingleEq", "SVAMP", "gsm8k")
 OPTIONS = {
     "AQuA": ["A", "B", "C", "D", "E"],
@@ -90,11 +83,8 @@ def test_a_file_of_several_tasks_scores_as_in_llm_adapters():
 
 
 @pytest.mark.parametrize("dataset", [name for name in (*ARITHMETIC, *OPTIONS) if name != "hellaswag"])
-def test_gold_outputs_score_as_in_llm_adapters(dataset):
-    path = FOLDER / dataset / "test.json"
-    if not path.is_file():
-        pytest.skip(f"{path} is missing: set GRASS_LLM_ADAPTERS to the folder of LLM-Adapters' data sets")
-    records = json.loads(path.read_text(encoding="utf-8"))
+def test_gold_outputs_score_as_in_llm_adapters(llm_adapters, dataset):
+    records = json.loads((llm_adapters / dataset / "test.json").read_text(encoding="utf-8"))
     pairs = [(record["output"], record["answer"]) for record in records]
     expected = [right_by_llm_adapters(dataset, *pair) for pair in pairs]
     assert score(pairs) == expected
