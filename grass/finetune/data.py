@@ -1,65 +1,69 @@
-"""Reading of training data: JSON or JSONL files with three kinds of records.
+"""Reading of training data: JSON or JSONL files of records, the bad ones among them, and the held-out part.
 
-========================================================  ==========================================
-``{"instruction", "input"?, "output", "answer"?}``        `Instruction`, the format of LLM-Adapters
-``{"messages": [{"role", "content"}, ...], "answer"?}``   `Chat`
-``{"text"}``                                              `PlainText`
-========================================================  ==========================================
-
-A file may mix the kinds. Every error names the file, and the line or the record.
+A file may mix the kinds of `grass.finetune.records`. Every error names the file, and the line or the record.
 """
 
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from grass.errors import DataError
-
-ROLES = ("system", "user", "assistant", "tool")
-FORMATS = '"instruction" and "output", or "messages", or "text"'
+from grass.finetune.records import FORMATS, Record, parse_record
 
 
 @dataclass(frozen=True)
-class Instruction:
-    """Task and solution; evaluation compares the generated text with `answer`, if there is one."""
+class BadRecord:
+    """Record that cannot be used.
 
-    instruction: str
-    output: str
-    input: str = ""
-    answer: str | None = None
+    Attributes:
+        file, line: its place; of a record of an array, the line in which it begins.
+        record: its number in an array, from 1; None in JSONL.
+        reason: the reason, with the remedy.
+    """
+
+    file: str
+    line: int
+    record: int | None
+    reason: str
+
+    def __str__(self) -> str:
+        """Return place and reason."""
+        number = "" if self.record is None else f" record {self.record}:"
+        return f"{self.file}:{self.line}:{number} {self.reason}"
 
 
 @dataclass(frozen=True)
-class Chat:
-    """Conversation as (role, content) pairs, with at least one message of the assistant."""
+class RecordFile:
+    """Content of a data file.
 
-    messages: tuple[tuple[str, str], ...]
-    answer: str | None = None
+    Attributes:
+        records: the records that can be used.
+        bad: the others.
+        unused: number of records by name of a key that is not used.
+    """
 
-
-@dataclass(frozen=True)
-class PlainText:
-    """Text of which every token is a target."""
-
-    text: str
-    answer: None = None
-
-
-Record = Instruction | Chat | PlainText
+    records: list[Record]
+    bad: list[BadRecord]
+    unused: dict[str, int]
 
 
-def read_records(path: str | Path) -> list[Record]:
+def read_records(path: str | Path, *, evaluation: bool = False, max_skipped: float = 0.0) -> RecordFile:
     """Read all records of a JSON file (an array) or a JSONL file (an object per line).
 
     Args:
         path: the file; a JSON file begins with ``[``.
+        evaluation: accept records that have an answer and no output.
+        max_skipped: largest fraction of bad records.
 
     Raises:
-        DataError: the file is missing, unreadable, empty or malformed; the message names the line.
+        DataError: the file is missing, unreadable, empty or malformed, or has more bad records; the message names the
+            lines.
     """
     path = Path(path)
     try:
@@ -73,14 +77,39 @@ def read_records(path: str | Path) -> list[Record]:
         raise DataError(f"{path}:{line}: not UTF-8 text") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    objects = _array(path, text) if text.lstrip().startswith("[") else _lines(path, text)
-    records = [_parse(place, item) for place, item in objects]
-    if not records:
+    records: list[Record] = []
+    bad: list[BadRecord] = []
+    unused: Counter[str] = Counter()
+    for line, number, item in _array(path, text) if text.lstrip().startswith("[") else _lines(text):
+        try:
+            record, keys = parse_record(_load(item) if number is None else item, evaluation=evaluation)
+        except DataError as error:
+            bad.append(BadRecord(str(path), line, number, str(error)))
+        else:
+            records.append(record)
+            unused.update(keys)
+    if not records and not bad:
         raise DataError(f"{path}: no records; expected objects with {FORMATS}")
-    return records
+    if len(bad) > max_skipped * (len(records) + len(bad)) + 1e-9:  # 0.29 * 100 is less than 29
+        raise DataError(_too_many(bad, len(records) + len(bad), evaluation=evaluation))
+    return RecordFile(records, bad, dict(unused))
 
 
-def _array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+def _too_many(bad: Sequence[BadRecord], total: int, *, evaluation: bool) -> str:
+    kind = "lines" if bad[0].record is None else "records"
+    places = ", ".join(str(b.record or b.line) for b in bad[:5]) + (", ..." if len(bad) > 5 else "")
+    reasons = list(dict.fromkeys(b.reason for b in bad))
+    also = f", also because: {'; '.join(reasons[1:4])}" if len(reasons) > 1 else ""
+    remedy = "mend them"
+    if evaluation:
+        remedy += ": a score of the other records would not be that of the file"
+    elif 2 * len(bad) <= total:
+        remedy += f", or leave them out with --max-skipped {ceil(1000 * len(bad) / total) / 1000:g}"
+    return f"{bad[0]}; {len(bad):,} of {total:,} records cannot be used ({kind} {places}){also}: {remedy}"
+
+
+def _array(path: Path, text: str) -> Iterator[tuple[int, int, Any]]:
+    """Yield line, number and value of the elements of a JSON array."""
     try:
         count = len(json.loads(text))  # the whole file must be valid before its records are parsed
     except json.JSONDecodeError as error:
@@ -95,79 +124,24 @@ def _array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             start += 1
         line, counted = line + text.count("\n", counted, start), start
         item, end = decoder.raw_decode(text, start)
-        yield f"{path}:{line}: record {index}", item
+        yield line, index, item
 
 
-def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+def _lines(text: str) -> Iterator[tuple[int, None, str]]:
+    """Yield number and text of the lines that are not blank."""
     # Not splitlines(): JSON strings may contain U+2028 and similar characters, which do not end a line of JSONL.
     for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield f"{path}:{number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not valid JSON: {error.msg}") from None
-        except RecursionError:
-            raise DataError(f"{path}:{number}: not valid JSON: nested too deeply") from None
+        if line.strip():
+            yield number, None, line
 
 
-def _parse(place: str, item: Any) -> Record:
-    if not isinstance(item, dict):
-        raise DataError(f"{place}: expected an object with {FORMATS}, found {_kind(item)}")
-    if "messages" in item:
-        return Chat(_messages(place, item["messages"]), _answer(place, item))
-    if "instruction" in item and "output" in item:
-        return Instruction(
-            _text(place, item, "instruction"),
-            _text(place, item, "output"),
-            # Some files have null for a missing input.
-            _text(place, item, "input", may_be_empty=True) if item.get("input") is not None else "",
-            _answer(place, item),
-        )
-    if "text" in item:
-        return PlainText(_text(place, item, "text"))
-    keys = ", ".join(json.dumps(key) for key in list(item)[:6]) or "no keys"
-    raise DataError(f"{place}: expected {FORMATS}; found {keys}")
-
-
-def _text(place: str, item: dict[str, Any], key: str, *, may_be_empty: bool = False) -> str:
-    value = item[key]
-    if not isinstance(value, str):
-        raise DataError(f'{place}: "{key}" must be a string, not {_kind(value)}')
-    if not value.strip() and not may_be_empty:
-        raise DataError(f'{place}: "{key}" is empty')
-    return value
-
-
-def _answer(place: str, item: dict[str, Any]) -> str | None:
-    value = item.get("answer")
-    if value is None or value == "":
-        return None
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise DataError(f'{place}: "answer" must be a string or a number, not {_kind(value)}')
-    return str(value)
-
-
-def _messages(place: str, value: Any) -> tuple[tuple[str, str], ...]:
-    if not isinstance(value, list) or not value:
-        raise DataError(f'{place}: "messages" must be a non-empty list')
-    turns = []
-    for index, message in enumerate(value, start=1):
-        location = f"{place}: message {index}"
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise DataError(f'{location}: expected an object with "role" and "content"')
-        role = message["role"]
-        if role not in ROLES:
-            raise DataError(f"{location}: role must be one of {', '.join(ROLES)}, not {json.dumps(role)}")
-        turns.append((role, _text(location, message, "content", may_be_empty=role != "assistant")))
-    if not any(role == "assistant" for role, _ in turns):
-        raise DataError(f"{place}: no message of the assistant: there is nothing to learn")
-    return tuple(turns)
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+def _load(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"not valid JSON: {error.msg}") from None
+    except RecursionError:
+        raise DataError("not valid JSON: nested too deeply") from None
 
 
 def split_heldout(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:

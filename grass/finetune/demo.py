@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grass.config import GrassConfig
 from grass.finetune.arithmetic import plain_sums, vocabulary, word_problems
-from grass.finetune.data import PlainText
 from grass.finetune.encoding import Encoder
 from grass.finetune.options import FinetuneOptions
+from grass.finetune.records import PlainText
 from grass.finetune.run_folder import RunFolder
 from grass.finetune.screen import Screen
 from grass.finetune.training import train

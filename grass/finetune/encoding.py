@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grass.errors import ConfigError, DataError
-from grass.finetune.data import Chat, Instruction, PlainText, Record
 from grass.finetune.options import Template
+from grass.finetune.records import Chat, Instruction, PlainText, Record
 
 IGNORED = -100  # label of tokens that the loss ignores
 
@@ -50,11 +50,13 @@ class Encoded:
 
     Attributes:
         examples: the examples that have at least one target.
+        num_texts: number of all texts.
         num_cut: number of texts that were truncated to the context length.
         num_dropped: number of truncated texts without a target left, which are not in `examples`.
     """
 
     examples: list[Example] = field(default_factory=list)
+    num_texts: int = 0
     num_cut: int = 0
     num_dropped: int = 0
 
@@ -89,10 +91,11 @@ class Encoder:
             source: name of the records in error messages.
 
         Raises:
-            DataError: no example has a target.
+            DataError: more than half of the texts have no target within the context.
         """
         result = Encoded()
         for record in records:
+            result.num_texts += 1
             input_ids, labels = self.encode_one(record)
             if len(input_ids) > self.context:
                 result.num_cut += 1
@@ -102,9 +105,10 @@ class Encoder:
                 result.num_dropped += 1
                 continue
             result.examples.append(Example(input_ids, labels))
-        if not result.examples:
+        if not result.examples or 2 * result.num_dropped > result.num_texts:
             raise DataError(
-                f"{source}: no text has a token to learn within the context of {self.context} tokens"
+                f"{source}: {result.num_dropped:,} of {result.num_texts:,} texts have no token to learn within the "
+                f"context of {self.context} tokens: pass a larger --context, or leave those texts out"
             )
         return result
 
@@ -116,7 +120,7 @@ class Encoder:
         if isinstance(record, Chat) and self.tokenizer.chat_template:
             return self._templated_chat(record)
         if isinstance(record, Chat):
-            return self._plain_chat(record.messages, answer_next=False)
+            return self._plain_chat(record.messages, record.unlearnt)
         prompt = self.prompt(record)
         response = [*self._continue(record.output), self._eos]
         return Example(prompt + response, [IGNORED] * len(prompt) + response)
@@ -124,31 +128,51 @@ class Encoder:
     def prompt(self, record: Instruction | Chat) -> list[int]:
         """Return the token ids of the prompt to which the model generates an answer."""
         if isinstance(record, Instruction):
-            return self._start(self.template(record.instruction, record.input))
-        last = max(i for i, (role, _) in enumerate(record.messages) if role == "assistant")
+            return self._instruction_prompt(record)
         if self.tokenizer.chat_template:
-            return self._apply_chat_template(record.messages[:last], answer_next=True)
-        return self._plain_chat(record.messages[:last], answer_next=True).input_ids
+            return self._apply_chat_template(record.question, answer_next=True)
+        return self._plain_chat(record.question, answer_next=True).input_ids
+
+    def _instruction_prompt(self, record: Instruction) -> list[int]:
+        """Encode system, history and task; each earlier output ends with the EOS token, as in training."""
+        before = f"{record.system}\n\n" if record.system else ""
+        ids: list[int] = []
+        for instruction, output in record.history:
+            prompt = self.template(instruction, "")
+            ids += self._continue(prompt) if ids else self._start(before + prompt)
+            ids += [*self._continue(output), self._eos]
+        prompt = self.template(record.instruction, record.input)
+        return ids + self._continue(prompt) if ids else self._start(before + prompt)
 
     def _templated_chat(self, record: Chat) -> Example:
         """Encode a chat; targets are the tokens that each message of the assistant adds to the conversation."""
         ids = self._apply_chat_template(record.messages, answer_next=False)
         labels = [IGNORED] * len(ids)
         for i, (role, _) in enumerate(record.messages):
-            if role == "assistant":
-                before = self._apply_chat_template(record.messages[:i], answer_next=True)
+            if role == "assistant" and i not in record.unlearnt:
+                before = self._before(record.messages[: i + 1])
                 after = self._apply_chat_template(record.messages[: i + 1], answer_next=False)
                 # Templates may drop parts of earlier messages: use only the prefix shared with the whole text.
                 start, end = _common_prefix(ids, before), _common_prefix(ids, after)
                 labels[start:end] = ids[start:end]
         return Example(ids, labels)
 
-    def _plain_chat(self, messages: Sequence[tuple[str, str]], *, answer_next: bool) -> Example:
+    def _before(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """Return the token ids of a chat up to its last message, which is the assistant's."""
+        if len(messages) > 1:
+            return self._apply_chat_template(messages[:-1], answer_next=True)
+        # A template may add a system prompt of its own, but does so only if there is a message.
+        text, content = self._render(messages, answer_next=False), messages[0][1].strip()
+        return self._continue(text[: text.rfind(content)] if content in text else text)
+
+    def _plain_chat(
+        self, messages: Sequence[tuple[str, str]], unlearnt: Sequence[int] = (), *, answer_next: bool = False
+    ) -> Example:
         """Encode a chat without chat template: a line per message; those of the assistant end with the EOS token."""
         ids: list[int] = []
         labels: list[int] = []
         turns = [*messages, ("assistant", None)] if answer_next else messages
-        for role, content in turns:
+        for i, (role, content) in enumerate(turns):
             head = f"{role}:" if role == "assistant" else f"{role}: {content}\n"
             head_ids = self._continue(head) if ids else self._start(head)
             ids += head_ids
@@ -156,15 +180,17 @@ class Encoder:
             if role == "assistant" and content is not None:
                 reply = [*self._continue(f" {content}"), self._eos]
                 ids += reply
-                labels += reply
+                labels += [IGNORED] * len(reply) if i in unlearnt else reply
         return Example(ids, labels)
 
     def _apply_chat_template(self, messages: Sequence[tuple[str, str]], *, answer_next: bool) -> list[int]:
-        if not messages:
-            return []
+        return self._continue(self._render(messages, answer_next=answer_next))
+
+    def _render(self, messages: Sequence[tuple[str, str]], *, answer_next: bool) -> str:
         turns = [{"role": role, "content": content} for role, content in messages]
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer_next)
-        return self._continue(str(text))
+        return str(
+            self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer_next)
+        )
 
     def _start(self, text: str) -> list[int]:
         """Return token ids with the special tokens at the beginning of a text, without those at its end."""

@@ -1,26 +1,41 @@
-"""Evaluation on held-out records: loss, and exact match of generated answers."""
+"""Evaluation on held-out records: loss, and generated answers."""
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from grass.finetune.data import Chat, Instruction
+from grass.errors import ConfigError
 from grass.finetune.encoding import IGNORED, Collator, Encoder, Example
 from grass.finetune.loss import chunked_loss
+from grass.finetune.records import Chat, Instruction
+from grass.finetune.scoring import Rule
 
-_NUMBER = re.compile(r"(?<!\d)-?\d[\d,]*(?:\.\d+)?")
-_MAX_CHOICES = 20  # with more distinct answers, the task is not treated as multiple choice
+
+class Question(NamedTuple):
+    """Token ids of a prompt, and the expected answer."""
+
+    prompt: list[int]
+    expected: str
 
 
 class Answer(NamedTuple):
-    """Generated answer to a held-out record."""
+    """Generated answer to a held-out record.
 
+    Attributes:
+        prompt: the text that the model continued, special tokens included.
+        expected: the expected answer.
+        generated: the generated text.
+        rule: name of the rule that compared them.
+        correct: the result.
+    """
+
+    prompt: str
     expected: str
     generated: str
+    rule: str
     correct: bool
 
 
@@ -64,35 +79,67 @@ def heldout_loss(
     return total / count
 
 
-def answer_records(
+def make_questions(
+    encoder: Encoder, records: Sequence[Instruction | Chat], positions: int | None, max_new_tokens: int
+) -> tuple[list[Question], int]:
+    """Encode the prompts of records, and cut the beginning of those that leave no room for the answer.
+
+    Args:
+        encoder: encodes the prompts.
+        records: records with an answer.
+        positions: number of positions of the model, None without a limit.
+        max_new_tokens: maximum length of a generated answer in tokens.
+
+    Returns:
+        The questions, and the number of prompts that were cut.
+
+    Raises:
+        ConfigError: more than half of the prompts would have to be cut.
+    """
+    prompts = [encoder.prompt(record) for record in records]
+    expected = [str(record.answer) for record in records]
+    num_cut = 0
+    if positions is not None:
+        room = positions - max_new_tokens
+        num_cut = sum(len(prompt) > room for prompt in prompts)
+        if 2 * num_cut > len(prompts):
+            most = positions - max(map(len, prompts))
+            remedy = f"--max-new-tokens of at most {most}" if most > 0 else "a model with more positions"
+            raise ConfigError(
+                f"{num_cut:,} of {len(prompts):,} questions are longer than the {max(0, room)} tokens that "
+                f"{max_new_tokens} new ones leave of the model's {positions} positions: pass {remedy}"
+            )
+        prompts = [prompt[-room:] if len(prompt) > room else prompt for prompt in prompts]
+    return [Question(*pair) for pair in zip(prompts, expected, strict=True)], num_cut
+
+
+def answer_questions(
     model: PreTrainedModel,
-    encoder: Encoder,
-    records: Sequence[Instruction | Chat],
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    rules: Mapping[str, Rule],
     batch_size: int,
     max_new_tokens: int,
     pad_token_id: int,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[Answer]:
-    """Generate an answer to each record by greedy decoding, and compare it with the expected one.
+    """Generate an answer to each question by greedy decoding, and compare it with the expected one.
 
     Args:
         model: a causal language model.
-        encoder: encodes the prompts.
-        records: records with an answer.
+        tokenizer: tokenizer of the model.
+        questions: prompts and expected answers.
+        rules: the rule of each expected answer.
         batch_size: number of prompts in a batch, padded on the left.
         max_new_tokens: maximum length of a generated answer in tokens.
         pad_token_id: id of the padding token.
-        advance: called after each batch with its number of records.
+        advance: called after each batch with its number of questions.
     """
-    tokenizer = encoder.tokenizer
-    room = max(1, encoder.context - max_new_tokens)
-    prompts = [encoder.prompt(record)[-room:] for record in records]
-    expected = [str(record.answer) for record in records]
-    choices = sorted(set(expected))
-    order = sorted(range(len(records)), key=lambda i: len(prompts[i]))
+    prompts = [question.prompt for question in questions]
+    order = sorted(range(len(questions)), key=lambda i: len(prompts[i]))
     settings = GenerationConfig(
         do_sample=False,
-        max_new_tokens=min(max_new_tokens, encoder.context - 1),
+        max_new_tokens=max_new_tokens,
         pad_token_id=pad_token_id,
         eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -110,32 +157,9 @@ def answer_records(
             generated = generate(input_ids=ids, attention_mask=mask, generation_config=settings)
             texts = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):
-                answers[i] = Answer(expected[i], text.strip(), is_match(text, expected[i], choices))
+                expected, prompt = questions[i].expected, str(tokenizer.decode(prompts[i]))
+                rule = rules[expected]
+                correct = rule.is_right(text, expected)
+                answers[i] = Answer(prompt, expected, text.strip(), rule.name, correct)
             advance(len(chosen))
-    return [answers[i] for i in range(len(records))]
-
-
-def is_match(generated: str, expected: str, choices: Sequence[str] = ()) -> bool:
-    """Return True if a generated text contains the expected answer.
-
-    If the expected answer is a number, it is compared by value with the last number of the text. If there are few
-    choices (true/false, A to E), it is compared with the first choice in the text. Otherwise the whole text must be
-    equal, up to case and whitespace.
-
-    Args:
-        generated: the generated text.
-        expected: the expected answer.
-        choices: all expected answers of the evaluation.
-    """
-    if _NUMBER.fullmatch(expected.strip()):
-        numbers = _NUMBER.findall(generated)
-        return bool(numbers) and _value(numbers[-1]) == _value(expected.strip())
-    if 1 < len(choices) <= _MAX_CHOICES:
-        longest_first = sorted(choices, key=len, reverse=True)
-        named = re.search(rf"\b(?:{'|'.join(map(re.escape, longest_first))})\b", generated)
-        return named is not None and named.group() == expected
-    return generated.split() == expected.split() or generated.lower().split() == expected.lower().split()
-
-
-def _value(number: str) -> float:
-    return float(number.replace(",", ""))
+    return [answers[i] for i in range(len(questions))]

@@ -15,14 +15,15 @@ from transformers import PreTrainedModel
 import grass
 from grass.config import GrassConfig
 from grass.errors import RunFolderError
-from grass.finetune.data import Chat, Instruction, Record, file_digest, read_records, split_heldout
+from grass.finetune.data import BadRecord, RecordFile, file_digest, read_records, split_heldout
 from grass.finetune.demo import demo_model, demo_tokenizer, make_demo, one_thread
 from grass.finetune.encoding import Encoded, Encoder, Example
-from grass.finetune.evaluation import Answer, answer_records, heldout_loss
+from grass.finetune.evaluation import Answer, Question, answer_questions, heldout_loss, make_questions
 from grass.finetune.loss import use_chunked_loss
-from grass.finetune.model import check_method, context_of, load_model, pad_token_id
+from grass.finetune.model import check_method, context_of, load_model, pad_token_id, positions_of
 from grass.finetune.options import FinetuneOptions
 from grass.finetune.picture import draw_picture
+from grass.finetune.records import Chat, Instruction, Record
 from grass.finetune.run_folder import (
     RunFolder,
     append_row,
@@ -31,12 +32,15 @@ from grass.finetune.run_folder import (
     read_rows,
     write_json,
 )
+from grass.finetune.scoring import Rule, count_rules, rules_for
 from grass.finetune.screen import Screen
 from grass.finetune.stopping import Stopped
 from grass.finetune.summary import make_results
 from grass.finetune.training import count_steps, train
 from grass.layers import LayerMap
 from grass.sampling import SAMPLER_CLASSES
+
+_MOST_SHOWN = 3  # of skipped records, on the screen
 
 
 @dataclass
@@ -47,7 +51,10 @@ class Prepared:
     encoder: Encoder
     examples: list[Example]
     heldout: list[Example]
-    questions: list[Instruction | Chat]  # held-out records that the model answers by generation
+    questions: list[Question]  # that the model answers by generation
+    questions_cut: int  # number of questions whose beginning was cut
+    rules: dict[str, Rule]  # of each expected answer
+    skipped: list[BadRecord]  # training records that cannot be used
     layers: LayerMap | None  # None for full fine-tuning
     chunked: bool  # losses are computed by `chunked_loss`
 
@@ -139,10 +146,14 @@ def prepare(options: FinetuneOptions, config: GrassConfig, screen: Screen) -> Pr
         config: configuration of the method.
         screen: shows notes about the data, such as the number of truncated texts.
     """
-    records = read_records(options.data)
-    heldout_records: list[Record] = []
+    read = read_records(options.data, max_skipped=options.max_skipped)
+    _report_skipped(read, screen)
+    _report_unused(options.data, read, screen)
+    records, heldout_records = read.records, list[Record]()
     if options.eval:
-        heldout_records = read_records(options.eval)
+        read_heldout = read_records(options.eval, evaluation=True)
+        _report_unused(options.eval, read_heldout, screen)
+        heldout_records = read_heldout.records
     elif options.eval_fraction:
         records, heldout_records = split_heldout(records, options.eval_fraction, config.seed)
     if not Path(options.model).exists():
@@ -155,27 +166,82 @@ def prepare(options: FinetuneOptions, config: GrassConfig, screen: Screen) -> Pr
     train_set = encoder.encode(records, options.data)
     _report_truncation(train_set, "training", encoder.context, screen)
     heldout = Encoded()
-    if heldout_records:
-        heldout = encoder.encode(heldout_records, options.eval or options.data)
+    learnable = [record for record in heldout_records if record.has_target]
+    if len(learnable) < len(heldout_records):
+        screen.say(
+            f"{len(heldout_records) - len(learnable):,} of {len(heldout_records):,} held-out records have no output: "
+            "they count for the accuracy only"
+        )
+    if learnable:
+        heldout = encoder.encode(learnable, options.eval or options.data)
         _report_truncation(heldout, "held-out", encoder.context, screen)
-    shared = len(set(heldout_records) & set(records))
+    seen = {record.question for record in records}
+    shared = len({record.question for record in heldout_records} & seen)
     if shared:
         screen.say(f"warning: {shared:,} held-out records are also among the training records")
     if not heldout_records:
         screen.say("no held-out records: pass --eval FILE or --eval-fraction for held-out loss and accuracy")
-    questions = [r for r in heldout_records if isinstance(r, (Instruction, Chat)) and r.answer is not None]
-    if len(questions) > options.eval_answers:
-        questions = random.Random(config.seed).sample(questions, options.eval_answers)
-    return Prepared(model, encoder, train_set.examples, heldout.examples, questions, layers, chunked)
+    asked = [r for r in heldout_records if isinstance(r, (Instruction, Chat)) and r.answer is not None]
+    rules = rules_for([str(record.answer) for record in asked])  # of the whole file, not of a sample
+    if len(asked) > options.eval_answers:
+        asked = random.Random(config.seed).sample(asked, options.eval_answers)
+    positions = positions_of(model)
+    questions, questions_cut = make_questions(encoder, asked, positions, options.max_new_tokens)
+    if positions is not None and questions_cut:
+        share = _share(questions_cut, len(questions), "questions")
+        room = f"{positions - options.max_new_tokens} tokens that {options.max_new_tokens} new ones leave"
+        screen.say(
+            f"{share} are longer than the {room} of the model's {positions} positions; their beginning is cut"
+        )
+    if questions:
+        counts = count_rules(rules, (question.expected for question in questions)).items()
+        named = ", ".join(f"{name} ({count:,})" for name, count in counts)
+        screen.say(f"held-out answers are scored by these rules: {named}")
+    return Prepared(
+        model,
+        encoder,
+        train_set.examples,
+        heldout.examples,
+        questions,
+        questions_cut,
+        rules,
+        read.bad,
+        layers,
+        chunked,
+    )
+
+
+def _report_skipped(read: RecordFile, screen: Screen) -> None:
+    if read.bad:
+        total = len(read.records) + len(read.bad)
+        screen.say(
+            f"{len(read.bad):,} of {total:,} training records cannot be used and are skipped; "
+            "all of them are listed in skipped.jsonl of the run folder"
+        )
+        for bad in read.bad[:_MOST_SHOWN]:
+            screen.say(f"  {bad}")
+
+
+def _report_unused(path: str, read: RecordFile, screen: Screen) -> None:
+    if read.unused:
+        keys = [f"{key} ({count:,} records)" for key, count in read.unused.items()]
+        more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+        screen.say(f"{path}: keys that are not used: {', '.join(keys[:8])}{more}")
 
 
 def _report_truncation(encoded: Encoded, kind: str, context: int, screen: Screen) -> None:
     if encoded.num_cut:
-        total = len(encoded.examples) + encoded.num_dropped
-        line = f"{encoded.num_cut:,} of {total:,} {kind} texts are longer than {context} tokens and are truncated"
-        if encoded.num_dropped:
-            line += f"; {encoded.num_dropped:,} are left out, since no token to learn remains"
-        screen.say(line)
+        share = _share(encoded.num_cut, encoded.num_texts, f"{kind} texts")
+        screen.say(f"{share} are longer than {context} tokens and are truncated (--context)")
+    if encoded.num_dropped:
+        screen.say(
+            f"{encoded.num_dropped:,} ({encoded.num_dropped / encoded.num_texts:.1%}) are left out: their prompt fills "
+            "the context, so that no token to learn remains"
+        )
+
+
+def _share(count: int, total: int, name: str) -> str:
+    return f"{count:,} of {total:,} {name} ({count / total:.1%})"
 
 
 def _execute(
@@ -204,6 +270,9 @@ def _execute(
 def _train_and_evaluate(
     folder: RunFolder, options: FinetuneOptions, config: GrassConfig, run: Prepared, screen: Screen
 ) -> dict[str, Any]:
+    (folder.path / "skipped.jsonl").unlink(missing_ok=True)
+    for bad in run.skipped:
+        append_row(folder.path / "skipped.jsonl", asdict(bad))
     before = _saved_evaluation(folder, "before")
     if before is None:
         before, _ = evaluate(run, options, screen, "evaluating before training")
@@ -240,6 +309,7 @@ def _train_and_evaluate(
     results = make_results(
         options, config, run.layers, num_params, training, rows, before, after, str(folder.path)
     )
+    results |= {"skipped_records": len(run.skipped), "questions_cut": run.questions_cut}
     write_json(folder.results, results)
     folder.update(state="finished")
     return results
@@ -258,10 +328,11 @@ def evaluate(
         )
     if run.questions:
         screen.start(title, len(run.questions), unit="answer")
-        answers = answer_records(
+        answers = answer_questions(
             run.model,
-            run.encoder,
+            run.encoder.tokenizer,
             run.questions,
+            run.rules,
             options.eval_batch_size,
             options.max_new_tokens,
             run.pad_token_id,
@@ -270,6 +341,7 @@ def evaluate(
         screen.stop()
         result["accuracy"] = sum(answer.correct for answer in answers) / len(answers)
         result["answers"] = len(answers)
+        result["scoring"] = count_rules(run.rules, (answer.expected for answer in answers))
     return result, answers
 
 

@@ -56,14 +56,18 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
 
+def positions_of(model: PreTrainedModel) -> int | None:
+    """Return the number of positions of the model, None if it has no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def context_of(model: PreTrainedModel, wanted: int | None) -> int:
     """Return the maximum length of a text in tokens; by default that of the model, at most `DEFAULT_CONTEXT`.
 
     Raises:
         ConfigError: `wanted` is larger than the number of positions of the model.
     """
-    text_config = model.config.get_text_config()
-    most = getattr(text_config, "max_position_embeddings", None)
+    most = positions_of(model)
     if wanted is None:
         return min(most or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     if most is not None and wanted > most:

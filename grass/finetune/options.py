@@ -22,12 +22,13 @@ class FinetuneOptions:
         data: JSON or JSONL file to train on: instruction/input/output/answer, chat messages or plain text.
         eval: JSON or JSONL file of held-out records, in the same formats.
         eval_fraction: fraction of the training records to hold out, if there is no file of held-out records.
+        max_skipped: largest fraction of the training records that may be skipped because they cannot be used.
         method: "grass", or "full" for AdamW on all parameters.
         pattern: module paths of the layers, such as "model.layers.*", one for each stack; found automatically by
             default.
         template: prompt for an instruction: "alpaca", or "plain" (the instruction and a newline).
-        context: maximum length of a text in tokens; longer texts are truncated. Default: the limit of the model, at
-            most 1024.
+        context: maximum length in tokens of a text that is learnt, or of which the held-out loss is computed; longer
+            texts are truncated. Default: the limit of the model, at most 1024.
         steps: number of optimizer steps; replaces epochs.
         epochs: number of passes over the data, if steps is not given.
         batch_size: number of texts in a forward pass.
@@ -57,6 +58,7 @@ class FinetuneOptions:
     data: str = ""
     eval: str = ""
     eval_fraction: float = 0.0
+    max_skipped: float = 0.01
     method: Method = "grass"
     pattern: str | tuple[str, ...] = ""
     template: Template = "alpaca"
@@ -93,7 +95,7 @@ class FinetuneOptions:
         for name in ("lr", "epochs"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must be a positive number, not {getattr(self, name)}")
-        for name in ("warmup", "eval_fraction"):
+        for name in ("warmup", "eval_fraction", "max_skipped"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be in [0, 1), not {getattr(self, name)}")
         if bool(self.model) != bool(self.data):

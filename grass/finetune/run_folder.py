@@ -7,6 +7,8 @@
     layers.jsonl    importance and probabilities at each refresh, layers at each draw
     layers.png      both over time
     checkpoints/    checkpoints of Trainer, from which `--resume` continues
+    skipped.jsonl   file, line and reason of each training record that was skipped, if there are any
+    answers.jsonl   prompt, expected answer, generated text, rule and score of each answered record
     model/          the trained model, for `AutoModelForCausalLM.from_pretrained`
     results.json    the values of the final table
     base/, data/    demo only: the run that trains the base model, and the generated problems

@@ -67,6 +67,7 @@ def make_results(
         "accuracy_before": before.get("accuracy"),
         "accuracy_after": after.get("accuracy"),
         "answers": after.get("answers"),
+        "scoring": after.get("scoring"),
         "trained_share": trained_share(rows, training["steps"], num_params) if sampled else 1.0,
         "optimizer_state_bytes": training["optimizer_state_bytes"],
         "optimizer_state_bytes_active": training["optimizer_state_bytes_active"],
@@ -85,7 +86,7 @@ def format_table(results: dict[str, Any]) -> str:
         lines.append(("held-out loss", f"{before:.3f}", f"{after:.3f}", ""))
     if r["accuracy_after"] is not None:
         before, after = r["accuracy_before"], r["accuracy_after"]
-        note = f"exact match, {r['answers']} answers"
+        note = f"{r['answers']} answers by {', '.join(r['scoring'])}"
         lines.append(("held-out accuracy", f"{before:.1%}", f"{after:.1%}", note))
     if len(lines) == 1:
         lines = [(_method(r), "", "", "")]

@@ -1,6 +1,7 @@
 """A tiny model and a few problems on disk, as a user would have them."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,16 @@ from grass.finetune.demo import demo_tokenizer
 @pytest.fixture(scope="session")
 def tokenizer():
     return demo_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def llm_adapters():
+    """Folder of LLM-Adapters' data sets: `GRASS_LLM_ADAPTERS`, or shared/data/llm-adapters beside the checkout."""
+    beside = Path(__file__).parents[3] / "shared" / "data" / "llm-adapters"
+    folder = Path(os.environ.get("GRASS_LLM_ADAPTERS") or beside)
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is missing: set GRASS_LLM_ADAPTERS to the folder of LLM-Adapters' data sets")
+    return folder
 
 
 def save_tiny_model(folder: Path, tokenizer, num_layers: int = 4) -> Path:

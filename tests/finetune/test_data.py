@@ -10,7 +10,8 @@ import json
 import pytest
 
 from grass import DataError
-from grass.finetune.data import Chat, Instruction, PlainText, file_digest, read_records, split_heldout
+from grass.finetune.data import file_digest, read_records, split_heldout
+from grass.finetune.records import Chat, Instruction, PlainText
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
@@ -29,7 +30,7 @@ def test_all_three_formats_in_one_file(tmp_path):
         {"instruction": "no input", "input": None, "output": "x", "answer": ""},
     ]
     path = write(tmp_path, "\ufeff" + "\n\n".join(map(json.dumps, rows)) + "\n")
-    assert read_records(path) == [
+    assert read_records(path).records == [
         Instruction("2+2?", "It is 4", "", "4.0"),
         Chat((("user", "hi"), ("assistant", "hello")), "hello"),
         PlainText("once"),
@@ -41,12 +42,12 @@ def test_json_array_is_the_same_as_lines(tmp_path):
     rows = [{"text": "a"}, {"text": "b"}]
     array = write(tmp_path, json.dumps(rows, indent=1), "a.json")
     lines = write(tmp_path, "\n".join(map(json.dumps, rows)))
-    assert read_records(array) == read_records(lines) == [PlainText("a"), PlainText("b")]
+    assert read_records(array).records == read_records(lines).records == [PlainText("a"), PlainText("b")]
 
 
 def test_unicode_line_separators_stay_in_a_record(tmp_path):
     path = write(tmp_path, json.dumps({"text": "a\u2028b\x85c"}, ensure_ascii=False))
-    assert read_records(path) == [PlainText("a\u2028b\x85c")]
+    assert read_records(path).records == [PlainText("a\u2028b\x85c")]
 
 
 @pytest.mark.parametrize(

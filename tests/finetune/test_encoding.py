@@ -10,10 +10,10 @@ from typing import get_args
 import pytest
 
 from grass import ConfigError, DataError
-from grass.finetune.data import Chat, Instruction, PlainText
 from grass.finetune.demo import demo_tokenizer
 from grass.finetune.encoding import IGNORED, TEMPLATES, Collator, Encoder, Example, alpaca_prompt
 from grass.finetune.options import Template
+from grass.finetune.records import Chat, Instruction, PlainText
 
 CHAT = Chat((("user", "Ada has 3"), ("assistant", "3 + 4"), ("user", "in all"), ("assistant", "= 7")))
 CHAT_TEMPLATE = (
@@ -96,7 +96,7 @@ def test_cut_and_dropped_texts_are_counted(tokenizer):
     encoded = Encoder(tokenizer, "plain", 8).encode(records, "d.jsonl")
     assert (len(encoded.examples), encoded.num_cut, encoded.num_dropped) == (2, 2, 1)
     assert [len(e.input_ids) for e in encoded.examples] == [7, 8]
-    with pytest.raises(DataError, match=r"d\.jsonl: no text has a token to learn"):
+    with pytest.raises(DataError, match=r"d\.jsonl: 1 of 1 texts have no token to learn"):
         Encoder(tokenizer, "plain", 8).encode(records[2:], "d.jsonl")
 
 
@@ -127,3 +127,46 @@ def test_batches_are_padded_on_the_right_and_counted():
     assert batch["labels"].tolist() == [[IGNORED, 2, 3], [4, IGNORED, IGNORED]]
     collate([Example([1], [1])])
     assert collate.num_tokens == 5
+
+
+@pytest.mark.parametrize("templated", [True, False])
+def test_messages_of_weight_zero_are_read_and_not_learnt(tokenizer, chat_tokenizer, templated):
+    used = chat_tokenizer if templated else tokenizer
+    chat = Chat(CHAT.messages, unlearnt=(1,))
+    example = Encoder(used, "plain", 64).encode_one(chat)
+    assert example.input_ids == Encoder(used, "plain", 64).encode_one(CHAT).input_ids
+    assert learnt(used, example) == "= 7 </s>"
+
+
+@pytest.mark.parametrize("templated", [True, False])
+@pytest.mark.parametrize("system", [(), (("system", "Ada has"),)])
+def test_only_the_reply_is_learnt_if_the_assistant_speaks_first(tokenizer, templated, system):
+    """The template adds a system prompt of its own, as those of SmolLM2 and Qwen2 do."""
+    used = demo_tokenizer()
+    if templated:
+        used.chat_template = (
+            "{% for m in messages %}"
+            "{% if loop.first and m.role != 'system' %}<s> system How many </s>{% endif %}"
+            "<s> {{ m.role }} {{ m.content }} </s>{% endfor %}"
+            "{% if add_generation_prompt %}<s> assistant {% endif %}"
+        )
+    chat = Chat((*system, ("assistant", "3 + 4"), ("user", "in all"), ("assistant", "= 7")))
+    assert learnt(used, Encoder(used, "plain", 64).encode_one(chat)) == "3 + 4 </s> = 7 </s>"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_system_and_history_are_part_of_the_prompt(tokenizer, template):
+    encoder = Encoder(tokenizer, template, 512)
+    alone = Instruction("How many now", "7", "4 more")
+    record = Instruction(
+        "How many now", "7", "4 more", system="Ada has", history=(("3 + 0", "3"), ("4 + 0", "4"))
+    )
+    example, prompt = encoder.encode_one(record), encoder.prompt(record)
+    assert learnt(tokenizer, example) == "7 </s>"
+    assert example.input_ids[: len(prompt)] == prompt
+    assert prompt.count(tokenizer.bos_token_id) == 1
+    assert prompt[-len(encoder.prompt(alone)) + 1 :] == encoder.prompt(alone)[1:]
+    assert prompt.count(tokenizer.eos_token_id) == 2  # each earlier reply ends
+    assert tokenizer.decode(prompt).startswith("<s> Ada has")
+    for words in ("3 + 0", "3 </s>", "4 + 0", "4 </s>"):
+        assert words in tokenizer.decode(prompt)

@@ -6,6 +6,7 @@ checked only after something was written; data that changed under a stopped run.
 """
 
 import json
+import re
 import signal
 from dataclasses import replace
 
@@ -82,7 +83,7 @@ def crash():
     raise RuntimeError("out of memory, say")
 
 
-def test_a_run_leaves_everything_behind(options, tmp_path, tiny_model):
+def test_a_run_leaves_everything_behind(options, tmp_path, tiny_model, problem_files, capsys):
     results = start_run(options, CONFIG, Screen(), ["grass", "finetune"])
     folder = RunFolder.open(tmp_path / "run")
     assert folder.state == "finished"
@@ -120,7 +121,15 @@ def test_a_run_leaves_everything_behind(options, tmp_path, tiny_model):
     assert all(r["grad_norm"] > 1e-3 and r["tokens_per_second"] > 0 for r in metrics if "lr" in r)
     assert [r["step"] for r in metrics if "heldout_loss" in r] == [0, 10, 19]
     assert results["heldout_loss_after"] < results["heldout_loss_before"]
-    assert len(read_rows(folder.path / "answers.jsonl")) == results["answers"] == 8
+    answers = read_rows(folder.path / "answers.jsonl")
+    assert len(answers) == results["answers"] == 8
+    assert [set(row) for row in answers] == [{"prompt", "expected", "generated", "rule", "correct"}] * 8
+    questions = [
+        json.loads(line)["instruction"].split()[0] for line in problem_files[1].read_text().splitlines()
+    ]
+    assert [row["prompt"].split()[1] for row in answers] == questions  # <s> comes first
+    assert results["scoring"] == {"number": 8}
+    assert "held-out answers are scored by these rules: number (8)" in capsys.readouterr().err
     assert folder.picture.read_bytes().startswith(b"\x89PNG")
     assert not folder.checkpoints.exists()
 
@@ -263,10 +272,10 @@ def test_changed_data_is_not_resumed(options, tmp_path, problem_files, monkeypat
 
 def test_cut_texts_and_shared_records_are_told(options, problem_files, capsys):
     start_run(
-        replace(options, context=20, eval=str(problem_files[0]), steps=1, eval_answers=3), CONFIG, Screen()
+        replace(options, context=24, eval=str(problem_files[0]), steps=1, eval_answers=3), CONFIG, Screen()
     )
     shown = capsys.readouterr().err
-    assert "of 48 training texts are longer than 20 tokens and are truncated" in shown
+    assert re.search(r"of 48 training texts \(.*%\) are longer than 24 tokens and are truncated", shown)
     assert "warning: 48 held-out records are also among the training records" in shown
 
 

@@ -90,7 +90,7 @@ def test_draws_of_many_layers_are_wrapped():
         "draw_counts": list(range(100, 180)),
         "nonfinite_norms": 0,
     }
-    evaluation = {"heldout_loss": 1.5, "accuracy": 0.125, "answers": 8}
+    evaluation = {"heldout_loss": 1.5, "accuracy": 0.125, "answers": 8, "scoring": {"number": 8}}
     layers = LayerMap(tuple(map(str, range(80))), (1,) * 80, ((),) * 80, (), 0)
     results = make_results(
         FinetuneOptions(), GrassConfig(), layers, 80, training, ROWS, evaluation, evaluation, "runs/x"
@@ -99,4 +99,5 @@ def test_draws_of_many_layers_are_wrapped():
     assert max(map(len, lines)) <= 100
     assert "79:179" in lines[-1]
     assert "12.5%" in lines[2]
+    assert lines[2].endswith("8 answers by number")
     assert any("5.5 GB" in line and "999 B active" in line for line in lines)
