@@ -205,7 +205,7 @@ def write_predictions(
     losses: tuple[Loss, ...] = ("full", "chunked")
     with writable(str(path), "--predict").open("w", encoding="utf-8") as file:
         for loss in losses[: 2 if _chunks() else 1]:
-            case = Case(model, batch=batch, seq=seq, loss=loss)
+            case = Case(model, batch=batch, seq=seq, loss=loss, master_weights=False)
             for row in predict(case, names):
                 key = {"model": model, "batch": batch, "seq": seq, "loss": loss}
                 file.write(json.dumps({**key, **row.as_dict()}) + "\n")
@@ -314,7 +314,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise GrassError("no CUDA or ROCm device here: grass plan predicts without one")
     predictions = Predictions(arguments.predictions)
-    case = Case(arguments.model, batch=arguments.batch, loss="chunked" if _chunks() else "full")
+    case = Case(
+        arguments.model, batch=arguments.batch, loss="chunked" if _chunks() else "full", master_weights=False
+    )
     failed = False
     with output_of(arguments) as output:
         for row in rows_of(

@@ -83,6 +83,10 @@ def add_parser(subparsers: Any) -> None:
         help="dtype of the moments in the grass rows [float32]",
     )  # fmt: skip
     grass.add_argument(
+        "--master-weights", action=argparse.BooleanOptionalAction, default=True,
+        help="16 more bits of each bfloat16 weight with the states in the grass rows [on]",
+    )  # fmt: skip
+    grass.add_argument(
         "--sample-interval", type=count, default=GrassConfig.sample_interval, metavar="N",
         help=f"steps with one set of layers [{GrassConfig.sample_interval}]",
     )  # fmt: skip
@@ -170,6 +174,7 @@ def _case(args: argparse.Namespace) -> Case:
         loss=args.loss or _default_loss(args.model),
         active_layers=args.active_layers,
         state_dtype=getattr(torch, args.state_dtype),
+        master_weights=args.master_weights,
         sample_interval=args.sample_interval,
         buffer_mb=args.buffer_mb,
         buffer_count=args.buffer_count,

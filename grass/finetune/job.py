@@ -160,6 +160,11 @@ def prepare(options: FinetuneOptions, config: GrassConfig, screen: Screen) -> Pr
         screen.say(f"loading {options.model} from the hub")
     model, tokenizer = load_model(options.model, options.dtype)
     layers = check_method(model, options, config)
+    if options.rounding == "nearest" and any(p.dtype == torch.bfloat16 for p in model.parameters()):
+        screen.say(
+            "warning: --rounding nearest loses small updates of bfloat16 weights: use master, or stochastic, which "
+            "needs no memory"
+        )
     _to_device(model)
     chunked = use_chunked_loss(model, options.loss, screen.say)
     encoder = Encoder(tokenizer, options.template, context_of(model, options.context))

@@ -10,6 +10,7 @@ Method = Literal["grass", "full"]
 Template = Literal["alpaca", "plain"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+Rounding = Literal["master", "stochastic", "nearest"]
 Loss = Literal["auto", "full", "chunked"]
 
 
@@ -39,6 +40,9 @@ class FinetuneOptions:
         weight_decay: weight decay of AdamW; not applied to biases and norms.
         max_grad_norm: maximum gradient norm; 0 disables clipping.
         dtype: dtype of the weights during training: auto (as saved), float32 or bfloat16.
+        rounding: how updates of bfloat16 weights are stored: "master" keeps 16 more bits of each weight with the
+            optimizer states, so that updates are those of float32; "stochastic" rounds without bias; "nearest" loses
+            updates of less than half a unit in the last place, which is most of them at usual learning rates.
         loss: "full" is the loss of the model; "chunked" never materializes the logits of a whole batch; "auto" uses
             chunked if the vocabulary is large and the model allows it.
         activation_checkpointing: recompute activations in the backward pass to save memory.
@@ -73,6 +77,7 @@ class FinetuneOptions:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     dtype: Dtype = "auto"
+    rounding: Rounding = "master"
     loss: Loss = "auto"
     activation_checkpointing: bool = False
     log_steps: int = 10
@@ -107,6 +112,13 @@ class FinetuneOptions:
             raise ConfigError("--eval needs --model and --data as well")
         if self.eval and self.eval_fraction:
             raise ConfigError("--eval and --eval-fraction exclude each other: pass one of them")
+
+    def optimizer_options(self) -> dict[str, bool]:
+        """Return `rounding` as keyword arguments of the optimizers."""
+        return {
+            "master_weights": self.rounding == "master",
+            "stochastic_rounding": self.rounding == "stochastic",
+        }
 
     @property
     def is_demo(self) -> bool:

@@ -53,9 +53,14 @@ def count_steps(options: FinetuneOptions, num_examples: int) -> int:
 def optimizer_for(options: FinetuneOptions, config: GrassConfig) -> tuple[Any, dict[str, Any]]:
     """Return ``optimizer_cls_and_kwargs`` for Trainer."""
     if options.method == "full":
-        return AdamW, {"lr": options.lr}  # weight decay is set in Trainer's parameter groups
+        # Weight decay is set in Trainer's parameter groups.
+        return AdamW, {"lr": options.lr, **options.optimizer_options()}
     return trainer_optimizer(
-        lr=options.lr, config=config, weight_decay=options.weight_decay, pattern=layer_pattern(options)
+        lr=options.lr,
+        config=config,
+        weight_decay=options.weight_decay,
+        pattern=layer_pattern(options),
+        **options.optimizer_options(),
     )
 
 

@@ -56,6 +56,7 @@ class Setting(NamedTuple):
     buffer_count: int
     state_dtype: torch.dtype
     sample_interval: int
+    master_weights: bool = False
     frozen: tuple[int, ...] = ()  # layers to leave out of the active ones, counted from the last, which is 0
 
 
@@ -126,7 +127,7 @@ def lisa(model: nn.Module, mode: FakeTensorMode, tracker: MemoryTracker, setting
         active_layers=setting.active_layers, sampler="uniform", moments="reset", draw_ahead=0, offload="none"
     )
     dtype = next(model.parameters()).dtype
-    return _adapting(model, mode, tracker, setting._replace(state_dtype=dtype), config)
+    return _adapting(model, mode, tracker, setting._replace(state_dtype=dtype, master_weights=False), config)
 
 
 def grass(offload: Offload = "none", *, fused: bool = False, probing: bool = False) -> Method:
@@ -181,7 +182,13 @@ def _make(
     model: nn.Module, mode: FakeTensorMode, tracker: MemoryTracker, setting: Setting, config: GrassConfig
 ) -> _GrassAdamW:
     with _host_memory(mode, tracker):
-        return _GrassAdamW(model, lr=1e-5, config=config, state_dtype=setting.state_dtype)
+        return _GrassAdamW(
+            model,
+            lr=1e-5,
+            config=config,
+            state_dtype=setting.state_dtype,
+            master_weights=setting.master_weights,
+        )
 
 
 def _adapting(

@@ -60,6 +60,8 @@ class Case:
         loss: ``"chunked"`` or ``"full"``; see `grass.plan.losses.loss_of`.
         active_layers: number of active layers in the GRASS and LISA rows.
         state_dtype: dtype of the moments in the GRASS rows; other rows have the dtype of the weights.
+        master_weights: keep 16 more bits of each bfloat16 weight with the states in the GRASS rows, as
+            `grass finetune` does.
         sample_interval: number of steps in a period; resident states are copied once per period.
         buffer_mb, buffer_count: size in MiB, and number, of the device buffers of streamed states.
         gpu_gib: device memory, GiB.
@@ -79,6 +81,7 @@ class Case:
     loss: Loss = "chunked"
     active_layers: int = GrassConfig.active_layers
     state_dtype: torch.dtype = torch.float32
+    master_weights: bool = True
     sample_interval: int = GrassConfig.sample_interval
     buffer_mb: float = GrassConfig.buffer_mb
     buffer_count: int = GrassConfig.buffer_count
@@ -165,7 +168,10 @@ def _check(case: Case, names: Sequence[str], model: nn.Module) -> None:
     if any(name.startswith(("lisa", "grass")) for name in names):
         GrassConfig(active_layers=case.active_layers).check_layers(len(LayerMap.from_model(model)))
     if any("streamed" in name for name in names):
-        elements_in(int(case.buffer_mb * MEBIBYTE), dict.fromkeys(MOMENTS, case.state_dtype))
+        dtypes = dict.fromkeys(MOMENTS, case.state_dtype)
+        if case.master_weights and case.dtype == torch.bfloat16:
+            dtypes["remainder"] = torch.int16
+        elements_in(int(case.buffer_mb * MEBIBYTE), dtypes)
 
 
 def positions(case: Case) -> int | None:
@@ -193,6 +199,7 @@ def _predict(case: Case, name: str, meta: nn.Module, frozen: tuple[int, ...] = (
         case.buffer_count,
         case.state_dtype,
         case.sample_interval,
+        case.master_weights,
         frozen,
     )
     with warnings.catch_warnings():

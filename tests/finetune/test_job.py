@@ -324,3 +324,49 @@ def test_methods_without_a_probe_keep_the_schedule(options, tmp_path):
     start_run(options, replace(CONFIG, sampler="uniform"), Screen())
     rates = [row["lr"] for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "lr" in row]
     assert rates == pytest.approx([options.lr * (1 - k / 8) for k in range(8)])
+
+
+def change(folder, options):
+    """By how much each weight has changed, as float32, and the share of the weights that have changed at all."""
+    before = AutoModelForCausalLM.from_pretrained(options.model).state_dict()
+    after = weights(folder)
+    moved = {name: after[name].float() - before[name].float() for name in before}
+    trained = [d for d in moved.values() if bool(d.any())]
+    return moved, sum(int((d != 0).sum()) for d in trained) / sum(d.numel() for d in trained)
+
+
+def bfloat16_copy(options, folder):
+    """The options with the model in bfloat16, so that both dtypes begin with the same weights."""
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(options.model).save_pretrained(folder)
+    return replace(options, model=str(folder))
+
+
+@pytest.mark.parametrize("method", ["grass", "full"])
+def test_bfloat16_trains_as_float32_does(options, tmp_path, method, capsys):
+    """At a usual learning rate most updates are less than a bfloat16 can hold: only 1.7 % of the weights changed."""
+    options = bfloat16_copy(options, tmp_path / "model")
+    options = replace(
+        options, lr=1e-5, steps=40, eval_steps=0, save_steps=0, method=method, scheduler="constant"
+    )
+    config = replace(CONFIG, active_layers=4)
+    found = {}
+    for name, changes in {
+        "float32": {"dtype": "float32"},
+        "master": {},
+        "stochastic": {"rounding": "stochastic"},
+        "nearest": {"rounding": "nearest"},
+    }.items():
+        folder = tmp_path / name
+        start_run(replace(options, output=str(folder), **changes), config, Screen())
+        found[name] = change(folder, options)
+        assert ("loses small updates of bfloat16" in capsys.readouterr().err) == (name == "nearest")
+    assert found["float32"][1] > 0.95
+    assert found["nearest"][1] < 0.5 * found["stochastic"][1]
+    total = {name: torch.cat([d.flatten() for d in moved.values()]) for name, (moved, _) in found.items()}
+    # What is saved is the nearest bfloat16, so a single weight is not near; along the update of float32 it is.
+    direction = total["float32"] / total["float32"].norm() ** 2
+    assert total["master"] @ direction == pytest.approx(1, abs=0.1)
+    assert total["stochastic"] @ direction == pytest.approx(1, abs=0.15)
+    assert total["nearest"] @ direction < 0.9

@@ -42,7 +42,7 @@ def in_store(shapes, itemsize):
 
 @pytest.fixture(scope="module")
 def case(folder):
-    return Case(str(folder), batch=BATCH, seq=SEQ, buffer_mb=0.25, sample_interval=10)
+    return Case(str(folder), batch=BATCH, seq=SEQ, buffer_mb=0.25, sample_interval=10, master_weights=False)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,22 @@ def test_grass_without_offload_has_fp32_moments_of_all_layers(rows):
     shapes = [*LAYER_SHAPES * LAYERS, *OUTSIDE_SHAPES]
     assert size(rows["grass"].states_device_gib) == 2 * allocated(shapes, 4) + 512 * len(shapes)
     assert rows["grass"].states_host_gib == 0
+
+
+def test_master_weights_are_two_bytes_more_of_each_state(case, rows):
+    shapes = [*LAYER_SHAPES * LAYERS, *OUTSIDE_SHAPES]
+    with_masters = {row.method: row for row in predict(dataclasses.replace(case, master_weights=True))}
+    for method in ("grass-resident", "grass-streamed", "grass-streamed-fused"):
+        more = size(with_masters[method].states_host_gib) - size(rows[method].states_host_gib)
+        assert more == sum(numel(shape) * 2 for shape in shapes)
+    kept = size(with_masters["grass"].states_device_gib) - size(rows["grass"].states_device_gib)
+    assert kept == allocated(shapes, 2)
+    moved = with_masters["grass-streamed"].h2d_gib_per_step / rows["grass-streamed"].h2d_gib_per_step
+    assert moved == pytest.approx(10 / 8)
+    for method in ("full", "lisa"):
+        assert with_masters[method] == rows[method]
+    in_float32 = dataclasses.replace(case, dtype=torch.float32)
+    assert one(in_float32, "grass") == one(dataclasses.replace(in_float32, master_weights=True), "grass")
 
 
 def test_lisa_has_moments_of_what_trains(rows):
