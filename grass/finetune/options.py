@@ -1,7 +1,7 @@
 """Options of a fine-tuning run, in addition to `grass.GrassConfig`."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from grass.config import check_choices
 from grass.errors import ConfigError
@@ -113,7 +113,7 @@ class FinetuneOptions:
         if self.eval and self.eval_fraction:
             raise ConfigError("--eval and --eval-fraction exclude each other: pass one of them")
 
-    def optimizer_options(self) -> dict[str, bool]:
+    def optimizer_options(self) -> dict[str, Any]:
         """Return `rounding` as keyword arguments of the optimizers."""
         return {
             "master_weights": self.rounding == "master",
