@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import grass_kernels
+from grass.errors import ParameterError
 from grass.optim.hyperparameters import hyperparameters_of
 from grass.optim.param_entry import ParamEntry
 from grass.optim.states import STATE_KEYS, Options, moment_dtype, moment_keys, own_keys, takes_kernel
@@ -32,6 +33,23 @@ def refuse_sparse(groups: list[dict[str, Any]]) -> None:
                 raise RuntimeError(
                     "Adam does not support sparse gradients, please consider SparseAdam instead"
                 )
+
+
+def refuse_without_memory(params: Sequence[Tensor]) -> None:
+    """Raise for trainable parameters that could not be updated, before a probe of many steps.
+
+    Raises:
+        ParameterError: a parameter without memory of its own, such as a quantized weight; not on the meta device.
+    """
+    for p in params:
+        if not p.is_meta:
+            try:
+                check_has_memory("the parameter", p)
+            except KernelArgumentError:
+                raise ParameterError(
+                    f"a trainable parameter of shape {tuple(p.shape)} has no memory of its own, as quantized weights: "
+                    "such weights cannot be updated; freeze them by requires_grad_(False), and train others or adapters"
+                ) from None
 
 
 def check_groups(groups: Sequence[dict[str, Any]], options: Options) -> None:

@@ -25,7 +25,7 @@ from grass.layers import LayerMap, Pattern
 from grass.offload.pipeline import Offload
 from grass.optim import state_dict as state_dicts
 from grass.optim.adamw import AdamW
-from grass.optim.checks import check_groups, check_state_shapes, refuse_sparse
+from grass.optim.checks import check_groups, check_state_shapes, refuse_sparse, refuse_without_memory
 from grass.optim.embeddings import keep_graph_through_frozen_embeddings
 from grass.optim.fused_backward import FusedBackward, tied_parameters
 from grass.optim.offload_manager import OffloadManager, TransferStats, buckets_of, choose_offload
@@ -75,7 +75,8 @@ class GrassAdamW(AdamW):
 
     Raises:
         OffloadError: host memory too small for the states of all layers, or parameters on several devices.
-        ParameterError: no parameters, or parameters that do not belong to the model.
+        ParameterError: no parameters, parameters that do not belong to the model, or trainable ones without memory of
+            their own (quantized).
         ConfigError: a configuration that does not fit the model, or a distributed run.
         LayerDiscoveryError: the layers of the model cannot be discovered.
 
@@ -146,6 +147,7 @@ class GrassAdamW(AdamW):
         layer_of = dict(zip(members, self._assign_layers(members), strict=True))
         self._tied_params = tied_parameters(model)
         flags = trainable_flags(members)
+        refuse_without_memory([p for p, on in zip(members, flags, strict=True) if on])
         self._start(layer_of, dict(zip(members, flags, strict=True)))
         self._lease.handles.extend(keep_graph_through_frozen_embeddings(model))
         if self._config.fused_backward:  # the last backward may have failed, or have ended in checkpoints
@@ -169,6 +171,10 @@ class GrassAdamW(AdamW):
         """Create the parts; the lease last, since it is the first to change the model."""
         self._entries = make_entries(self.param_groups, layer_of, trainable, len(self._layers))
         by_layer = params_by_layer(self._entries, len(self._layers))
+        frozen = [layer for layer, params in enumerate(by_layer) if not params]
+        if frozen:
+            what = "%d of %d layers have no trainable parameter and are not drawn: %s"
+            _logger.info(what, len(frozen), len(by_layer), frozen)
         if not any(by_layer):  # all layers are frozen; the user may unfreeze some later
             self._config.check_layers(
                 len({entry.layer for entry in self._entries if entry.layer < len(self._layers)})

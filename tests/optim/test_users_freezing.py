@@ -209,3 +209,37 @@ def test_a_run_that_was_all_probe_is_told(steps, told, caplog):
     assert [m.startswith("GrassAdamW has updated no weights") for m in messages] == [True] * told
     if told:
         assert f"all {steps} steps belonged to the probe, which takes 4" in messages[0]
+
+
+class Quantized(torch.Tensor):
+    """A weight whose elements are elsewhere, as libraries for quantization make them."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+
+    def __repr__(self):
+        return "Quantized()"
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return Quantized(args[0])
+        raise NotImplementedError(str(function))
+
+
+def test_quantized_weights_are_refused_at_construction_and_may_be_frozen(caplog):
+    """Not after a probe of many steps."""
+    caplog.set_level("INFO")
+    model = tiny.stack()
+    weight = model.blocks[1].up.weight
+    model.blocks[1].up.weight = torch.nn.Parameter(Quantized(weight))
+    with pytest.raises(
+        grass.ParameterError, match=r"shape .* has no memory of its own, as quantized.* freeze them"
+    ):
+        grass.GrassAdamW(model, config=tiny.config())
+    assert all(p.requires_grad for p in model.parameters())
+    model.blocks[1].requires_grad_(False)
+    optimizer = grass.GrassAdamW(model, config=tiny.config())
+    assert optimizer.probabilities[1] == 0
+    assert "1 of 5 layers have no trainable parameter and are not drawn: [1]" in caplog.text
