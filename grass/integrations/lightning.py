@@ -72,9 +72,8 @@ class GrassCallback(Callback):
 
     def _ends_step(self, trainer: Any) -> bool:
         """Return if Lightning takes a step after this batch."""
-        number = self._batch_index + 1
-        is_last = trainer.is_last_batch or number >= trainer.num_training_batches
-        return is_last or number % trainer.accumulate_grad_batches == 0
+        is_full = (self._batch_index + 1) % trainer.accumulate_grad_batches == 0
+        return is_full or bool(trainer.is_last_batch)  # the last batch of an epoch
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -108,6 +108,38 @@ def test_a_limit_of_batches_ends_a_step_too() -> None:
     tiny.assert_same_run(module.model, optimizer_of(run), model, opt)
 
 
+class Watch(lightning.Callback):
+    """Whether layers were updated inside each backward after the probe, and whether a step followed."""
+
+    def __init__(self) -> None:
+        self.fused: list[bool] = []
+        self.stepped: list[bool] = []
+        self.steps = 0
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        self.fused.append(bool(optimizer_of(trainer).torn_layers))
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        self.stepped.append(trainer.global_step > self.steps)
+        self.steps = trainer.global_step
+
+
+@pytest.mark.parametrize("options", [{}, {"limit_train_batches": 5}], ids=str)
+@pytest.mark.parametrize("sized", [True, False])
+def test_the_last_backward_of_every_step_updates_layers(options: dict[str, int], sized: bool) -> None:
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Any:
+            return map(tiny.batch, range(7))
+
+    watch = Watch()
+    data = batches(7) if sized else torch.utils.data.DataLoader(Stream(), batch_size=None)
+    run = trainer(GrassCallback(), watch, accumulate_grad_batches=3, **options)
+    run.fit(Module(fused_backward=True, probe_steps=0), data)
+    count = options.get("limit_train_batches", 7)
+    assert watch.stepped == [index % 3 == 2 or index + 1 == count for index in range(count)] * 2
+    assert watch.fused == watch.stepped
+
+
 class Failure(nn.Module):
     """A head that raises inside backward when told so."""
 
@@ -184,6 +216,23 @@ def test_all_parameters_require_grad_after_training() -> None:
     module.model.head.requires_grad_(False)
     trainer(GrassCallback(), max_epochs=1).fit(module, batches(8))
     assert [name for name, p in module.named_parameters() if not p.requires_grad] == ["model.head.weight"]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_resumed_run_goes_on_as_the_whole(tmp_path: Path, epoch: int) -> None:
+    def fit(folder: Path, **options: Any) -> tuple[Module, grass.GrassAdamW]:
+        module = Module(fused_backward=True, probe_steps=7)
+        saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+        run = trainer(
+            GrassCallback(), saving, enable_checkpointing=True, max_epochs=4, accumulate_grad_batches=2
+        )
+        run.fit(module, batches(9), weights_only=False, **options)
+        return module, optimizer_of(run)
+
+    whole, expected = fit(tmp_path / "whole")
+    resumed, opt = fit(tmp_path / "again", ckpt_path=tmp_path / "whole" / f"epoch={epoch}.ckpt")
+    tiny.assert_same_run(resumed, opt, whole, expected)
 
 
 # -- early stopping ----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ that counts evaluations in which nothing has been trained; a gradient norm of 0 
 Trainer whose optimizer is another; a run that ends inside the probe, without a word.
 """
 
+import gc
 import warnings
 import weakref
 from pathlib import Path
@@ -169,6 +170,18 @@ def test_a_callback_that_cannot_reach_the_loggers_says_so(tmp_path: Path) -> Non
     assert not SCALARS - rows(run)[-1].keys()
 
 
+@pytest.mark.parametrize("stop", [2, 5])
+def test_a_resumed_run_goes_on_as_the_whole(tmp_path: Path, stop: int) -> None:
+    whole = trainer(tmp_path / "whole", max_steps=9, save_strategy="steps", save_steps=stop)
+    whole.train()
+    again = trainer(tmp_path / "again", max_steps=9)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
+    tiny.assert_same_run(whole.model, method_of(whole), again.model, method_of(again))
+    ours = [{k: v for k, v in row.items() if k.startswith("grass/")} for row in rows(whole)[stop:]]
+    for row, other in zip(rows(again)[stop:], ours, strict=True):
+        assert all(row[k] == v for k, v in other.items() if k != "grass/step_seconds")
+
+
 # -- the end of training -----------------------------------------------------------------------------------------------
 
 
@@ -198,17 +211,17 @@ def test_an_optimizer_that_is_kept_goes_on_in_a_second_training(tmp_path: Path) 
     assert method_of(run).step_count == 10
 
 
-def test_neither_trainer_nor_optimizer_is_kept_alive(tmp_path: Path) -> None:
+def test_trainer_and_optimizer_are_freed_without_a_collection(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_steps=5)
     run.train()
-    callback = next(c for c in run.callback_handler.callbacks if isinstance(c, GrassCallback))
-    ref = weakref.ref(method_of(run))
-    run.optimizer = run.callback_handler.optimizer = run.lr_scheduler = run.callback_handler.lr_scheduler = (
-        None
-    )
-    run.accelerator.free_memory()
-    assert ref() is None
-    assert callback._monitor is None
+    gc.collect()
+    gc.disable()
+    try:
+        refs = weakref.ref(run), weakref.ref(method_of(run))
+        del run
+        assert [ref() for ref in refs] == [None, None]
+    finally:
+        gc.enable()
 
 
 # -- early stopping ----------------------------------------------------------------------------------------------------
