@@ -29,6 +29,7 @@ class GrassCallback(TrainerCallback):
     ``report_to`` names. ``grad_norm`` of such a row is the optimizer's in the probe and with ``fused_backward``, where
     the trainer finds no gradients.
 
+    The trainer advances the learning-rate schedule during the probe; a warm-up that ends in it is logged as a warning.
     Evaluations inside the probe are left out, since no parameter changes, so that early stopping does not count them;
     the first one is after the last step of the probe.
 
@@ -65,6 +66,7 @@ class GrassCallback(TrainerCallback):
             )
         check_run_length(optimizer, state.max_steps - state.global_step)
         warn_of_clipping(optimizer, args)
+        self._tell_of_schedule(optimizer, args, state)
         self._monitor = Monitor(optimizer)
         trainer = None if self._trainer is None else self._trainer()
         if trainer is not None:
@@ -74,6 +76,19 @@ class GrassCallback(TrainerCallback):
                 f"GrassCallback() cannot reach the loggers {args.report_to}, which are called before it: call "
                 "trainer.add_callback(GrassCallback(trainer)) in place of callbacks=[GrassCallback()]",
                 stacklevel=2,
+            )
+
+    def _tell_of_schedule(self, optimizer: GrassAdamW, args: Any, state: Any) -> None:
+        """Log that the learning-rate schedule advances during the probe; a warning if the warm-up is lost by it."""
+        if optimizer.phase == "probe":
+            end = state.global_step + optimizer.config.probe_steps - optimizer.step_count
+            warmup = args.get_warmup_steps(state.max_steps)
+            lost = 0 < warmup <= end
+            _logger.log(
+                logging.WARNING if lost else logging.INFO,
+                "the learning-rate schedule advances during the probe, which ends at step %d%s",
+                end,
+                f": the warm-up of {warmup} steps ends in it, and has no effect" if lost else "",
             )
 
     def _move_before_loggers(self, callbacks: list[TrainerCallback]) -> None:

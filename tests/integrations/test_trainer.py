@@ -24,7 +24,13 @@ from transformers import (
 )
 
 import grass
-from grass.integrations.transformers import _place, decay_groups, make_optimizer, trainer_optimizer
+from grass.integrations.transformers import (
+    GrassCallback,
+    _place,
+    decay_groups,
+    make_optimizer,
+    trainer_optimizer,
+)
 from tests.support import tiny
 
 STEPS = 14
@@ -315,6 +321,7 @@ def test_each_training_of_a_search_reads_its_own_arguments(tmp_path: Path) -> No
         train_dataset=Ids(),
         optimizer_cls_and_kwargs=trainer_optimizer(args=args, config=tiny.config()),
     )
+    run.add_callback(GrassCallback(run))
     found = []
     for rate, decay in ((1e-2, 0.1), (5e-3, 0.2)):
         run.args.learning_rate, run.args.weight_decay = rate, decay  # as a search does

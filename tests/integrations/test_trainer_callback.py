@@ -280,6 +280,18 @@ def test_clipping_is_told_once(tmp_path: Path) -> None:
     run.train()  # a second warning would be an error
 
 
+@pytest.mark.parametrize(("warmup", "level"), [(3, "WARNING"), (4, "INFO"), (0, "INFO")])
+def test_a_warm_up_inside_the_probe_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, warmup: int, level: str
+) -> None:
+    run = trainer(tmp_path, max_steps=5, warmup_steps=warmup)
+    with caplog.at_level("INFO", logger="grass"):
+        run.train()
+    (record,) = (record for record in caplog.records if "learning-rate schedule" in record.message)
+    assert record.levelname == level
+    assert ("no effect" in record.message) == (level == "WARNING")
+
+
 # -- the monitor -------------------------------------------------------------------------------------------------------
 
 
