@@ -32,7 +32,7 @@ def names(tmp_path):
     config = transformers.LlamaConfig(**sizes, vocab_size=32, num_hidden_layers=3, max_position_embeddings=8)
     ids = torch.arange(8).view(1, 8)
     batch = {"input_ids": ids, "labels": ids}
-    args = transformers.TrainingArguments(str(tmp_path), max_steps=3, report_to="none", use_cpu=True)
+    args = transformers.TrainingArguments(str(tmp_path), max_steps=25, report_to="none", use_cpu=True)
     model = transformers.LlamaForCausalLM(config)
     return {
         "model": model,

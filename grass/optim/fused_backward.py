@@ -70,7 +70,20 @@ class FusedBackward:
 
     def _accumulates(self) -> bool:
         """Return if further micro-batches follow, as declared by the user or accelerate."""
-        return self._accumulating > 0 or not _accelerate_syncs()
+        return self._accumulating > 0 or (not _accelerate_syncs() and self._is_prepared())
+
+    def _is_prepared(self) -> bool:
+        """Return if accelerate has prepared the optimizer's model, or a part of it; True if the model is not known.
+
+        The state that `_accelerate_syncs` reads is one for the process. An Accelerator that was left inside an
+        accumulation, as by an exception, must not affect other trainings.
+        """
+        optimizer = getattr(self._update(), "__self__", None)
+        model_ref = getattr(optimizer, "_model_ref", None)
+        model = None if model_ref is None else model_ref()
+        if model is None:
+            return True
+        return any("_is_accelerate_prepared" in module.__dict__ for module in model.modules())
 
     def _on_grad(self, bucket: int, param: Tensor) -> None:
         backward = torch._C._current_graph_task_id()

@@ -133,3 +133,49 @@ def test_a_scaler_in_the_wrapper_sees_an_overflow_in_the_probe() -> None:
     assert accelerator.scaler.get_scale() == 128
     assert opt.phase == "adapt"
     assert opt.importance.isfinite().all()
+
+
+# -- an Accelerator that was left inside an accumulation ---------------------------------------------------------------
+
+
+def leave_an_accumulation() -> Accelerator:
+    """Another training in this process, which failed in the first of two micro-batches."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    other = accelerator.prepare(tiny.stack(seed=9))
+    with pytest.raises(RuntimeError, match="out of memory"), accelerator.accumulate(other):
+        raise RuntimeError("out of memory")
+    assert not GradientState().sync_gradients
+    return accelerator
+
+
+def test_an_accumulation_left_elsewhere_does_not_delay_fused_updates() -> None:
+    leave_an_accumulation()
+    model, opt = start(probe_steps=0, fused_backward=True)
+    tiny.loss_of(model, tiny.batch(0)).backward()
+    assert opt.torn_layers, "no layer was updated inside backward"
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_accelerate_still_declares_accumulation_for_what_it_has_prepared() -> None:
+    accelerator = leave_an_accumulation()
+    model, opt = start(probe_steps=0, fused_backward=True)
+    prepared, wrapped = accelerator.prepare(model, opt)
+    for index in range(4):
+        with accelerator.accumulate(prepared):
+            accelerator.backward(tiny.loss_of(prepared, tiny.batch(index)))
+            assert bool(opt.torn_layers) == accelerator.sync_gradients
+            wrapped.step()
+            wrapped.zero_grad()
+    assert opt.step_count == 2
+
+
+def test_accelerate_may_have_prepared_a_part_of_the_model() -> None:
+    model = nn.ModuleDict({"inner": tiny.stack(), "extra": nn.Linear(2, 2)})
+    opt = grass.GrassAdamW(
+        model, config=tiny.config(probe_steps=0, fused_backward=True), pattern="inner.blocks.*"
+    )
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    inner, _ = accelerator.prepare(model["inner"], opt)
+    with accelerator.accumulate(inner):
+        accelerator.backward(tiny.loss_of(inner, tiny.batch(0)))
+    assert not opt.torn_layers

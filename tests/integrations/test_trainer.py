@@ -1,22 +1,36 @@
 """Failures these tests catch: a Trainer run in which the method does not get its gradients (accumulation,
 checkpointing, clipping), its groups (decay for weights only) or its learning rates; a run that is resumed
 otherwise than it would have gone on; a factory that cannot be used twice, or takes a stopped optimizer's
-frozen layers for the user's; clipping that is asked for, cannot be, and is not told of.
+frozen layers for the user's; clipping that is asked for, cannot be, and is not told of; settings of
+`TrainingArguments` that are ignored, or that win over explicit ones; a trainer class that GRASS has no way into.
 """
 
 import dataclasses
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import grass
-from grass.integrations.transformers import trainer_optimizer
+from grass.integrations.transformers import (
+    GrassCallback,
+    _place,
+    decay_groups,
+    make_optimizer,
+    trainer_optimizer,
+)
 from tests.support import tiny
 
 STEPS = 14
@@ -252,3 +266,122 @@ def test_no_warning_where_nothing_is_clipped_in_vain(
         factory, given = trainer_optimizer(lr=LR, config=tiny.config(fused_backward=fused), args=args)
         opt = factory()(tiny.llama(layers=4), **given)
     assert isinstance(opt, grass.GrassAdamW)
+
+
+# -- settings of TrainingArguments -------------------------------------------------------------------------------------
+
+GIVEN = {
+    "learning_rate": 3e-3,
+    "weight_decay": 0.3,
+    "adam_beta1": 0.8,
+    "adam_beta2": 0.9,
+    "adam_epsilon": 1e-5,
+}
+
+
+def settings(opt: torch.optim.Optimizer) -> list[tuple[Any, ...]]:
+    return [
+        tuple(group.get("initial_lr", group["lr"]) if key == "lr" else group[key] for key in KEYS)
+        for group in opt.param_groups
+    ]
+
+
+KEYS = ("lr", "weight_decay", "betas", "eps")
+
+
+def test_settings_of_the_arguments_are_those_of_trainers_own_optimizer(tmp_path: Path) -> None:
+    args = arguments(tmp_path, **GIVEN)
+    own = Trainer(tiny.llama(), args).create_optimizer()
+    config = tiny.config()
+    factory = Trainer(
+        tiny.llama(), args, optimizer_cls_and_kwargs=trainer_optimizer(args=args, config=config)
+    ).create_optimizer()
+    made = make_optimizer(tiny.llama(), args=args, config=config)
+    assert settings(factory) == settings(made) == settings(own)
+
+
+def test_explicit_settings_win_over_the_arguments(tmp_path: Path) -> None:
+    args = arguments(tmp_path, **GIVEN)
+    explicit = {"lr": 1e-4, "weight_decay": 0.0, "betas": (0.7, 0.6), "eps": 1e-7}
+    opt = make_optimizer(tiny.llama(), args=args, config=tiny.config(), **explicit)
+    assert settings(opt)[0] == tuple(explicit.values())
+    partly = make_optimizer(tiny.llama(), args=args, config=tiny.config(), lr=1e-4)
+    assert settings(partly)[0] == (1e-4, 0.3, (0.8, 0.9), 1e-5)
+
+
+def test_without_arguments_there_are_defaults() -> None:
+    assert settings(make_optimizer(tiny.llama()))[0] == (1e-3, 0.0, (0.9, 0.999), 1e-8)
+
+
+def test_each_training_of_a_search_reads_its_own_arguments(tmp_path: Path) -> None:
+    args = arguments(tmp_path, max_steps=4, save_strategy="no")
+    run = Trainer(
+        args=args,
+        model_init=lambda: tiny.llama(layers=3),
+        train_dataset=Ids(),
+        optimizer_cls_and_kwargs=trainer_optimizer(args=args, config=tiny.config()),
+    )
+    run.add_callback(GrassCallback(run))
+    found = []
+    for rate, decay in ((1e-2, 0.1), (5e-3, 0.2)):
+        run.args.learning_rate, run.args.weight_decay = rate, decay  # as a search does
+        run.train()
+        found.append(settings(method_of(run))[0][:2])
+    assert found == [(1e-2, 0.1), (5e-3, 0.2)]
+
+
+# -- trainers that take only ``optimizers=`` ---------------------------------------------------------------------------
+
+
+def test_an_optimizer_that_is_made_before_trains_as_that_of_the_factory(tmp_path: Path) -> None:
+    args = arguments(tmp_path, save_strategy="no")
+    runs = []
+    for made in (False, True):
+        model = tiny.llama(layers=4)
+        if made:
+            extra = {"optimizers": (make_optimizer(model, args=args, config=tiny.config()), None)}
+        else:
+            extra = {"optimizer_cls_and_kwargs": trainer_optimizer(args=args, config=tiny.config())}
+        run = Trainer(model, args, train_dataset=Ids(), **extra)
+        run.train()
+        runs.append(run)
+    tiny.assert_same_run(runs[0].model, method_of(runs[0]), runs[1].model, method_of(runs[1]))
+
+
+def test_seq2seq_trainer(tmp_path: Path) -> None:
+    args = Seq2SeqTrainingArguments(
+        str(tmp_path), max_steps=6, use_cpu=True, report_to=[], dataloader_pin_memory=False, disable_tqdm=True
+    )
+    model = tiny.t5()
+    opt = make_optimizer(model, args=args, config=tiny.config(active_layers=1))
+    run = Seq2SeqTrainer(model, args, train_dataset=Ids(), optimizers=(opt, None))
+    run.train()
+    assert method_of(run) is opt
+    assert opt.step_count == 6
+    assert opt.importance.min() > 0
+
+
+def test_decay_groups_are_those_of_trainer(tmp_path: Path) -> None:
+    model = tiny.llama()
+    own = Trainer(model, arguments(tmp_path)).create_optimizer().param_groups
+    groups = decay_groups(model, DECAY)
+    assert [group["weight_decay"] for group in groups] == [DECAY, 0.0]
+    for group, other in zip(groups, own, strict=True):
+        assert [id(p) for p in group["params"]] == [id(p) for p in other["params"]]
+
+
+def test_a_model_is_moved_only_where_a_trainer_would() -> None:
+    def device_after(**options: Any) -> str:
+        model = nn.Linear(2, 2)
+        _place(model, SimpleNamespace(**{"device": torch.device("meta"), **options}))
+        return model.weight.device.type
+
+    assert device_after(place_model_on_device=None) == "meta"
+    assert device_after(place_model_on_device=False) == "cpu"
+    assert device_after(place_model_on_device=None, device=torch.device("cpu")) == "cpu"
+
+
+def test_clipping_is_told_by_make_optimizer_too(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    with pytest.warns(UserWarning, match=CLIPS):
+        make_optimizer(tiny.llama(), args=args, config=tiny.config(fused_backward=True))
