@@ -5,6 +5,7 @@ that were not updated inside backward are updated by `step`.
 """
 
 import contextlib
+import functools
 import sys
 import warnings
 import weakref
@@ -26,6 +27,7 @@ class FusedBackward:
         tied: parameters that may get gradients several times in a backward; their buckets are updated by `step`.
         update: function that updates a bucket, whose parameters have gradients, and returns the squared gradient
             norms by layer, float32 [layers].
+        model_ref: weak reference to the model; None if it is not known.
 
     Attributes:
         handles: handles of the hooks.
@@ -39,7 +41,9 @@ class FusedBackward:
         members: Mapping[int, Sequence[Tensor]],
         tied: set[Tensor],
         update: Callable[[int], Tensor | None],
+        model_ref: "weakref.ref[nn.Module] | None" = None,
     ) -> None:
+        self._model_ref = model_ref
         self._members = {bucket: list(params) for bucket, params in members.items()}
         self._update = weakref.WeakMethod(
             update
@@ -70,17 +74,16 @@ class FusedBackward:
 
     def _accumulates(self) -> bool:
         """Return if further micro-batches follow, as declared by the user or accelerate."""
-        return self._accumulating > 0 or (not _accelerate_syncs() and self._is_prepared())
+        return self._accumulating > 0 or (not _accelerate_syncs() and self._is_prepared)
 
+    @functools.cached_property
     def _is_prepared(self) -> bool:
         """Return if accelerate has prepared the optimizer's model, or a part of it; True if the model is not known.
 
         The state that `_accelerate_syncs` reads is one for the process. An Accelerator that was left inside an
         accumulation, as by an exception, must not affect other trainings.
         """
-        optimizer = getattr(self._update(), "__self__", None)
-        model_ref = getattr(optimizer, "_model_ref", None)
-        model = None if model_ref is None else model_ref()
+        model = None if self._model_ref is None else self._model_ref()
         if model is None:
             return True
         return any("_is_accelerate_prepared" in module.__dict__ for module in model.modules())

@@ -464,7 +464,9 @@ class GrassAdamW(AdamW):
                 by_bucket: dict[int, list[Tensor]] = {}
                 for entry in training:
                     by_bucket.setdefault(entry.bucket, []).append(entry.param)
-                self._fused = FusedBackward(by_bucket, self._tied_params, self._update_in_backward)
+                self._fused = FusedBackward(
+                    by_bucket, self._tied_params, self._update_in_backward, self._model_ref
+                )
                 self._fused.at_end = _JoinUpdates(self)
                 self._lease.handles.extend(self._fused.handles)
 
