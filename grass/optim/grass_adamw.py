@@ -683,6 +683,19 @@ class GrassAdamW(AdamW):
         self._lease.handles = handles
         self._switch_parameters()
 
+    def restart(self) -> None:
+        """Begin again, as a new optimizer: with the probe, and without moments. Weights stay as they are.
+
+        For a training that starts again with the same optimizer, as after a batch size that was too large.
+        """
+        self._refuse_if_ended()
+        self.zero_grad()
+        self.state.clear()
+        self._sq_norms = None
+        self._scheduler.load_state_dict(self._scheduler.beginning)
+        self._rebuild_store()
+        self._switch_parameters()
+
     def release(self) -> None:
         """Restore ``requires_grad`` as the user has set it, and remove all hooks."""
         self._join_updates()

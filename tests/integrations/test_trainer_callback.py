@@ -317,3 +317,40 @@ def test_skipped_steps_and_transfers_are_counted() -> None:
     assert metrics["grass/d2h_bytes"] == opt.transfer_stats.d2h_bytes
     assert all(type(value) in (int, float) for value in metrics.values())
     assert "grass/step_seconds" not in monitor.metrics(), "no step since the last call"
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_batch_size_finder_starts_the_method_again(
+    tmp_path: Path, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainer keeps the optimizer of the attempt that ran out of memory: it was past its probe."""
+    failed: list[int] = []
+    begun: list[int] = []
+
+    class Failing(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            begun.append(find_optimizer(kwargs["optimizer"]).step_count)
+
+    run = trainer(
+        tmp_path,
+        config={"fused_backward": fused},
+        auto_find_batch_size=True,
+        per_device_train_batch_size=4,
+        max_steps=8,
+        max_grad_norm=0,
+    )
+    run.add_callback(Failing)
+    block = run.model.model.layers[0]
+
+    def out_of_memory(module: Any, inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad and len(hidden) > 2 and method_of(run).phase == "adapt":
+            failed.append(method_of(run).step_count)
+            hidden.register_hook(lambda grad: (_ for _ in ()).throw(RuntimeError("CUDA out of memory.")))
+
+    block.register_forward_hook(out_of_memory)
+    run.train()
+    assert set(failed) == {3}  # behind the probe
+    assert begun == [0] * (len(failed) + 1)
+    assert run.state.global_step == 8
+    assert run.optimizer is None or method_of(run).step_count == 8

@@ -266,3 +266,32 @@ def test_loaded_in_inference_mode(kind: str) -> None:
     with torch.inference_mode():
         twins.ours.load_state_dict(saved)
     twins.go(2)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sampler": "uniform"},
+        {"offload": "streamed", "buffer_mb": 0.2},
+        {"offload": "resident", "fused_backward": True, "moments": "reset"},
+    ],
+    ids=["in place", "uniform", "streamed", "fused"],
+)
+def test_a_restart_is_a_new_optimizer(options: dict, steps: int) -> None:
+    """Would catch a method at an old step, moments, norms or draws that are left, a store with old values."""
+    model = tiny.stack()
+    opt = grass.GrassAdamW(model, lr=1e-2, config=tiny.config(**options))
+    tiny.train(model, opt, 0, steps)
+    tiny.loss_of(model, tiny.batch(steps)).backward()  # ends with an error, say
+    opt.restart()
+    assert all(p.grad is None for p in model.parameters())
+    twin = tiny.stack()
+    twin.load_state_dict(model.state_dict())
+    other = grass.GrassAdamW(twin, lr=1e-2, config=tiny.config(**options))
+    assert opt.step_count == 0
+    assert opt.grad_norm is None
+    tiny.train(model, opt, 0, 10)
+    tiny.train(twin, other, 0, 10)
+    tiny.assert_same_run(model, opt, twin, other)
