@@ -33,8 +33,8 @@ class GrassCallback(TrainerCallback):
     Evaluations inside the probe are left out, since no parameter changes, so that early stopping does not count them;
     the first one is after the last step of the probe.
 
-    A training that starts at step 0 with an optimizer that has taken steps, as after a batch size that was too large
-    for memory (``auto_find_batch_size``), restarts the optimizer.
+    A training that starts at step 0 after one that was broken off, as by a batch size that was too large for memory
+    (``auto_find_batch_size``), restarts the optimizer.
 
     At the end of training ``requires_grad`` is again as before, and the optimizer cannot be used any more. For another
     ``trainer.train()`` set ``trainer.optimizer = None`` with an optimizer from `trainer_optimizer`, or make a new
@@ -67,7 +67,8 @@ class GrassCallback(TrainerCallback):
                 "the optimizer was released at the end of the last training: set trainer.optimizer = None, so that the "
                 "trainer constructs a new one, make a new trainer, or pass GrassCallback(release=False)"
             )
-        if state.global_step == 0 and optimizer.step_count:
+        was_broken_off = self._monitor is not None and self._monitor.optimizer is optimizer
+        if was_broken_off and state.global_step == 0 and optimizer.step_count:
             what = "training starts again: the optimizer, which had taken %d steps, does too"
             _logger.warning(what, optimizer.step_count)
             optimizer.restart()
