@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+_STAGES_DIFFER = 3  # the largest stage has this many times the parameters of the smallest
+
 COMPILED = "_orig_mod"  # attribute in which torch.compile's wrapper keeps the wrapped module
 
 
@@ -90,7 +92,8 @@ class Stack:
     @property
     def pattern(self) -> str:
         """Pattern of the block paths, as `LayerMap.from_model` takes it."""
-        return join(self.path, "*")
+        below = self.blocks[0][len(join(self.path, "")) if self.path else 0 :]
+        return join(self.path, ".".join("*" if part.isdigit() else part for part in below.split(".")))
 
 
 def find_stacks(model: nn.Module, counts: Collection[int] = ()) -> list[Stack]:
@@ -144,16 +147,53 @@ def _as_stack(path: str, module: nn.Module, config: Any, counts: Collection[int]
     # A single block, or two of different classes, count as a stack only if the configuration gives their number.
     if not repeats and (bare or len(children) not in counts):
         return None
+    inner = [] if bare else _blocks_of_stages(path, blocks)
+    if inner:
+        blocks, length = inner, len(inner)
+        classes = Counter(type(unwrap(child)).__name__ for _, child in blocks)
+    else:
+        length = len(children)
     parameters = {id(p): p.numel() for _, child in blocks for p in child.parameters()}
     return Stack(
         path=path,
         blocks=tuple(join(path, name) for name, _ in blocks),
-        length=len(children),
+        length=length,
         num_params=sum(parameters.values()),
         classes="/".join(classes),
         bare=bare,
         config=config,
     )
+
+
+def _blocks_of_stages(path: str, stages: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Return the blocks of all stages, with their paths below `path`; an empty list if these are blocks themselves.
+
+    The stages of a vision backbone differ in width, and each has a stack of blocks. The experts of a mixture are a
+    stack inside blocks of equal size, or not inside all of them.
+    """
+    sizes = [sum(p.numel() for p in stage.parameters()) for _, stage in stages]
+    if max(sizes) < _STAGES_DIFFER * min(sizes):
+        return []
+    found = []
+    for name, stage in stages:
+        stacks = [stack for stack in _stacks_below(join(path, name), stage) if not stack.bare]
+        if len(stacks) != 1:
+            return []
+        modules = dict(walk(stage, name))
+        start = len(join(path, "")) if path else 0
+        found += [(block[start:], modules[block[start:]]) for block in stacks[0].blocks]
+    return found
+
+
+def _stacks_below(path: str, module: nn.Module) -> list[Stack]:
+    """Return the stacks inside a module; a container of one block, or of equal ones, counts."""
+    stacks = []
+    for name, child in children_of(module):
+        below = join(path, name)
+        length = len(children_of(child))
+        stack = _as_stack(below, child, None, {length})
+        stacks += [stack] if stack is not None else _stacks_below(below, child)
+    return stacks
 
 
 def _without_stem_and_head(blocks: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from grass import LayerDiscoveryError, LayerMap, ParameterError
+from grass.layer_discovery import candidates
 
 
 class Block(nn.Module):
@@ -394,3 +395,50 @@ def test_module_added_to_a_language_model_does_not_pass_for_its_blocks():
     model.model.layers = model.model.layers[:2]
     with pytest.raises(LayerDiscoveryError, match=r"(?s)model\.layers\.\*.*model\.memory\.blocks\.\*"):
         LayerMap.from_model(model)
+
+
+def backbone(name: str) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    widths = {"hidden_sizes": [8, 16, 32, 64]}
+    swin = {"embed_dim": 24, "depths": [2, 2, 6, 2], "num_heads": [1, 2, 4, 8]}
+    model, options = {
+        "Swin": ("SwinForImageClassification", swin),
+        "Swinv2": ("Swinv2ForImageClassification", {**swin, "depths": [1, 1, 3, 1]}),
+        "Segformer": ("SegformerForImageClassification", widths),
+        "ConvNext": ("ConvNextForImageClassification", widths),
+    }[name]
+    with torch.device("meta"):
+        return getattr(transformers, model)(getattr(transformers, f"{name}Config")(**options))
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last", "count"),
+    [
+        ("Swin", "swin.encoder.layers.0.blocks.0", "swin.encoder.layers.3.blocks.1", 12),
+        ("Swinv2", "swinv2.encoder.layers.0.blocks.0", "swinv2.encoder.layers.3.blocks.0", 6),
+        ("Segformer", "segformer.stages.0.blocks.0", "segformer.stages.3.blocks.1", 8),
+        ("ConvNext", "convnext.encoder.stages.0.layers.0", "convnext.encoder.stages.3.layers.2", 18),
+    ],
+)
+def test_blocks_are_found_inside_the_stages_of_a_vision_backbone(
+    name: str, first: str, last: str, count: int
+) -> None:
+    """Stages are no layers: those of Swin had 19 thousand to 891 thousand parameters."""
+    model = backbone(name)
+    layers = LayerMap.from_model(model)
+    assert (layers.names[0], layers.names[-1], len(layers)) == (first, last, count)
+    (stack,) = candidates(model)
+    assert LayerMap.from_model(model, stack.pattern) == layers
+
+
+def test_blocks_with_experts_are_layers_also_if_sizes_differ() -> None:
+    class Dense(nn.Module):
+        def __init__(self, experts: int) -> None:
+            super().__init__()
+            self.up = nn.Linear(4, 4)
+            self.experts = nn.ModuleList(
+                nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)) for _ in range(experts)
+            )
+
+    model = nn.ModuleDict({"blocks": nn.ModuleList([Dense(0), *(Dense(8) for _ in range(3))])})
+    assert LayerMap.from_model(model).names == tuple(f"blocks.{i}" for i in range(4))
