@@ -1,23 +1,31 @@
 """Loading and checking of the model of a run: a causal language model and its tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from grass.config import GrassConfig
-from grass.errors import ConfigError, ModelError
+from grass.errors import ConfigError, ModelError, library_errors
 from grass.finetune.options import Dtype, FinetuneOptions
 from grass.layers import LayerMap
 
 DEFAULT_CONTEXT = 1024
+
+_MOST_BYTES_OF_POINTER = 1024
 
 
 def load_model(name: str, dtype: Dtype = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -29,26 +37,67 @@ def load_model(name: str, dtype: Dtype = "auto") -> tuple[PreTrainedModel, PreTr
 
     Raises:
         ConfigError: there is no folder of that name, or no model in it.
-        ModelError: it is no causal language model with a tokenizer, or cannot be loaded.
+        ModelError: it is no causal language model with a tokenizer, lacks weights, or cannot be loaded.
     """
     path = Path(name)
     if path.exists() and not (path / "config.json").is_file():
         raise ConfigError(f"model {name!r}: not a folder with a config.json")
     if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise ConfigError(f"model {name!r}: no such folder")
-    part = "configuration"
-    try:
-        AutoConfig.from_pretrained(name)
-        part = "tokenizer"
+    _check_pointers(path)
+    remedy = "the files may be damaged or incomplete: download or copy them again"
+    if not path.exists():
+        remedy = "check the name, and the connection to the hub"
+    with library_errors(ModelError, f"model {name!r}: cannot load its configuration", remedy):
+        _check_causal(name, AutoConfig.from_pretrained(name))
+    with library_errors(ModelError, f"model {name!r}: cannot load its tokenizer", remedy):
         tokenizer = AutoTokenizer.from_pretrained(name)
-        part = "weights"
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+    with library_errors(ModelError, f"model {name!r}: cannot load its weights", remedy):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(  # its annotation knows no `output_loading_info`
+            name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ModelError(f"model {name!r}: cannot load its {part}: {reason}") from None
+        model, info = loaded
+    _check_complete(name, model, info["missing_keys"])
     return model, tokenizer
+
+
+def _check_pointers(folder: Path) -> None:
+    """Check that no file of a folder is a pointer, which Git leaves in place of a large file without Git LFS."""
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        is_small = file.is_file() and file.stat().st_size < _MOST_BYTES_OF_POINTER
+        if is_small and file.read_bytes().startswith(b"version https://git-lfs"):
+            raise ModelError(
+                f"{file} is a pointer of Git LFS, not the file itself: run `git lfs pull` in {folder}, or download "
+                "the file"
+            )
+
+
+def _check_causal(name: str, config: PretrainedConfig) -> None:
+    """Check that a model was saved as a causal language model: others would see the tokens that they predict."""
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    saved_as = config.architectures or []
+    reason = ""
+    if saved_as and not any(a in causal or a.endswith("ForCausalLM") or "For" not in a for a in saved_as):
+        reason = f"was saved as {', '.join(saved_as)}"
+    elif config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", True):
+        reason = "sees the tokens after the one that it predicts (is_decoder is false)"
+    if reason:
+        raise ModelError(
+            f"model {name!r}: {reason}, so it is not a causal language model; pass one whose config.json names an "
+            "architecture such as LlamaForCausalLM"
+        )
+
+
+def _check_complete(name: str, model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """Check that no parameter was initialized at random; tied ones are not missing, and buffers are computed."""
+    absent = sorted(set(missing) & {parameter for parameter, _ in model.named_parameters()})
+    if absent:
+        count = f"{len(absent)} parameter{'s' if len(absent) > 1 else ''}"
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise ModelError(
+            f"model {name!r}: the weights of {count} are missing: {', '.join(absent[:3])}{more}; the files are "
+            "incomplete, or are those of another architecture: download or copy all of them again"
+        )
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
