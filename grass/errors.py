@@ -45,8 +45,8 @@ class RunFolderError(GrassError):
     """Output folder that was not created by `grass finetune`, or a run that cannot be resumed."""
 
 
-class DiskSpaceError(GrassError):
-    """A disk without room for the files of a run."""
+class SaveError(GrassError):
+    """Files of a run that cannot be written, or for which the disk has no room."""
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import platform
 import random
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from transformers import PreTrainedModel
 
 import grass
 from grass.config import GrassConfig
-from grass.errors import RunFolderError
+from grass.errors import RunFolderError, SaveError, first_line
 from grass.finetune.data import BadRecord, RecordFile, file_digest, read_records, split_heldout
 from grass.finetune.demo import demo_model, demo_tokenizer, make_demo, one_thread
+from grass.finetune.disk import bytes_needed, check_space
 from grass.finetune.encoding import Encoded, Encoder, Example
 from grass.finetune.evaluation import Answer, Question, answer_questions, heldout_loss, make_questions
 from grass.finetune.loss import use_chunked_loss
@@ -81,6 +83,7 @@ def start_run(
 
     Raises:
         GrassError: invalid input.
+        SaveError: the disk has no room. If the run has begun, `resume_run` continues it.
         Stopped: the user stopped the run; `resume_run` continues it.
     """
     path = Path(options.output) if options.output else default_path()
@@ -92,6 +95,7 @@ def start_run(
         use_chunked_loss(model, options.loss, screen.say)
     else:
         prepared = prepare(options, config, screen)
+        _check_space(path, options, prepared)
     files = [file for file in (options.data, options.eval) if file]
     record = {
         "command": list(command),
@@ -135,7 +139,14 @@ def resume_run(path: Path, screen: Screen) -> dict[str, Any]:
         if not Path(file).is_file() or file_digest(file) != digest:
             raise RunFolderError(f"{path}: {file} has changed since the run began, so it cannot be continued")
     prepared = None if options.is_demo else prepare(options, config, screen)
+    if prepared is not None and folder.state != "trained":
+        _check_space(path, options, prepared)
     return _execute(folder, options, config, prepared, screen)
+
+
+def _check_space(path: Path, options: FinetuneOptions, prepared: Prepared) -> None:
+    steps = count_steps(options, len(prepared.examples))
+    check_space(path, bytes_needed(prepared.model, options.save_steps, steps))
 
 
 def prepare(options: FinetuneOptions, config: GrassConfig, screen: Screen) -> Prepared:
@@ -265,6 +276,16 @@ def _execute(
         raise Stopped(
             f"{reason if str(reason) else 'stopped'}; continue with: grass finetune --resume {folder.path}"
         ) from None
+    except BrokenPipeError:  # nothing reads stderr, which is no file of the run
+        raise
+    except (SaveError, OSError) as error:
+        screen.stop()
+        with suppress(OSError):  # the disk may still be full
+            if folder.state != "trained":
+                folder.update(state="stopped")
+        raise SaveError(
+            f"{folder.path}: {first_line(error)}; make room, then continue with: grass finetune --resume {folder.path}"
+        ) from error
 
 
 def _train_and_evaluate(
