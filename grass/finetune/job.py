@@ -1,11 +1,12 @@
 """A fine-tuning run from beginning to end: check, create the run folder, train, evaluate, plot, summarize."""
 
+import os
 import platform
 import random
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from grass.finetune.disk import bytes_needed, check_space
 from grass.finetune.encoding import Encoded, Encoder, Example
 from grass.finetune.evaluation import Answer, Question, answer_questions, heldout_loss, make_questions
 from grass.finetune.loss import use_chunked_loss
-from grass.finetune.model import check_method, context_of, load_model, pad_token_id, positions_of
+from grass.finetune.model import check_method, check_model, context_of, load_model, pad_token_id, positions_of
 from grass.finetune.options import FinetuneOptions
 from grass.finetune.picture import draw_picture
 from grass.finetune.records import Chat, Instruction, Record
@@ -99,11 +100,11 @@ def start_run(
     files = [file for file in (options.data, options.eval) if file]
     record = {
         "command": list(command),
-        "options": asdict(options),
+        "options": asdict(_with_absolute_paths(options)),
         "config": asdict(config),
         "seed": config.seed,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "data_sha256": {file: file_digest(file) for file in files},
+        "data_sha256": {_absolute(file): file_digest(file) for file in files},
         "versions": {
             "grass": grass.__version__,
             "python": platform.python_version(),
@@ -144,6 +145,21 @@ def resume_run(path: Path, screen: Screen) -> dict[str, Any]:
     return _execute(folder, options, config, prepared, screen)
 
 
+def _with_absolute_paths(options: FinetuneOptions) -> FinetuneOptions:
+    """Return the options with which a run can be continued from any folder; a name on the hub stays one."""
+    return replace(
+        options,
+        model=_absolute(options.model) if os.path.exists(options.model) else options.model,
+        data=_absolute(options.data),
+        eval=_absolute(options.eval),
+        output=_absolute(options.output),
+    )
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(path) if path else ""
+
+
 def _check_space(path: Path, options: FinetuneOptions, prepared: Prepared) -> None:
     steps = count_steps(options, len(prepared.examples))
     check_space(path, bytes_needed(prepared.model, options.save_steps, steps))
@@ -157,6 +173,8 @@ def prepare(options: FinetuneOptions, config: GrassConfig, screen: Screen) -> Pr
         config: configuration of the method.
         screen: shows notes about the data, such as the number of truncated texts.
     """
+    if Path(options.model).exists():
+        check_model(options.model)  # before the data is read, which may take long
     read = read_records(options.data, max_skipped=options.max_skipped)
     _report_skipped(read, screen)
     _report_unused(options.data, read, screen)

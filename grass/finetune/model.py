@@ -39,17 +39,8 @@ def load_model(name: str, dtype: Dtype = "auto") -> tuple[PreTrainedModel, PreTr
         ConfigError: there is no folder of that name, or no model in it.
         ModelError: it is no causal language model with a tokenizer, lacks weights, or cannot be loaded.
     """
-    path = Path(name)
-    if path.exists() and not (path / "config.json").is_file():
-        raise ConfigError(f"model {name!r}: not a folder with a config.json")
-    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
-        raise ConfigError(f"model {name!r}: no such folder")
-    _check_pointers(path)
-    remedy = "the files may be damaged or incomplete: download or copy them again"
-    if not path.exists():
-        remedy = "check the name, and the connection to the hub"
-    with library_errors(ModelError, f"model {name!r}: cannot load its configuration", remedy):
-        _check_causal(name, AutoConfig.from_pretrained(name))
+    check_model(name)
+    remedy = _remedy(name)
     with library_errors(ModelError, f"model {name!r}: cannot load its tokenizer", remedy):
         tokenizer = AutoTokenizer.from_pretrained(name)
     with library_errors(ModelError, f"model {name!r}: cannot load its weights", remedy):
@@ -59,6 +50,29 @@ def load_model(name: str, dtype: Dtype = "auto") -> tuple[PreTrainedModel, PreTr
         model, info = loaded
     _check_complete(name, model, info["missing_keys"])
     return model, tokenizer
+
+
+def check_model(name: str) -> None:
+    """Check what can be known before the weights are loaded.
+
+    Raises:
+        ConfigError: there is no folder of that name, or no model in it.
+        ModelError: its configuration cannot be loaded, is not that of a causal language model, or a file is a pointer.
+    """
+    path = Path(name)
+    if path.exists() and not (path / "config.json").is_file():
+        raise ConfigError(f"model {name!r}: not a folder with a config.json")
+    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise ConfigError(f"model {name!r}: no such folder")
+    _check_pointers(path)
+    with library_errors(ModelError, f"model {name!r}: cannot load its configuration", _remedy(name)):
+        _check_causal(name, AutoConfig.from_pretrained(name))
+
+
+def _remedy(name: str) -> str:
+    if Path(name).exists():
+        return "the files may be damaged or incomplete: download or copy them again"
+    return "check the name, and the connection to the hub"
 
 
 def _check_pointers(folder: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grass import ConfigError, DataError, GrassConfig, LayerDiscoveryError, RunFolderError
+from grass.errors import ModelError
 from grass.finetune import training
 from grass.finetune.job import resume_run, start_run
 from grass.finetune.options import FinetuneOptions
@@ -256,6 +257,15 @@ def test_bad_input_is_told_before_anything_is_written(options, tmp_path, tokeniz
         with pytest.raises(error, match=says):
             start_run(chosen, config, Screen())
         assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_no_use_is_told_before_the_data_is_read(options, tmp_path, tokenizer, monkeypatch):
+    from grass.finetune import job
+
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}')
+    monkeypatch.setattr(job, "read_records", pytest.fail)
+    with pytest.raises(ModelError, match="BertForMaskedLM"):
+        start_run(replace(options, model=str(tmp_path)), CONFIG, Screen())
 
 
 def test_changed_data_is_not_resumed(options, tmp_path, problem_files, monkeypatch):
