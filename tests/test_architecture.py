@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"grass_kernels"},
     {"grass.errors", "grass.choices"},
+    {"grass.hub"},
     {"grass.sampling", "grass.offload"},
     {"grass.config"},
     {"grass.schedule", "grass.importance", "grass.layer_stacks"},

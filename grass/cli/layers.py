@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from grass.cli.values import MissingPackageError, UsageError, comma_list, model_name
 from grass.errors import LayerDiscoveryError, ModelError, first_line
+from grass.hub import check_hub
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,6 +68,7 @@ def build_without_weights(name: str) -> nn.Module:
         raise MissingPackageError(
             "transformers is not installed: pip install grass-optim[transformers]"
         ) from None
+    check_hub(name)
     try:
         config = transformers.AutoConfig.from_pretrained(name)
     except Exception as error:  # a damaged one may raise anything

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
 from grass.config import GrassConfig
 from grass.errors import ConfigError, ModelError, library_errors
 from grass.finetune.options import Dtype, FinetuneOptions
+from grass.hub import check_hub
 from grass.layers import LayerMap
 
 DEFAULT_CONTEXT = 1024
@@ -65,6 +66,7 @@ def check_model(name: str) -> None:
     if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise ConfigError(f"model {name!r}: no such folder")
     _check_pointers(path)
+    check_hub(name)
     with library_errors(ModelError, f"model {name!r}: cannot load its configuration", _remedy(name)):
         _check_causal(name, AutoConfig.from_pretrained(name))
 
