@@ -63,7 +63,7 @@ def library_errors(error_type: type[GrassError], what: str, remedy: str) -> Iter
     except GrassError:
         raise
     except Exception as error:  # a library may raise anything
-        raise error_type(f"{what}: {first_line(error)}; {remedy}") from error
+        raise error_type(f"{what}: {first_line(error).rstrip('.')}; {remedy}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -128,6 +128,19 @@ def test_the_trainer_factory_is_there_after_importing_grass():
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
+def test_grass_imports_torch_when_it_is_used():
+    script = """if True:
+        import sys, grass
+        assert 'torch' not in sys.modules
+        assert set(grass.__all__) <= set(dir(grass))
+        assert grass.optim.GrassAdamW is grass.GrassAdamW
+        assert not hasattr(grass, 'none')
+        from grass import *
+        assert LayerMap is grass.layers.LayerMap
+        """
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
 def test_the_picture_names_every_room():
     picture = (ROOT / "docs" / "architecture.md").read_text()
     missing = [

@@ -1,6 +1,6 @@
 """Loading and checking of the model of a run: a causal language model and its tokenizer."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def load_model(name: str, dtype: Dtype = "auto") -> tuple[PreTrainedModel, PreTr
 
     Raises:
         ConfigError: there is no folder of that name, or no model in it.
-        ModelError: it is no causal language model with a tokenizer, lacks weights, or cannot be loaded.
+        ModelError: it is no causal language model with a tokenizer, lacks weights or has others, or cannot be loaded.
     """
     check_model(name)
     remedy = _remedy(name)
@@ -46,10 +46,13 @@ def load_model(name: str, dtype: Dtype = "auto") -> tuple[PreTrainedModel, PreTr
         tokenizer = AutoTokenizer.from_pretrained(name)
     with library_errors(ModelError, f"model {name!r}: cannot load its weights", remedy):
         loaded: Any = AutoModelForCausalLM.from_pretrained(  # its annotation knows no `output_loading_info`
-            name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True
+            name,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
         model, info = loaded
-    _check_complete(name, model, info["missing_keys"])
+    _check_complete(name, model, info)
     return model, tokenizer
 
 
@@ -104,16 +107,29 @@ def _check_causal(name: str, config: PretrainedConfig) -> None:
         )
 
 
-def _check_complete(name: str, model: PreTrainedModel, missing: Iterable[str]) -> None:
+def _check_complete(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
     """Check that no parameter was initialized at random; tied ones are not missing, and buffers are computed."""
-    absent = sorted(set(missing) & {parameter for parameter, _ in model.named_parameters()})
-    if absent:
-        count = f"{len(absent)} parameter{'s' if len(absent) > 1 else ''}"
-        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
-        raise ModelError(
-            f"model {name!r}: the weights of {count} are missing: {', '.join(absent[:3])}{more}; the files are "
-            "incomplete, or are those of another architecture: download or copy all of them again"
-        )
+    parameters = {parameter for parameter, _ in model.named_parameters()}
+    remedy = "the files are incomplete, or are those of another model: download or copy all of them again"
+    missing = sorted(parameters.intersection(info["missing_keys"]))
+    if missing:
+        raise ModelError(f"model {name!r}: the weights of {_counted(missing, 'are missing')}; {remedy}")
+    shapes = [
+        f"{parameter} ({_shape(saved)} in the file, {_shape(wanted)} by config.json)"
+        for parameter, saved, wanted in sorted(info["mismatched_keys"])
+    ]
+    if shapes:
+        raise ModelError(f"model {name!r}: the weights of {_counted(shapes, 'have another shape')}; {remedy}")
+
+
+def _counted(names: Sequence[str], state: str) -> str:
+    """Return how many there are, and the first of them."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)} parameter{'s' if len(names) > 1 else ''} {state}: {', '.join(names[:3])}{more}"
+
+
+def _shape(size: Iterable[int]) -> str:
+    return " x ".join(map(str, size))
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -120,6 +120,16 @@ def test_an_untied_head_that_is_missing_is_refused(save, tokenizer):
         load_model(str(folder))
 
 
+def test_weights_of_another_shape_are_refused_by_name(save, tokenizer):
+    folder = save(llama(tokenizer))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = torch.ones(7)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    says = r"1 parameter .* another shape: model\.norm\.weight \(7 in the file, 16 by config\.json\)"
+    with pytest.raises(ModelError, match=says):
+        load_model(str(folder))
+
+
 def test_weights_missing_from_a_shard_or_with_the_shard(save, tokenizer):
     folder = save(llama(tokenizer), max_shard_size="5KB")
     index = folder / "model.safetensors.index.json"
