@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from grass.activation_checkpointing import checkpoint_activations
 from grass.config import GrassConfig
-from grass.errors import SaveError, first_line
+from grass.errors import GrassError, RunFolderError, SaveError, first_line
 from grass.finetune.encoding import Collator, Example
 from grass.finetune.evaluation import heldout_loss
 from grass.finetune.loss import chunked_loss
@@ -173,6 +173,7 @@ def train(
 
     Raises:
         Stopped: the user stopped training; a checkpoint of the last step has been saved.
+        RunFolderError: the newest checkpoint cannot be loaded.
         SaveError: the trained model cannot be saved; the newest checkpoint is kept.
     """
     steps = count_steps(options, len(examples))
@@ -202,6 +203,14 @@ def train(
     try:
         with stop.on_signals(screen.say):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except Exception as error:
+        has_begun = checkpoint is None or recorder.optimizer is not None
+        if has_begun or isinstance(error, (GrassError, torch.OutOfMemoryError)):
+            raise
+        raise RunFolderError(
+            f"{checkpoint} cannot be loaded: {first_line(error)}; remove that folder and resume, to continue from the "
+            "beginning of training"
+        ) from error
     finally:
         screen.stop()
     if trainer.state.global_step < steps:
