@@ -37,12 +37,17 @@ def check_space(folder: Path, needed: int) -> None:
         SaveError: there is less room.
     """
     there = sum(file.stat().st_size for file in (folder / "checkpoints").rglob("*") if file.is_file())
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free + there
+    free = free_bytes(folder) + there
     if free < needed:
         raise SaveError(
             f"{folder}: the run needs up to {needed:,} bytes for its checkpoints and model, but {free:,} bytes are "
             "free; make room, or pass --output on another disk, or --save-steps 0 to save one checkpoint at most"
         )
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes of the disk of a folder, which need not exist."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free

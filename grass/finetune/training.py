@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from grass.activation_checkpointing import checkpoint_activations
 from grass.config import GrassConfig
 from grass.errors import GrassError, RunFolderError, SaveError, first_line
+from grass.finetune.disk import free_bytes
 from grass.finetune.encoding import Collator, Example
 from grass.finetune.evaluation import heldout_loss
 from grass.finetune.loss import chunked_loss
@@ -119,7 +120,7 @@ class _GrassTrainer(Trainer):
             shutil.rmtree(folder.checkpoints / f"checkpoint-{step}", ignore_errors=True)
             kept = folder.last_checkpoint()
             screen.say(
-                f"the checkpoint of step {step} cannot be saved: {first_line(error)}; "
+                f"the checkpoint of step {step} cannot be saved: {_failed_save(error, folder)}; "
                 + (f"{kept.name} is kept" if kept else "there is no earlier one")
             )
             if self.control.should_training_stop:
@@ -273,4 +274,9 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Ru
         temporary.rename(folder.model)
     except Exception as error:  # of the disk, as OSError or safetensors' own type
         shutil.rmtree(temporary, ignore_errors=True)
-        raise SaveError(f"the trained model cannot be saved: {first_line(error)}") from error
+        raise SaveError(f"the trained model cannot be saved: {_failed_save(error, folder)}") from error
+
+
+def _failed_save(error: Exception, folder: RunFolder) -> str:
+    """Return the reason with the free space: torch reports a full disk as a wrong position in the file."""
+    return f"{first_line(error)} ({free_bytes(folder.path):,} bytes are free on the disk)"

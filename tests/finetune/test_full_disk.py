@@ -115,8 +115,8 @@ def test_a_checkpoint_that_fails_is_told_and_training_goes_on(options, tmp_path,
     assert results["steps"] == 12
     assert seen[-1] == ["checkpoint-4"]
     shown = capsys.readouterr().err
-    assert "checkpoint of step 8 cannot be saved: [Errno 28] No space left on device" in shown
-    assert "checkpoint-4 is kept" in shown
+    assert "checkpoint of step 8 cannot be saved: [Errno 28] No space left on device (" in shown
+    assert "bytes are free on the disk); checkpoint-4 is kept" in shown
 
 
 def test_ctrl_c_without_room_for_the_checkpoint_does_not_lose_the_steps(
