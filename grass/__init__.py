@@ -1,6 +1,8 @@
 """GRASS: full-rank fine-tuning by gradient-based adaptive layer-wise importance sampling."""
 
-import grass.integrations.transformers  # noqa: F401 - makes the submodule available as an attribute
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from grass.config import GrassConfig
 from grass.errors import (
     ConfigError,
@@ -11,8 +13,11 @@ from grass.errors import (
     RunFolderError,
     StateMismatchError,
 )
-from grass.layers import LayerMap
-from grass.optim import AdamW, GrassAdamW
+
+if TYPE_CHECKING:
+    import grass.integrations.transformers  # noqa: F401 - makes the submodule available as an attribute
+    from grass.layers import LayerMap
+    from grass.optim import AdamW, GrassAdamW
 
 __version__ = "0.1.0"
 
@@ -30,3 +35,21 @@ __all__ = [
     "StateMismatchError",
     "__version__",
 ]
+
+# What needs torch is imported when it is first used: torch takes seconds, and `grass --help` does without.
+_LAZY = {"AdamW": "grass.optim", "GrassAdamW": "grass.optim", "LayerMap": "grass.layers"}
+
+if not TYPE_CHECKING:  # a type checker would take every name for defined
+
+    def __getattr__(name: str) -> Any:
+        """Import the module of a name, and return the object."""
+        if name in _LAZY:
+            return getattr(importlib.import_module(_LAZY[name]), name)
+        if name in ("integrations", "layers", "optim"):
+            importlib.import_module("grass.integrations.transformers")  # which imports the other two
+            return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        """Return also the names that have not been imported yet."""
+        return sorted({*globals(), *_LAZY})

@@ -5,11 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin
 
-from grass.errors import ConfigError
-from grass.offload.pipeline import Offload
-from grass.sampling import ImportanceScale, SamplerName
-
-Moments = Literal["keep", "reset"]  # as of all choices, state dicts store the position: append new ones
+from grass.choices import ImportanceScale, Moments, Offload, SamplerName
+from grass.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -189,7 +186,9 @@ def check_choices(options: Any) -> None:
     for name, choices in choices_of(type(options)).items():
         value = getattr(options, name)
         if value not in choices:
-            raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+            raise ConfigError(
+                f"{name} must be one of {', '.join(choices)}, not {value!r}{did_you_mean(value, choices)}"
+            )
 
 
 def _is_number(value: Any) -> bool:

@@ -5,23 +5,21 @@ replacement by Gumbel top-k on ``log p``, which is Plackett-Luce sampling: each 
 proportional to p among the remaining ones. Samplers compute in float64 on the CPU and have a generator of their own,
 so draws neither depend on the random state of torch nor change it.
 
-A new sampler is a subclass of `Sampler`, an entry in `SAMPLER_CLASSES` and a name in `SamplerName`.
+A new sampler is a subclass of `Sampler`, an entry in `SAMPLER_CLASSES` and a name in `grass.choices.SamplerName`.
 
 Source: paper, "sampling probability". The scales are an addition of this library: raw gradient norms between 1e-6 and
 1e-3 would make the softmax uniform.
 """
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from grass.choices import ImportanceScale
+
 if TYPE_CHECKING:
     from grass.config import GrassConfig
-
-# State dicts store a choice by its position: append new ones at the end.
-ImportanceScale = Literal["mean", "log", "zscore", "none"]
-SamplerName = Literal["adaptive", "static", "uniform", "weight_norm", "cyclic", "shuffled"]
 
 
 def scale_importance(importance: Tensor, kind: ImportanceScale) -> Tensor:

@@ -15,8 +15,9 @@ from scipy import stats
 from torch import Tensor
 
 from grass import ConfigError, GrassConfig
+from grass.choices import SamplerName
 from grass.layer_scheduler import LayerScheduler
-from grass.sampling import SAMPLER_CLASSES, SamplerName, make_sampler, scale_importance
+from grass.sampling import SAMPLER_CLASSES, make_sampler, scale_importance
 
 IMPORTANCE = torch.tensor([3e-4, 1e-4, 2e-4, 8e-4, 1.5e-4])
 

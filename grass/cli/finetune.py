@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from grass.cli.dataclass_options import add_dataclass_options, given_options
 from grass.cli.values import MissingPackageError, UsageError, input_file, model_name
 from grass.config import GrassConfig
-from grass.errors import GrassError, LayerDiscoveryError
+from grass.errors import GrassError, LayerDiscoveryError, first_line
 from grass.finetune.options import FinetuneOptions
+from grass.finetune.run_folder import RunFolder, check_is_free
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -62,25 +61,35 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--eval-fraction needs --model and --data as well")
     if given.get("steps") and given.get("epochs"):
         raise UsageError("--steps and --epochs exclude each other: pass one of them")
-    # Both check themselves: a wrong value need not wait for transformers.
+    # What can be wrong is told before torch and transformers are imported.
     config = GrassConfig(**given_config)
     options = FinetuneOptions(**given)
+    if arguments.resume is not None:
+        RunFolder.open(Path(arguments.resume))
+    elif options.output:
+        check_is_free(Path(options.output))
     try:
         from grass.finetune.screen import Screen, quiet_libraries
 
         with quiet_libraries():
             results = _run_job(arguments.resume, given, options, config, Screen())
     except ImportError as error:
-        raise MissingPackageError(f"{error}; install with: pip install 'grass-optim[transformers]'") from None
+        raise MissingPackageError(
+            f"{error}; install with: pip install 'grass-optim[transformers]'"
+        ) from error
     except LayerDiscoveryError as error:
         if options.pattern:
             raise UsageError(f"--pattern: {error}") from None
         raise
-    except torch.OutOfMemoryError as error:
-        reason = str(error).strip().split("\n")[0]
+    except RuntimeError as error:
+        import torch
+
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
         raise GrassError(
-            f"{reason} Pass a smaller --batch-size or --context, or --offload; `grass plan` predicts the memory"
-        ) from None
+            f"{first_line(error)} Pass a smaller --batch-size or --context, or --offload; `grass plan` predicts the "
+            "memory"
+        ) from error
     from grass.finetune.summary import format_table
 
     print(json.dumps(results) if arguments.json else f"\n{format_table(results)}\n\nrun: {results['run']}")

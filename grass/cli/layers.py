@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from grass.cli.values import MissingPackageError, UsageError, comma_list, model_name
-from grass.errors import LayerDiscoveryError, ModelError
-from grass.layer_stacks import is_under
-from grass.layers import LayerMap
+from grass.errors import LayerDiscoveryError, ModelError, first_line
+from grass.hub import check_hub
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from grass.layers import LayerMap
 
 
 def add_parser(subparsers: Any) -> None:
@@ -38,6 +39,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the layer map, and return the exit code."""
+    from grass.layers import LayerMap
+
     model = build_without_weights(args.model)
     try:
         layers = LayerMap.from_model(model, args.pattern)
@@ -57,16 +60,19 @@ def build_without_weights(name: str) -> nn.Module:
         MissingPackageError: transformers is not installed.
         ModelError: there is no configuration, or it builds nothing.
     """
+    import torch
+
     try:
         import transformers
     except ImportError:
         raise MissingPackageError(
             "transformers is not installed: pip install grass-optim[transformers]"
         ) from None
+    check_hub(name)
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"no configuration for {name!r}: {_first_line(error)}") from error
+    except Exception as error:  # a damaged one may raise anything
+        raise ModelError(f"no configuration for {name!r}: {first_line(error)}") from error
 
     # An encoder-decoder is also registered as causal, without its encoder.
     autos = [transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM]
@@ -79,7 +85,7 @@ def build_without_weights(name: str) -> nn.Module:
         with torch.device("meta"):
             return auto.from_config(config)
     except Exception as error:  # a model's constructor may raise anything
-        raise ModelError(f"{name} cannot be built: {type(error).__name__}: {_first_line(error)}") from error
+        raise ModelError(f"{name} cannot be built: {type(error).__name__}: {first_line(error)}") from error
 
 
 def describe(name: str, model: nn.Module, layers: LayerMap) -> dict[str, Any]:
@@ -113,6 +119,8 @@ def describe(name: str, model: nn.Module, layers: LayerMap) -> dict[str, Any]:
 
 
 def _largest_module_outside(parameter: str, layers: LayerMap) -> str:
+    from grass.layer_stacks import is_under
+
     parts = parameter.split(".")
     for depth in range(1, len(parts)):
         path = ".".join(parts[:depth])
@@ -163,7 +171,3 @@ def _tied(others: list[str]) -> str:
         return ""
     more = f" and {len(others) - 1} more" if len(others) > 1 else ""
     return f"tied with {others[0]}{more}"
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grass.errors import ConfigError, DataError
+from grass.errors import ConfigError, DataError, library_errors
 from grass.finetune.options import Template
 from grass.finetune.records import Chat, Instruction, PlainText, Record
 
@@ -91,12 +91,16 @@ class Encoder:
             source: name of the records in error messages.
 
         Raises:
-            DataError: more than half of the texts have no target within the context.
+            DataError: a record does not fit the chat template, or more than half of the texts have no target within
+                the context.
         """
         result = Encoded()
         for record in records:
             result.num_texts += 1
-            input_ids, labels = self.encode_one(record)
+            try:
+                input_ids, labels = self.encode_one(record)
+            except DataError as error:
+                raise DataError(f"{source}: record {result.num_texts:,}: {error}") from error
             if len(input_ids) > self.context:
                 result.num_cut += 1
                 input_ids, labels = input_ids[: self.context], labels[: self.context]
@@ -188,9 +192,14 @@ class Encoder:
 
     def _render(self, messages: Sequence[tuple[str, str]], *, answer_next: bool) -> str:
         turns = [{"role": role, "content": content} for role, content in messages]
-        return str(
-            self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer_next)
-        )
+        roles = ", ".join(role for role, _ in messages[:4]) + (", ..." if len(messages) > 4 else "")
+        remedy = "change the turns of such records (put the system text into the first question, say), or the template"
+        with library_errors(
+            DataError, f"the model's chat template refuses a chat of the roles {roles}", remedy
+        ):
+            return str(
+                self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer_next)
+            )
 
     def _start(self, text: str) -> list[int]:
         """Return token ids with the special tokens at the beginning of a text, without those at its end."""

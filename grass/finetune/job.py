@@ -1,10 +1,12 @@
 """A fine-tuning run from beginning to end: check, create the run folder, train, evaluate, plot, summarize."""
 
+import os
 import platform
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,14 @@ from transformers import PreTrainedModel
 
 import grass
 from grass.config import GrassConfig
-from grass.errors import RunFolderError
+from grass.errors import RunFolderError, SaveError, first_line
 from grass.finetune.data import BadRecord, RecordFile, file_digest, read_records, split_heldout
 from grass.finetune.demo import demo_model, demo_tokenizer, make_demo, one_thread
+from grass.finetune.disk import bytes_needed, check_space
 from grass.finetune.encoding import Encoded, Encoder, Example
 from grass.finetune.evaluation import Answer, Question, answer_questions, heldout_loss, make_questions
 from grass.finetune.loss import use_chunked_loss
-from grass.finetune.model import check_method, context_of, load_model, pad_token_id, positions_of
+from grass.finetune.model import check_method, check_model, context_of, load_model, pad_token_id, positions_of
 from grass.finetune.options import FinetuneOptions
 from grass.finetune.picture import draw_picture
 from grass.finetune.records import Chat, Instruction, Record
@@ -81,6 +84,7 @@ def start_run(
 
     Raises:
         GrassError: invalid input.
+        SaveError: the disk has no room. If the run has begun, `resume_run` continues it.
         Stopped: the user stopped the run; `resume_run` continues it.
     """
     path = Path(options.output) if options.output else default_path()
@@ -92,14 +96,15 @@ def start_run(
         use_chunked_loss(model, options.loss, screen.say)
     else:
         prepared = prepare(options, config, screen)
+        _check_space(path, options, prepared)
     files = [file for file in (options.data, options.eval) if file]
     record = {
         "command": list(command),
-        "options": asdict(options),
+        "options": asdict(_with_absolute_paths(options)),
         "config": asdict(config),
         "seed": config.seed,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "data_sha256": {file: file_digest(file) for file in files},
+        "data_sha256": {_absolute(file): file_digest(file) for file in files},
         "versions": {
             "grass": grass.__version__,
             "python": platform.python_version(),
@@ -135,7 +140,29 @@ def resume_run(path: Path, screen: Screen) -> dict[str, Any]:
         if not Path(file).is_file() or file_digest(file) != digest:
             raise RunFolderError(f"{path}: {file} has changed since the run began, so it cannot be continued")
     prepared = None if options.is_demo else prepare(options, config, screen)
+    if prepared is not None and folder.state != "trained":
+        _check_space(path, options, prepared)
     return _execute(folder, options, config, prepared, screen)
+
+
+def _with_absolute_paths(options: FinetuneOptions) -> FinetuneOptions:
+    """Return the options with which a run can be continued from any folder; a name on the hub stays one."""
+    return replace(
+        options,
+        model=_absolute(options.model) if os.path.exists(options.model) else options.model,
+        data=_absolute(options.data),
+        eval=_absolute(options.eval),
+        output=_absolute(options.output),
+    )
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(path) if path else ""
+
+
+def _check_space(path: Path, options: FinetuneOptions, prepared: Prepared) -> None:
+    steps = count_steps(options, len(prepared.examples))
+    check_space(path, bytes_needed(prepared.model, options.save_steps, steps))
 
 
 def prepare(options: FinetuneOptions, config: GrassConfig, screen: Screen) -> Prepared:
@@ -146,6 +173,8 @@ def prepare(options: FinetuneOptions, config: GrassConfig, screen: Screen) -> Pr
         config: configuration of the method.
         screen: shows notes about the data, such as the number of truncated texts.
     """
+    if Path(options.model).exists():
+        check_model(options.model)  # before the data is read, which may take long
     read = read_records(options.data, max_skipped=options.max_skipped)
     _report_skipped(read, screen)
     _report_unused(options.data, read, screen)
@@ -270,6 +299,16 @@ def _execute(
         raise Stopped(
             f"{reason if str(reason) else 'stopped'}; continue with: grass finetune --resume {folder.path}"
         ) from None
+    except BrokenPipeError:  # nothing reads stderr, which is no file of the run
+        raise
+    except (SaveError, OSError) as error:
+        screen.stop()
+        with suppress(OSError):  # the disk may still be full
+            if folder.state != "trained":
+                folder.update(state="stopped")
+        raise SaveError(
+            f"{folder.path}: {first_line(error)}; make room, then continue with: grass finetune --resume {folder.path}"
+        ) from error
 
 
 def _train_and_evaluate(

@@ -1,23 +1,32 @@
 """Loading and checking of the model of a run: a causal language model and its tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from grass.config import GrassConfig
-from grass.errors import ConfigError, ModelError
+from grass.errors import ConfigError, ModelError, library_errors
 from grass.finetune.options import Dtype, FinetuneOptions
+from grass.hub import check_hub
 from grass.layers import LayerMap
 
 DEFAULT_CONTEXT = 1024
+
+_MOST_BYTES_OF_POINTER = 1024
 
 
 def load_model(name: str, dtype: Dtype = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -29,26 +38,98 @@ def load_model(name: str, dtype: Dtype = "auto") -> tuple[PreTrainedModel, PreTr
 
     Raises:
         ConfigError: there is no folder of that name, or no model in it.
-        ModelError: it is no causal language model with a tokenizer, or cannot be loaded.
+        ModelError: it is no causal language model with a tokenizer, lacks weights or has others, or cannot be loaded.
+    """
+    check_model(name)
+    remedy = _remedy(name)
+    with library_errors(ModelError, f"model {name!r}: cannot load its tokenizer", remedy):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    with library_errors(ModelError, f"model {name!r}: cannot load its weights", remedy):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(  # its annotation knows no `output_loading_info`
+            name,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
+        model, info = loaded
+    _check_complete(name, model, info)
+    return model, tokenizer
+
+
+def check_model(name: str) -> None:
+    """Check what can be known before the weights are loaded.
+
+    Raises:
+        ConfigError: there is no folder of that name, or no model in it.
+        ModelError: its configuration cannot be loaded, is not that of a causal language model, or a file is a pointer.
     """
     path = Path(name)
     if path.exists() and not (path / "config.json").is_file():
         raise ConfigError(f"model {name!r}: not a folder with a config.json")
     if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise ConfigError(f"model {name!r}: no such folder")
-    part = "configuration"
-    try:
-        AutoConfig.from_pretrained(name)
-        part = "tokenizer"
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        part = "weights"
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+    _check_pointers(path)
+    check_hub(name)
+    with library_errors(ModelError, f"model {name!r}: cannot load its configuration", _remedy(name)):
+        _check_causal(name, AutoConfig.from_pretrained(name))
+
+
+def _remedy(name: str) -> str:
+    if Path(name).exists():
+        return "the files may be damaged or incomplete: download or copy them again"
+    return "check the name, and the connection to the hub"
+
+
+def _check_pointers(folder: Path) -> None:
+    """Check that no file of a folder is a pointer, which Git leaves in place of a large file without Git LFS."""
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        is_small = file.is_file() and file.stat().st_size < _MOST_BYTES_OF_POINTER
+        if is_small and file.read_bytes().startswith(b"version https://git-lfs"):
+            raise ModelError(
+                f"{file} is a pointer of Git LFS, not the file itself: run `git lfs pull` in {folder}, or download "
+                "the file"
+            )
+
+
+def _check_causal(name: str, config: PretrainedConfig) -> None:
+    """Check that a model was saved as a causal language model: others would see the tokens that they predict."""
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    saved_as = config.architectures or []
+    reason = ""
+    if saved_as and not any(a in causal or a.endswith("ForCausalLM") or "For" not in a for a in saved_as):
+        reason = f"was saved as {', '.join(saved_as)}"
+    elif config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", True):
+        reason = "sees the tokens after the one that it predicts (is_decoder is false)"
+    if reason:
+        raise ModelError(
+            f"model {name!r}: {reason}, so it is not a causal language model; pass one whose config.json names an "
+            "architecture such as LlamaForCausalLM"
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ModelError(f"model {name!r}: cannot load its {part}: {reason}") from None
-    return model, tokenizer
+
+
+def _check_complete(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Check that no parameter was initialized at random; tied ones are not missing, and buffers are computed."""
+    parameters = {parameter for parameter, _ in model.named_parameters()}
+    remedy = "the files are incomplete, or are those of another model: download or copy all of them again"
+    missing = sorted(parameters.intersection(info["missing_keys"]))
+    if missing:
+        raise ModelError(f"model {name!r}: the weights of {_counted(missing, 'are missing')}; {remedy}")
+    shapes = [
+        f"{parameter} ({_shape(saved)} in the file, {_shape(wanted)} by config.json)"
+        for parameter, saved, wanted in sorted(info["mismatched_keys"])
+    ]
+    if shapes:
+        raise ModelError(f"model {name!r}: the weights of {_counted(shapes, 'have another shape')}; {remedy}")
+
+
+def _counted(names: Sequence[str], state: str) -> str:
+    """Return how many there are, and the first of them."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)} parameter{'s' if len(names) > 1 else ''} {state}: {', '.join(names[:3])}{more}"
+
+
+def _shape(size: Iterable[int]) -> str:
+    return " x ".join(map(str, size))
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

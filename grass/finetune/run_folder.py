@@ -51,11 +51,11 @@ class RunFolder:
         """Create the folder and its ``run.json``.
 
         Raises:
-            RunFolderError: the folder exists, or cannot be created.
+            RunFolderError: the folder exists and is not empty, or cannot be created.
         """
         check_is_free(path)
         try:
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=True)
             folder = cls(path, {})
             folder.update(state="started", **record)
         except OSError as error:
@@ -109,12 +109,13 @@ class RunFolder:
 
 
 def check_is_free(path: Path) -> None:
-    """Check that a path for a new run does not exist.
+    """Check that a path for a new run does not exist, or is an empty folder.
 
     Raises:
-        RunFolderError: the path exists; the message tells if the run in it can be continued.
+        RunFolderError: there is something; the message tells if the run in it can be continued.
     """
-    if not path.exists() and not path.is_symlink():
+    is_missing = not path.exists() and not path.is_symlink()
+    if is_missing or (path.is_dir() and not any(path.iterdir())):
         return
     try:
         state = RunFolder.open(path).state

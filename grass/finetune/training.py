@@ -15,6 +15,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from grass.activation_checkpointing import checkpoint_activations
 from grass.config import GrassConfig
+from grass.errors import GrassError, RunFolderError, SaveError, first_line
+from grass.finetune.disk import free_bytes
 from grass.finetune.encoding import Collator, Example
 from grass.finetune.evaluation import heldout_loss
 from grass.finetune.loss import chunked_loss
@@ -99,9 +101,10 @@ def _after_probe(schedule: Callable[[int], float], probe_steps: int) -> Callable
 
 
 class _GrassTrainer(Trainer):
-    """Trainer whose learning-rate schedule begins after the probe."""
+    """Trainer whose learning-rate schedule begins after the probe, and that goes on if a checkpoint cannot be saved."""
 
     probe_steps = 0
+    recorder: Recorder
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """Return Trainer's schedule for the steps after the probe, and its first value during the probe."""
@@ -111,6 +114,25 @@ class _GrassTrainer(Trainer):
             factors = [_after_probe(factor, self.probe_steps) for factor in scheduler.lr_lambdas]
             scheduler = self.lr_scheduler = LambdaLR(scheduler.optimizer, factors)
         return scheduler
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint. If that fails, the earlier one is kept and training goes on, also after Ctrl-C."""
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:  # of the disk, as OSError, RuntimeError or safetensors' own type
+            folder, screen = self.recorder.folder, self.recorder.screen
+            step = self.state.global_step
+            shutil.rmtree(folder.checkpoints / f"checkpoint-{step}", ignore_errors=True)
+            kept = folder.last_checkpoint()
+            screen.say(
+                f"the checkpoint of step {step} cannot be saved: {_failed_save(error, folder)}; "
+                + (f"{kept.name} is kept" if kept else "there is no earlier one")
+            )
+            if self.control.should_training_stop:
+                self.control.should_training_stop = self.recorder.stop.requested = False
+                screen.say(
+                    "training goes on: make room, and press Ctrl-C again (twice to stop without a checkpoint)"
+                )
 
 
 class ChunkedLossTrainer(_GrassTrainer):
@@ -157,6 +179,8 @@ def train(
 
     Raises:
         Stopped: the user stopped training; a checkpoint of the last step has been saved.
+        RunFolderError: the newest checkpoint cannot be loaded.
+        SaveError: the trained model cannot be saved; the newest checkpoint is kept.
     """
     steps = count_steps(options, len(examples))
     collator = Collator(pad_token_id(tokenizer))
@@ -177,6 +201,7 @@ def train(
         optimizer_cls_and_kwargs=optimizer_for(options, config),
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.recorder = recorder
     if options.method == "grass" and SAMPLER_CLASSES[config.sampler].probes:
         trainer.probe_steps = config.probe_steps
     checkpoint = folder.last_checkpoint()
@@ -184,6 +209,14 @@ def train(
     try:
         with stop.on_signals(screen.say):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except Exception as error:
+        has_begun = checkpoint is None or recorder.optimizer is not None
+        if has_begun or isinstance(error, (GrassError, torch.OutOfMemoryError)):
+            raise
+        raise RunFolderError(
+            f"{checkpoint} cannot be loaded: {first_line(error)}; remove that folder and resume, to continue from the "
+            "beginning of training"
+        ) from error
     finally:
         screen.stop()
     if trainer.state.global_step < steps:
@@ -239,7 +272,16 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Ru
     """Save the model to a temporary folder and rename it, so that ``model/`` is always complete."""
     temporary = folder.path / "model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(folder.model, ignore_errors=True)
-    temporary.rename(folder.model)
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(folder.model, ignore_errors=True)
+        temporary.rename(folder.model)
+    except Exception as error:  # of the disk, as OSError or safetensors' own type
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise SaveError(f"the trained model cannot be saved: {_failed_save(error, folder)}") from error
+
+
+def _failed_save(error: Exception, folder: RunFolder) -> str:
+    """Return the reason with the free space: torch reports a full disk as a wrong position in the file."""
+    return f"{first_line(error)} ({free_bytes(folder.path):,} bytes are free on the disk)"

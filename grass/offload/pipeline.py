@@ -11,17 +11,15 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from grass.choices import Offload
 from grass.offload.store import ALIGNMENT, Bucket, Store
 from grass.offload.streams import COMPUTE, D2H, H2D, HOST, UPDATE, CopyEngine, Operation
 from grass.offload.units import Unit, cut, elements_in
-
-Offload = Literal["none", "resident", "streamed"]
-"""Where states are kept: no pipeline, or one of the two of this file."""
 
 MAX_HELD = 1.25
 """Gradients that may be held for updates when a bucket is complete, in units of the largest bucket."""

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from grass.choices import Offload
 from grass.config import GrassConfig
 from grass.errors import ConfigError, GrassError, ParameterError
 from grass.layer_scheduler import Change, LayerScheduler
 from grass.layers import LayerMap, Pattern
-from grass.offload.pipeline import Offload
 from grass.optim import state_dict as state_dicts
 from grass.optim.adamw import AdamW
 from grass.optim.checks import check_groups, check_state_shapes, refuse_sparse, refuse_without_memory

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 import grass_kernels
+from grass.choices import Offload
 from grass.config import GrassConfig
 from grass.errors import OffloadError
 from grass.offload.host import available_bytes, check_host_memory
-from grass.offload.pipeline import Offload, Pipeline, Update, check_buffers, make_pipeline
+from grass.offload.pipeline import Pipeline, Update, check_buffers, make_pipeline
 from grass.offload.store import Bucket, Store, allocates_host_memory
 from grass.offload.streams import CopyEngine, engine_for
 from grass.offload.units import Unit

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from grass.choices import Offload
 from grass.config import GrassConfig
 from grass.layer_scheduler import Change
 from grass.offload import store
-from grass.offload.pipeline import Offload
 from grass.optim import GrassAdamW
 from grass.plan.models import FakeTensorMode, PlanError
 from grass.plan.tracker import DEVICE_STATES, HOST_STATES, MemoryTracker

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from grass.errors import ConfigError, GrassError
+from grass.errors import ConfigError, GrassError, first_line
+from grass.hub import check_hub
 from grass.plan import PRESETS, preset_names
 
 
@@ -63,6 +64,7 @@ def configuration(name: str) -> Any:
 
     Raises:
         PlanError: transformers is not installed, or there is no such model.
+        ModelError: the hub cannot be reached.
     """
     try:
         import transformers
@@ -78,6 +80,7 @@ def configuration(name: str) -> Any:
         raise PlanError(f"{name} has no config.json: {remedy}")
     if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") != 1):
         raise PlanError(f"there is no preset or folder {name!r}: {remedy}")
+    check_hub(name)
     try:
         return transformers.AutoConfig.from_pretrained(name)
     except Exception as error:  # the class of a configuration may raise anything
@@ -120,9 +123,3 @@ def copy_as_fake(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
                     if t is not None:
                         tensors[key] = fake(t)  # type: ignore[assignment]
     return model
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error message, with the second one if it ends in a colon; the type if it is empty."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

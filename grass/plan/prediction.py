@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from grass.activation_checkpointing import checkpoint_activations
 from grass.config import GrassConfig, check_choices
-from grass.errors import GrassError
+from grass.errors import GrassError, first_line
 from grass.layers import LayerMap
 from grass.offload.units import elements_in
 from grass.plan import methods
@@ -23,7 +23,6 @@ from grass.plan.models import (
     build,
     configuration,
     copy_as_fake,
-    first_line,
 )
 from grass.plan.tracker import ACTIVATIONS, DEVICE_STATES, GRADIENTS, WEIGHTS, MemoryTracker
 from grass_kernels import operators

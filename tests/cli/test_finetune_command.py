@@ -1,16 +1,19 @@
 """`grass finetune` from the command line.
 
 Would catch: an option that exists in a dataclass but not on the command line, or with another default; results mixed
-with progress on stdout; Ctrl-C that leaves nothing to continue; a `--help` that waits for transformers.
+with progress on stdout; Ctrl-C that leaves nothing to continue; a `--help` or a
+wrong option that waits for torch; a stopped run that is tied to the folder in which it began.
 """
 
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +25,9 @@ from grass.cli.dataclass_options import argument_docs, given_options
 from grass.finetune import demo
 from grass.finetune.arithmetic import word_problems
 from grass.finetune.options import FinetuneOptions
+from grass.finetune.recording import Recorder
+
+ROOT = Path(__file__).parent.parent.parent
 
 SHORT = ["--probe-steps", "2", "--sample-interval", "3", "--update-interval", "3", "--active-layers", "1"]
 QUICK = [*SHORT, "--batch-size", "4", "--eval-answers", "4", "--max-new-tokens", "4"]
@@ -142,11 +148,73 @@ def test_ctrl_c_leaves_a_checkpoint_that_resume_continues(inputs, tmp_path, caps
     assert "the run is finished" in capsys.readouterr().err
 
 
-def test_help_does_not_wait_for_transformers():
+QUICK_ANSWERS = [
+    ["--help"],
+    ["finetune", "--help"],
+    ["layers", "--help"],
+    ["plan", "--help"],
+    ["finetune", "--batchsize", "4"],
+    ["finetune", "--lr", "-1"],
+    ["finetune", "--model", ".", "--data", "none.jsonl"],
+    ["finetune", "--output", "pyproject.toml"],
+    ["finetune", "--resume", "none"],
+    ["layers", "./none"],
+    ["plan", "--model", "llama9"],
+]
+
+
+def test_help_and_wrong_usage_do_not_wait_for_torch():
     code = (
-        "import sys; from grass.cli import main; code = main(['finetune', '--help']);"
-        "slow = {'transformers', 'accelerate', 'matplotlib', 'tokenizers'} & set(sys.modules);"
-        "sys.exit(code or str(slow) if slow else code)"
+        f"import sys; from grass.cli import main; [main(arguments) for arguments in {QUICK_ANSWERS}];"
+        "slow = {'torch', 'numpy', 'transformers', 'accelerate', 'matplotlib', 'tokenizers'} & set(sys.modules);"
+        "sys.exit(str(slow) if slow else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_is_resumed_from_another_folder(inputs, tmp_path, monkeypatch, capsys):
+    """Its paths were given relative to the folder in which it began."""
+    model, train, heldout = (Path(inputs[i]) for i in (1, 3, 5))
+    began, other = model.parent, tmp_path / "other"
+    other.mkdir()
+    monkeypatch.chdir(began)
+    original = Recorder.on_step_end
+
+    def on_step_end(self, args, state, control, **context):
+        self.stop.requested = state.global_step == 2
+        return original(self, args, state, control, **context)
+
+    names = ["--model", model.name, "--data", train.name, "--eval", heldout.name, "--template", "plain"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "on_step_end", on_step_end)
+        assert main(["finetune", *names, *QUICK, "--steps", "4", "--output", "elsewhere/run"]) == 130
+    monkeypatch.chdir(other)
+    assert main(["finetune", "--resume", str(began / "elsewhere" / "run"), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["steps"] == 4
+    assert list(other.iterdir()) == []
+
+
+def test_an_empty_output_folder_is_used(inputs, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    assert (
+        main(["finetune", *inputs, *QUICK, "--steps", "2", "--output", str(tmp_path / "run"), "--json"]) == 0
+    )
+    assert (tmp_path / "run" / "results.json").is_file()
+
+
+def test_debug_shows_the_traceback(inputs, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(inputs[1], folder)
+    (folder / "model.safetensors").write_bytes(b"")
+    command = ["finetune", "--model", str(folder), *inputs[2:], "--output", str(tmp_path / "run")]
+    assert main(command) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot load its weights" in line
+    assert line.endswith("--debug shows the traceback")
+    assert main([*command, "--debug"]) == 1
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert "SafetensorError" in shown
+    assert "cannot load its weights" in shown.splitlines()[-1]

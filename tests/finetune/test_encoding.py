@@ -170,3 +170,18 @@ def test_system_and_history_are_part_of_the_prompt(tokenizer, template):
     assert tokenizer.decode(prompt).startswith("<s> Ada has")
     for words in ("3 + 0", "3 </s>", "4 + 0", "4 </s>"):
         assert words in tokenizer.decode(prompt)
+
+
+def test_a_template_that_refuses_a_turn_is_named_with_the_record():
+    strict = demo_tokenizer()
+    strict.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    chats = [
+        Chat((("user", "1 + 1"), ("assistant", "2"))),
+        Chat((("system", "Be brief."), ("user", "1 + 1"), ("assistant", "2"))),
+    ]
+    says = r"data\.jsonl: record 2: the model's chat template refuses .* system, user.*: System role not supported; "
+    with pytest.raises(DataError, match=says):
+        Encoder(strict, "plain", 32).encode(chats, "data.jsonl")

@@ -7,6 +7,7 @@ checked only after something was written; data that changed under a stopped run.
 
 import json
 import re
+import shutil
 import signal
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grass import ConfigError, DataError, GrassConfig, LayerDiscoveryError, RunFolderError
+from grass.errors import ModelError
 from grass.finetune import training
 from grass.finetune.job import resume_run, start_run
 from grass.finetune.options import FinetuneOptions
@@ -256,6 +258,30 @@ def test_bad_input_is_told_before_anything_is_written(options, tmp_path, tokeniz
         with pytest.raises(error, match=says):
             start_run(chosen, config, Screen())
         assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_no_use_is_told_before_the_data_is_read(options, tmp_path, tokenizer, monkeypatch):
+    from grass.finetune import job
+
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}')
+    monkeypatch.setattr(job, "read_records", pytest.fail)
+    with pytest.raises(ModelError, match="BertForMaskedLM"):
+        start_run(replace(options, model=str(tmp_path)), CONFIG, Screen())
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
+def test_a_damaged_checkpoint_is_named_with_the_remedy(options, tmp_path, monkeypatch, file):
+    stop_after(monkeypatch, 2, press_ctrl_c)
+    with pytest.raises(Stopped):
+        start_run(options, CONFIG, Screen())
+    damaged = tmp_path / "run" / "checkpoints" / "checkpoint-2" / file
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(
+        RunFolderError, match=r"checkpoint-2 cannot be loaded: .*; remove that folder and resume"
+    ):
+        resume_run(tmp_path / "run", Screen())
+    shutil.rmtree(damaged.parent)
+    assert resume_run(tmp_path / "run", Screen())["steps"] == 19
 
 
 def test_changed_data_is_not_resumed(options, tmp_path, problem_files, monkeypatch):

@@ -23,9 +23,10 @@ def test_create_open_update(tmp_path):
 def test_existing_folders_are_refused_with_the_remedy(tmp_path):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
+    (foreign / "file").write_text("x")
     with pytest.raises(RunFolderError, match="is not a run of grass finetune; pass another --output"):
         RunFolder.create(foreign, {})
-    assert not list(foreign.iterdir())
+    assert [path.name for path in foreign.iterdir()] == ["file"]
     (tmp_path / "file").write_text("x")
     with pytest.raises(RunFolderError, match="not a run"):
         check_is_free(tmp_path / "file")
@@ -35,6 +36,8 @@ def test_existing_folders_are_refused_with_the_remedy(tmp_path):
     folder.update(state="finished")
     with pytest.raises(RunFolderError, match="finished run; pass another --output"):
         check_is_free(folder.path)
+    (tmp_path / "empty").mkdir()
+    assert RunFolder.create(tmp_path / "empty", {}).state == "started"
     with pytest.raises(RunFolderError, match="cannot be written"):
         RunFolder.create(tmp_path / "file" / "below", {})
 
