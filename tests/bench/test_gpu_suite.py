@@ -554,4 +554,4 @@ def test_what_is_sanitized_fails_where_offloading_trains_otherwise(monkeypatch):
     monkeypatch.setattr(sanitized, "trained", wrong)
     with pytest.raises(SystemExit, match="offload streamed, fused_backward"):
         sanitized.main()
-    assert [call.get("offload") for call in calls] == [None, "streamed", "resident", "streamed"]
+    assert [call.get("offload") for call in calls] == ["none", "streamed", "resident", "streamed"]
