@@ -7,4 +7,4 @@ ImportanceScale = Literal["mean", "log", "zscore", "none"]
 SamplerName = Literal["adaptive", "static", "uniform", "weight_norm", "cyclic", "shuffled"]
 Moments = Literal["keep", "reset"]
 Offload = Literal["none", "resident", "streamed"]
-"""Where states are kept: no pipeline, or one of the two of `grass.offload.pipeline`."""
+"""Places of the optimizer states: no pipeline, or one of the two of `grass.offload.pipeline`."""

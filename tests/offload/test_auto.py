@@ -1,4 +1,4 @@
-"""Where ``offload="auto"``, the default, keeps states.
+"""The choice of ``offload="auto"``, the default.
 
 Would catch: states of all layers on a GPU with host memory for them; a store for a model that cannot use one; a
 choice that is made in silence, or that changes what is trained; a model that is moved to a GPU after construction.
