@@ -27,7 +27,7 @@ from grass_kernels.table import BLOCK, CHUNK
 PACKAGE = Path(grass_kernels.__file__).parent
 COMPARED_CHUNKS = {"cuda": 2000, "cpu": 3}
 COMPARED_STEPS = 5
-"""Size of the comparison with the kernels that comes before a measurement: chunks of each of two mixtures, and steps."""
+"""Size of the comparison with the kernels before a measurement: chunks of each of two mixtures, and steps."""
 
 
 class StaleEditError(Exception):
