@@ -48,7 +48,7 @@ def options(tiny_model, problem_files, tmp_path):
 
 
 def fill_disk(monkeypatch, when):
-    """Let the model be saved in half, and fail, for those folders of which `when` is true."""
+    """Make saving the model fail half-way, in folders for which `when` returns True."""
     original = PreTrainedModel.save_pretrained
 
     def save_pretrained(self, folder, **more):

@@ -109,7 +109,7 @@ def test_a_limit_of_batches_ends_a_step_too() -> None:
 
 
 class Watch(lightning.Callback):
-    """Whether layers were updated inside each backward after the probe, and whether a step followed."""
+    """Return if layers were updated inside each backward after the probe, and if a step followed."""
 
     def __init__(self) -> None:
         self.fused: list[bool] = []

@@ -96,7 +96,7 @@ def test_tensorboard_has_every_metric_of_every_row(tmp_path: Path) -> None:
 
 
 class Truth(TrainerCallback):
-    """What the optimizer says at each step, of which the rows tell."""
+    """Record the optimizer at each step, for comparison with the logged rows."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Any]] = []
