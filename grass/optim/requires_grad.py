@@ -63,7 +63,11 @@ class RequiresGradLease:
 
         A parameter that is switched off and set to False by the user looks the same as before: see `set_trainable`.
         """
-        changed = {}
+        changed: dict[Tensor, bool] = {}
+        if [p.requires_grad for p in self._current] == [
+            *self._current.values()
+        ]:  # in every step, so in one pass
+            return changed
         if not self.ended:
             for p, trainable in self._trainable.items():
                 if self.is_trainable(p) != trainable:
