@@ -238,7 +238,7 @@ class Suite:
         self._as_json, self._clock, self._cores = as_json, clock, cores or os.cpu_count() or 1
         self._results: list[dict[str, Any]] = []
         self._stopped = False
-        self._started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        self._started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
     def run(self) -> int:
         """Run all stages, and return the exit code."""

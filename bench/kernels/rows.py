@@ -59,7 +59,7 @@ def empty_row(case: Case, variant: str, environment: Row) -> Row:
         zeros=case.zeros,
         variant=variant,
         measured=False,
-        timestamp=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        timestamp=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **environment,
     )
     return row

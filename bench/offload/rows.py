@@ -134,7 +134,7 @@ def _row(
         source=source,
         measured=source == "device" and step is not None,
         reason=reason if step is None else None,
-        timestamp=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        timestamp=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     if step is not None:
         copies = link.least_seconds(step.num_bytes[H2D], step.num_bytes[D2H])

@@ -87,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # a line for each retry otherwise
+    os.environ.setdefault(
+        "HF_HUB_DISABLE_TELEMETRY", "1"
+    )  # of TRL, which a user of this command does not know of
     return run_command(make_parser(), argv)
 
 

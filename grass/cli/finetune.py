@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grass.cli.dataclass_options import add_dataclass_options, given_options
-from grass.cli.values import MissingPackageError, UsageError, input_file, model_name
+from grass.cli.values import MissingPackageError, UsageError, model_name
 from grass.config import GrassConfig
-from grass.errors import GrassError, LayerDiscoveryError, first_line
-from grass.finetune.options import FinetuneOptions
+from grass.errors import DataError, GrassError, LayerDiscoveryError, first_line
+from grass.finetune.data import check_source
+from grass.finetune.options import FinetuneOptions, as_tuple
 from grass.finetune.run_folder import RunFolder, check_is_free
 
 if TYPE_CHECKING:
@@ -28,7 +29,12 @@ _EXAMPLES = """\
 examples:
   grass finetune
   grass finetune --model ./my-llama --data train.jsonl --eval heldout.jsonl --active-layers 4 --lr 2e-5
+  grass finetune --model ./my-llama --data openai/gsm8k:main --eval openai/gsm8k:main:test --report-to tensorboard
+  grass finetune --config run.yaml --lr 5e-5
   grass finetune --resume runs/2026-01-31-120000
+
+A configuration file is YAML or JSON with the names of options (sample_interval: 25). The run.json of an earlier run is
+one, too: it runs again what that run did. Options on the command line take precedence.
 """
 
 
@@ -36,24 +42,32 @@ def add_parser(subparsers: "_SubParsersAction[argparse.ArgumentParser]") -> None
     """Add the command to the command line."""
     parser = subparsers.add_parser(
         "finetune",
-        usage="grass finetune [--model MODEL --data FILE] [options]\n       grass finetune --resume RUN_DIR",
+        usage="grass finetune [--model MODEL --data DATA] [options]\n       grass finetune --resume RUN_DIR",
         help="fine-tune a model (without arguments: a demo that needs no network)",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
     )
     parser.add_argument("--resume", metavar="RUN_DIR", help="continue a stopped run with its saved settings")
+    parser.add_argument(
+        "--config", metavar="FILE", help="read options from a YAML or JSON file, or a run.json"
+    )
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
-    types = {"model": model_name, "data": input_file, "eval": input_file}
-    add_dataclass_options(parser, "the run", FinetuneOptions, types=types)
+    add_dataclass_options(parser, "the run", FinetuneOptions, types={"model": model_name})
     seed = "random seed of the order of the data, the choice of held-out records, and the draws of layers"
     add_dataclass_options(parser, "the method (GrassConfig)", GrassConfig, {"seed": seed})
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=lambda arguments: run(arguments, parser))
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Run the command; the exit code."""
     given = given_options(arguments, FinetuneOptions)
     given_config = given_options(arguments, GrassConfig)
+    if arguments.config is not None:
+        if arguments.resume is not None:
+            raise UsageError("--resume continues with the saved settings; leave out --config")
+        in_file = parser.parse_args(read_config(Path(arguments.config)))
+        given = given_options(in_file, FinetuneOptions) | given
+        given_config = given_options(in_file, GrassConfig) | given_config
     if arguments.resume is not None and (given or given_config):
         first = next(iter({**given, **given_config})).replace("_", "-")
         raise UsageError(f"--resume continues with the saved settings; leave out --{first}")
@@ -69,14 +83,17 @@ def run(arguments: argparse.Namespace) -> int:
     elif options.output:
         check_is_free(Path(options.output))
     try:
+        for source in (*as_tuple(options.data), *as_tuple(options.eval)):
+            check_source(source)
+    except DataError as error:
+        raise UsageError(str(error)) from None
+    try:
         from grass.finetune.screen import Screen, quiet_libraries
 
         with quiet_libraries():
             results = _run_job(arguments.resume, given, options, config, Screen())
     except ImportError as error:
-        raise MissingPackageError(
-            f"{error}; install with: pip install 'grass-optim[transformers]'"
-        ) from error
+        raise MissingPackageError(f"{error}; install with: pip install 'grass-optim[finetune]'") from error
     except LayerDiscoveryError as error:
         if options.pattern:
             raise UsageError(f"--pattern: {error}") from None
@@ -94,6 +111,43 @@ def run(arguments: argparse.Namespace) -> int:
 
     print(json.dumps(results) if arguments.json else f"\n{format_table(results)}\n\nrun: {results['run']}")
     return 0
+
+
+def read_config(path: Path) -> list[str]:
+    """Return the options of a configuration file as arguments of the command line, which checks them.
+
+    Args:
+        path: a YAML or JSON file: an object with names of options, or a ``run.json``, of which the folder is left out.
+
+    Raises:
+        UsageError: it cannot be read, or is no such object.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML, too
+    except OSError as error:
+        raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: not valid YAML or JSON: {first_line(error)}") from None
+    if isinstance(content, dict) and "options" in content and "config" in content:
+        saved = {**content["options"], **content["config"], "output": ""}
+        if saved["steps"] is not None:
+            del saved["epochs"]
+        content = {name: value for name, value in saved.items() if value != ""}
+    if not isinstance(content, dict):
+        raise UsageError(f"--config {path}: expected names of options with values, such as lr: 2e-5")
+    return [argument for name, value in content.items() for argument in _arguments(str(name), value)]
+
+
+def _arguments(name: str, value: Any) -> list[str]:
+    """Return an option as arguments of the command line; none if it has no value."""
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    if isinstance(value, list):
+        return [argument for element in value for argument in _arguments(name, element)]
+    return [] if value is None else [f"{flag}={value}"]
 
 
 def _run_job(

@@ -45,16 +45,6 @@ def comma_list(text: str) -> list[str]:
     return parts
 
 
-def input_file(name: str) -> str:
-    """Return the name of a file that exists."""
-    path = Path(name)
-    if not path.exists():
-        raise argparse.ArgumentTypeError(f"{name}: no such file")
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{name}: is a folder, pass a file")
-    return name
-
-
 def model_name(name: str, presets: Sequence[str] = ()) -> str:
     """Return the name of a preset, of a model's folder, or one that can be a name on the hub."""
     possible = f"one of {', '.join(presets)}, " if presets else ""

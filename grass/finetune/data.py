@@ -1,20 +1,40 @@
-"""Reading of training data: JSON or JSONL files of records, the bad ones among them, and the held-out part.
+"""Reading of training data: files, folders and data sets of the hub, the bad records in them, and the held-out part.
 
-A file may mix the kinds of `grass.finetune.records`. Every error names the file, and the line or the record.
+JSON and CSV are read by Python's own parsers, so that every error names the file and the line; all else by `datasets`.
 """
 
+import csv
+import gzip
 import hashlib
+import io
 import json
 import random
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-from grass.errors import DataError
-from grass.finetune.records import FORMATS, Record, parse_record
+from grass.errors import DataError, library_errors
+from grass.finetune.records import FORMATS, Record, parse_record, rename_keys
+from grass.hub import check_hub
+
+_CSV = {".csv": ",", ".tsv": "\t"}
+_FILES = (
+    ".json",
+    ".jsonl",
+    ".ndjson",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".gz",
+    ".txt",
+    ".zip",
+)  # never a name on the hub
+_NOT_BLANK = re.compile(r"\S")
+_REST_OF_LINE = re.compile(r"[^\n]*")
 
 
 @dataclass(frozen=True)
@@ -22,77 +42,89 @@ class BadRecord:
     """Record that cannot be used.
 
     Attributes:
-        file, line: its place; of a record of an array, the line in which it begins.
-        record: its number in an array, from 1; None in JSONL.
+        file, line: its place; of an object, the line in which it begins. The line is None if the file has none.
+        record: its number, from 1; None in JSONL.
         reason: the reason, with the remedy.
     """
 
     file: str
-    line: int
+    line: int | None
     record: int | None
     reason: str
 
     def __str__(self) -> str:
         """Return place and reason."""
+        line = "" if self.line is None else f":{self.line}"
         number = "" if self.record is None else f" record {self.record}:"
-        return f"{self.file}:{self.line}:{number} {self.reason}"
+        return f"{self.file}{line}:{number} {self.reason}"
 
 
 @dataclass(frozen=True)
-class RecordFile:
-    """Content of a data file.
+class Records:
+    """Content of a source, or of several.
 
     Attributes:
         records: the records that can be used.
         bad: the others.
         unused: number of records by name of a key that is not used.
+        digest: SHA-256 of all records; a resumed run compares it to detect changed data.
     """
 
     records: list[Record]
     bad: list[BadRecord]
     unused: dict[str, int]
+    digest: str
 
 
-def read_records(path: str | Path, *, evaluation: bool = False, max_skipped: float = 0.0) -> RecordFile:
-    """Read all records of a JSON file (an array) or a JSONL file (an object per line).
+@dataclass(frozen=True)
+class _Row:
+    line: int | None
+    record: int | None
+    value: Any  # an object, or the error that it is
+
+
+def read_records(
+    sources: str | Path | Sequence[str],
+    *,
+    columns: Mapping[str, str] | None = None,
+    evaluation: bool = False,
+    max_skipped: float = 0.0,
+) -> Records:
+    """Read all records of one or several sources.
 
     Args:
-        path: the file; a JSON file begins with ``[``.
-        evaluation: accept records that have an answer and no output.
+        sources: a file (JSON, JSONL, CSV, TSV or parquet, possibly with .gz), a folder that `datasets` can load, or a
+            data set of the hub: ``name``, ``name:configuration`` or ``name:configuration:split``; or several of them.
+        columns: new name of each key to be renamed.
+        evaluation: accept records that have an answer and no reply.
         max_skipped: largest fraction of bad records.
 
     Raises:
-        DataError: the file is missing, unreadable, empty or malformed, or has more bad records; the message names the
-            lines.
+        DataError: a source is missing, unreadable, empty or malformed, or there are more bad records; the message
+            names their places.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: is a folder; pass one JSON or JSONL file") from None
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not UTF-8 text") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     records: list[Record] = []
     bad: list[BadRecord] = []
     unused: Counter[str] = Counter()
-    for line, number, item in _array(path, text) if text.lstrip().startswith("[") else _lines(text):
-        try:
-            record, keys = parse_record(_load(item) if number is None else item, evaluation=evaluation)
-        except DataError as error:
-            bad.append(BadRecord(str(path), line, number, str(error)))
-        else:
-            records.append(record)
-            unused.update(keys)
-    if not records and not bad:
-        raise DataError(f"{path}: no records; expected objects with {FORMATS}")
+    digest = hashlib.sha256()
+    for source in [sources] if isinstance(sources, (str, Path)) else sources:
+        count = len(records) + len(bad)
+        for row in _rows(str(source)):
+            digest.update(repr(row.value).encode("utf-8", "backslashreplace"))
+            try:
+                if isinstance(row.value, DataError):
+                    raise row.value
+                record, keys = parse_record(rename_keys(row.value, columns or {}), evaluation=evaluation)
+            except DataError as error:
+                bad.append(BadRecord(str(source), row.line, row.record, str(error)))
+            else:
+                records.append(record)
+                unused.update(keys)
+        if len(records) + len(bad) == count:
+            raise DataError(f"{source}: no records; expected objects with {FORMATS}")
     if len(bad) > max_skipped * (len(records) + len(bad)) + 1e-9:  # 0.29 * 100 is less than 29
         raise DataError(_too_many(bad, len(records) + len(bad), evaluation=evaluation))
-    return RecordFile(records, bad, dict(unused))
+    return Records(records, bad, dict(unused), digest.hexdigest())
 
 
 def _too_many(bad: Sequence[BadRecord], total: int, *, evaluation: bool) -> str:
@@ -108,8 +140,99 @@ def _too_many(bad: Sequence[BadRecord], total: int, *, evaluation: bool) -> str:
     return f"{bad[0]}; {len(bad):,} of {total:,} records cannot be used ({kind} {places}){also}: {remedy}"
 
 
-def _array(path: Path, text: str) -> Iterator[tuple[int, int, Any]]:
-    """Yield line, number and value of the elements of a JSON array."""
+def _rows(source: str) -> Iterator[_Row]:
+    """Yield the rows of a source."""
+    path = Path(source)
+    if path.is_file():
+        suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+        if suffix == ".parquet":
+            return _table(source, "parquet", data_files=source)
+        text = _read_text(path)
+        return _csv(path, text, _CSV[suffix]) if suffix in _CSV else _json(path, text)
+    check_source(source)
+    if path.is_dir():
+        return _table(source, source)
+    name, configuration, split = (*source.split(":", 2), "", "")[:3]
+    return _table(source, name, name=configuration or None, split=split or "train")
+
+
+def check_source(source: str) -> None:
+    """Check what can be known of a source at once: that it exists, or can be a name on the hub.
+
+    Raises:
+        DataError: it does not exist.
+    """
+    path = Path(source)
+    if path.exists():
+        return
+    if path.suffix in _FILES or path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
+        raise DataError(f"{source}: no such file, and not the name of a data set on the hub (owner/name)")
+
+
+def _table(source: str, path: str, **options: Any) -> Iterator[_Row]:
+    """Yield the rows of what `datasets` loads: a parquet file, a folder or a data set of the hub."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"{source}: this kind of data needs the package datasets: pip install 'grass-optim[finetune]'"
+        ) from error
+    remedy = "check the files"
+    if not Path(source).exists():
+        check_hub(path, "dataset")
+        remedy = "check name, configuration and split (owner/name:configuration:split)"
+    with library_errors(DataError, f"{source}: cannot be loaded", remedy):
+        rows = datasets.load_dataset(path, split=options.pop("split", "train"), **options)
+    for number, row in enumerate(rows, start=1):
+        yield _Row(None, number, row)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:{data[: error.start].count(10) + 1}: not UTF-8 text") from None
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: damaged ({error}): copy or download it again") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _csv(path: Path, text: str, delimiter: str) -> Iterator[_Row]:
+    """Yield the rows of a table whose first line names the columns. All values are strings."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    line = 1
+    try:
+        for number, row in enumerate(reader, start=1):
+            value: Any = {key: cell for key, cell in row.items() if cell is not None}
+            if None in row:
+                value = DataError(
+                    f"{len(row[None])} more cells than columns: put texts with {delimiter!r} in quotes"
+                )
+            yield _Row(line + 1, number, value)
+            line = reader.line_num
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: not a valid table: {error}") from None
+
+
+def _json(path: Path, text: str) -> Iterator[_Row]:
+    """Yield the objects of a JSON file: an array, an object that holds one, or objects one after another."""
+    if text.lstrip().startswith("["):
+        return _array(path, text)
+    rows = list(_objects(text))
+    if len(rows) == 1 and isinstance(rows[0].value, dict):
+        lists = [v for v in rows[0].value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+        is_record = any(key in rows[0].value for key in ("messages", "conversations", "prompt"))
+        if len(lists) == 1 and not is_record:  # {"data": [...]}
+            return (_Row(None, number, value) for number, value in enumerate(lists[0], start=1))
+    return iter(rows)
+
+
+def _array(path: Path, text: str) -> Iterator[_Row]:
+    """Yield the elements of a JSON array."""
     try:
         count = len(json.loads(text))  # the whole file must be valid before its records are parsed
     except json.JSONDecodeError as error:
@@ -124,24 +247,32 @@ def _array(path: Path, text: str) -> Iterator[tuple[int, int, Any]]:
             start += 1
         line, counted = line + text.count("\n", counted, start), start
         item, end = decoder.raw_decode(text, start)
-        yield line, index, item
+        yield _Row(line, index, item)
 
 
-def _lines(text: str) -> Iterator[tuple[int, None, str]]:
-    """Yield number and text of the lines that are not blank."""
-    # Not splitlines(): JSON strings may contain U+2028 and similar characters, which do not end a line of JSONL.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield number, None, line
+def _objects(text: str) -> Iterator[_Row]:
+    """Yield JSON values, each of which begins on a line of its own and may take several lines."""
+    decoder, line, counted, end = json.JSONDecoder(), 1, 0, 0
+    while (found := _NOT_BLANK.search(text, end)) is not None:
+        start = found.start()
+        line, counted = line + text.count("\n", counted, start), start
+        try:
+            value, end = decoder.raw_decode(text, start)
+            if (rest := _REST_OF_LINE.match(text, end)) is not None and rest[0].strip():
+                raise json.JSONDecodeError("Extra data", text, end)
+        except json.JSONDecodeError as error:
+            value, end = DataError(f"not valid JSON: {error.msg}"), _end_of_broken(text, start)
+        except RecursionError:
+            value, end = DataError("not valid JSON: nested too deeply"), _end_of_broken(text, start)
+        yield _Row(line, None, value)
 
 
-def _load(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"not valid JSON: {error.msg}") from None
-    except RecursionError:
-        raise DataError("not valid JSON: nested too deeply") from None
+def _end_of_broken(text: str, start: int) -> int:
+    """Return the end of a broken object: its line, and the indented lines and closing brackets after it."""
+    end = text.find("\n", start) + 1 or len(text)
+    while end < len(text) and text[end] in " \t}]":
+        end = text.find("\n", end) + 1 or len(text)
+    return end
 
 
 def split_heldout(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
@@ -164,12 +295,3 @@ def split_heldout(records: Sequence[Record], fraction: float, seed: int) -> tupl
     count = min(max(1, round(fraction * len(distinct))), len(distinct) - 1)
     heldout = set(random.Random(seed).sample(distinct, count))
     return [r for r in records if r not in heldout], [r for r in records if r in heldout]
-
-
-def file_digest(path: str | Path) -> str:
-    """Return the SHA-256 of a file; a resumed run compares it to detect changed data."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -122,10 +122,10 @@ def make_demo(
         screen.say("training a small Llama on plain sums, all parameters")
         tokenizer = demo_tokenizer()
         sums = [PlainText(record["text"]) for record in plain_sums()]
-        examples = Encoder(tokenizer, "plain", CONTEXT).encode(sums, "plain sums").examples
+        dataset = Encoder(tokenizer, "plain", CONTEXT).encode(sums, "plain sums").dataset()
         model = demo_model(tokenizer, config.seed)
         base_options = replace(BASE_OPTIONS, save_steps=options.save_steps)
-        train(model, tokenizer, examples, [], base_options, config, base, screen, "base model")
+        train(model, tokenizer, dataset, [], base_options, config, base, screen, "base model")
     return replace(
         options,
         model=str(base.model),

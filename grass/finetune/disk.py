@@ -11,18 +11,19 @@ from grass.errors import SaveError
 _BYTES_OF_PARAMETER = 4 + 2 * 4
 
 
-def bytes_needed(model: nn.Module, save_steps: int, steps: int) -> int:
+def bytes_needed(model: nn.Module, save_steps: int, steps: int, kept: int = 1) -> int:
     """Return the bytes that the largest files of a run take, after all layers have been drawn.
 
-    The newest checkpoint is kept until the next one, or the finished model, has been saved. Without periodic
+    The checkpoints that are kept stay until the next one, or the finished model, has been saved. Without periodic
     checkpoints, Ctrl-C saves one.
 
     Args:
         model: the model that is trained.
         save_steps: number of steps between two checkpoints, or 0.
         steps: number of steps of the run.
+        kept: number of checkpoints that are kept.
     """
-    count = 2 if 0 < save_steps < steps else 1
+    count = 1 + min(kept, (steps - 1) // save_steps if save_steps else 0)
     return count * _BYTES_OF_PARAMETER * sum(p.numel() for p in model.parameters())
 
 

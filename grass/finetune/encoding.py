@@ -1,40 +1,74 @@
-"""Encoding of records as token ids and labels: prompt templates, masking, truncation, batches."""
+"""Encoding of records as token ids and labels: chat templates, labels of what is learnt, long texts, batches.
 
+Conversations are rendered by the chat template of the tokenizer or by one of `TEMPLATES`, which are chat templates too:
+saved with the model, they make every other program ask as the model was trained. TRL masks the user's turns only if a
+template marks those of the assistant, and learns all of these; here labels are found by comparing token ids, for any
+template and for single turns.
+"""
+
+import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from trl import pack_dataset
 
 from grass.errors import ConfigError, DataError, library_errors
 from grass.finetune.options import Template
-from grass.finetune.records import Chat, Instruction, PlainText, Record
+from grass.finetune.records import Conversation, PlainText, Record
 
 IGNORED = -100  # label of tokens that the loss ignores
 
-_ALPACA = (
-    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{instruction}\n\n{given}### Response:\n"
-)
+_TURNS = """\
+{{%- for m in messages %}}
+{{%- if m.role == 'system' %}}{{{{ m.content + '\n\n' }}}}
+{{%- elif m.role == 'user' %}}{user}
+{{%- elif m.role == 'assistant' and not m.tool_calls %}}{{{{ m.content + eos_token }}}}
+{{%- else %}}{{{{ raise_exception('calls of tools need a chat template of the model') }}}}
+{{%- endif %}}
+{{%- endfor %}}"""
+
+_ALPACA = """\
+{{ 'Below is an instruction that describes a task' }}
+{%- if m.input %}{{ ', paired with an input that provides further context' }}{% endif %}
+{{- '. Write a response that appropriately completes the request.\n\n### Instruction:\n' }}
+{{- (m.instruction or m.content) + '\n\n' }}
+{%- if m.input %}{{ '### Input:\n' + m.input + '\n\n' }}{% endif %}
+{{- '### Response:\n' }}"""
+
+_PLAIN = """\
+{{ (m.instruction or m.content) + '\n' }}{% if m.input %}{{ m.input + '\n' }}{% endif %}"""
+
+# Chat templates for models that have none: the prompt of Alpaca and LLM-Adapters, and the task with a newline.
+TEMPLATES = {"alpaca": _TURNS.format(user=_ALPACA), "plain": _TURNS.format(user=_PLAIN)}
 
 
-def alpaca_prompt(instruction: str, context: str) -> str:
-    """Return the prompt of Alpaca and LLM-Adapters."""
-    return _ALPACA.format(
-        paired=", paired with an input that provides further context" if context else "",
-        instruction=instruction,
-        given=f"### Input:\n{context}\n\n" if context else "",
-    )
+def chat_template(tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
+    """Return the chat template that a choice stands for; with the BOS token if the tokenizer begins texts with it.
 
+    Args:
+        tokenizer: tokenizer of the model.
+        template: ``"chat"`` for its own template, a name in `TEMPLATES`, or ``"auto"`` for its own if there is one,
+            else alpaca.
 
-def plain_prompt(instruction: str, context: str) -> str:
-    """Return the instruction and the input, if there is one, each followed by a newline."""
-    return f"{instruction}\n{context}\n" if context else f"{instruction}\n"
-
-
-TEMPLATES: dict[Template, Callable[[str, str], str]] = {"alpaca": alpaca_prompt, "plain": plain_prompt}
+    Raises:
+        ConfigError: it is ``"chat"`` and the tokenizer has no chat template.
+    """
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("default")
+    if template == "auto":
+        template = "chat" if own else "alpaca"
+    if template != "chat":
+        begins = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        return ("{{- bos_token }}" if begins else "") + TEMPLATES[template]
+    if not own:
+        raise ConfigError(
+            "template is 'chat', but the tokenizer has no chat template: pass --template alpaca or plain"
+        )
+    return str(own)
 
 
 class Example(NamedTuple):
@@ -49,16 +83,35 @@ class Encoded:
     """Examples made from records.
 
     Attributes:
-        examples: the examples that have at least one target.
+        examples: the examples, each with at least one target.
         num_texts: number of all texts.
-        num_cut: number of texts that were truncated to the context length.
-        num_dropped: number of truncated texts without a target left, which are not in `examples`.
+        num_cut: number of conversations that were truncated to the context length.
+        num_dropped: number of truncated conversations without a target left, which are not in `examples`.
+        num_split: number of plain texts that were divided into pieces of the context length.
     """
 
     examples: list[Example] = field(default_factory=list)
     num_texts: int = 0
     num_cut: int = 0
     num_dropped: int = 0
+    num_split: int = 0
+
+    def dataset(self) -> Dataset:
+        """Return the examples as columns ``input_ids`` and ``labels``."""
+        return to_dataset(self.examples)
+
+
+def to_dataset(examples: Sequence[Example]) -> Dataset:
+    """Return examples as a data set with the columns ``input_ids`` and ``labels``."""
+    return Dataset.from_dict(
+        {"input_ids": [e.input_ids for e in examples], "labels": [e.labels for e in examples]}
+    )
+
+
+def pack(dataset: Dataset, context: int) -> Dataset:
+    """Return a data set whose rows hold several texts, of together at most `context` tokens; no text is divided."""
+    packed: Dataset = pack_dataset(dataset, seq_length=context, strategy="bfd")
+    return packed
 
 
 class Encoder:
@@ -66,11 +119,11 @@ class Encoder:
 
     Args:
         tokenizer: tokenizer of the model.
-        template: prompt template of records with an instruction.
+        template: template of conversations.
         context: maximum length of an example in tokens.
 
     Raises:
-        ConfigError: the tokenizer has no end-of-sequence token.
+        ConfigError: the tokenizer has no end-of-sequence token, or no chat template that `template` asks for.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template, context: int) -> None:
@@ -79,16 +132,18 @@ class Encoder:
                 "the tokenizer has no end-of-sequence token, so generated answers would not end"
             )
         self.tokenizer = tokenizer
-        self.template = TEMPLATES[template]
+        self.chat_template = chat_template(tokenizer, template)
         self.context = context
-        self._eos: int = tokenizer.eos_token_id
 
-    def encode(self, records: Iterable[Record], source: str) -> Encoded:
-        """Encode records, truncating those longer than the context.
+    def encode(
+        self, records: Iterable[Record], source: str, advance: Callable[[], None] = lambda: None
+    ) -> Encoded:
+        """Encode records. Conversations longer than the context are truncated, plain texts divided into pieces.
 
         Args:
             records: records of any kind.
             source: name of the records in error messages.
+            advance: called after each record.
 
         Raises:
             DataError: a record does not fit the chat template, or more than half of the texts have no target within
@@ -98,17 +153,19 @@ class Encoder:
         for record in records:
             result.num_texts += 1
             try:
-                input_ids, labels = self.encode_one(record)
+                ids, labels = self.encode_one(record)
             except DataError as error:
                 raise DataError(f"{source}: record {result.num_texts:,}: {error}") from error
-            if len(input_ids) > self.context:
-                result.num_cut += 1
-                input_ids, labels = input_ids[: self.context], labels[: self.context]
+            is_long = len(ids) > self.context
+            starts = range(0, len(ids), self.context) if isinstance(record, PlainText) else (0,)
+            pieces = [Example(ids[i : i + self.context], labels[i : i + self.context]) for i in starts]
             # The first token is never predicted, as no token precedes it.
-            if all(label == IGNORED for label in labels[1:]):
-                result.num_dropped += 1
-                continue
-            result.examples.append(Example(input_ids, labels))
+            kept = [piece for piece in pieces if any(label != IGNORED for label in piece.labels[1:])]
+            result.examples += kept
+            result.num_split += is_long and isinstance(record, PlainText)
+            result.num_cut += is_long and isinstance(record, Conversation)
+            result.num_dropped += not kept
+            advance()
         if not result.examples or 2 * result.num_dropped > result.num_texts:
             raise DataError(
                 f"{source}: {result.num_dropped:,} of {result.num_texts:,} texts have no token to learn within the "
@@ -117,96 +174,71 @@ class Encoder:
         return result
 
     def encode_one(self, record: Record) -> Example:
-        """Encode a record without truncation."""
+        """Encode a record at its full length."""
         if isinstance(record, PlainText):
-            ids = [*self._start(record.text), self._eos]
+            ids = list(self.tokenizer(record.text)["input_ids"])
+            if ids[-1:] != [self.tokenizer.eos_token_id]:
+                ids.append(int(self.tokenizer.eos_token_id))
             return Example(ids, list(ids))
-        if isinstance(record, Chat) and self.tokenizer.chat_template:
-            return self._templated_chat(record)
-        if isinstance(record, Chat):
-            return self._plain_chat(record.messages, record.unlearnt)
-        prompt = self.prompt(record)
-        response = [*self._continue(record.output), self._eos]
-        return Example(prompt + response, [IGNORED] * len(prompt) + response)
-
-    def prompt(self, record: Instruction | Chat) -> list[int]:
-        """Return the token ids of the prompt to which the model generates an answer."""
-        if isinstance(record, Instruction):
-            return self._instruction_prompt(record)
-        if self.tokenizer.chat_template:
-            return self._apply_chat_template(record.question, answer_next=True)
-        return self._plain_chat(record.question, answer_next=True).input_ids
-
-    def _instruction_prompt(self, record: Instruction) -> list[int]:
-        """Encode system, history and task; each earlier output ends with the EOS token, as in training."""
-        before = f"{record.system}\n\n" if record.system else ""
-        ids: list[int] = []
-        for instruction, output in record.history:
-            prompt = self.template(instruction, "")
-            ids += self._continue(prompt) if ids else self._start(before + prompt)
-            ids += [*self._continue(output), self._eos]
-        prompt = self.template(record.instruction, record.input)
-        return ids + self._continue(prompt) if ids else self._start(before + prompt)
-
-    def _templated_chat(self, record: Chat) -> Example:
-        """Encode a chat; targets are the tokens that each message of the assistant adds to the conversation."""
-        ids = self._apply_chat_template(record.messages, answer_next=False)
+        self._check_is_rendered(record)
+        messages, last = record.messages, len(record.messages)
+        ids = self._tokens(self._render(record, last))
         labels = [IGNORED] * len(ids)
-        for i, (role, _) in enumerate(record.messages):
-            if role == "assistant" and i not in record.unlearnt:
-                before = self._before(record.messages[: i + 1])
-                after = self._apply_chat_template(record.messages[: i + 1], answer_next=False)
+        for end in range(1, last + 1):
+            if messages[end - 1].role == "assistant" and messages[end - 1].learnt:
+                before = self._tokens(self._before(record, end))
+                after = ids if end == last else self._tokens(self._render(record, end))
                 # Templates may drop parts of earlier messages: use only the prefix shared with the whole text.
-                start, end = _common_prefix(ids, before), _common_prefix(ids, after)
-                labels[start:end] = ids[start:end]
+                start, stop = _common_prefix(ids, before), _common_prefix(ids, after)
+                labels[start:stop] = ids[start:stop]
         return Example(ids, labels)
 
-    def _before(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Return the token ids of a chat up to its last message, which is the assistant's."""
-        if len(messages) > 1:
-            return self._apply_chat_template(messages[:-1], answer_next=True)
-        # A template may add a system prompt of its own, but does so only if there is a message.
-        text, content = self._render(messages, answer_next=False), messages[0][1].strip()
-        return self._continue(text[: text.rfind(content)] if content in text else text)
+    def prompt(self, record: Conversation) -> list[int]:
+        """Return the token ids of the prompt to which the model generates the last message."""
+        count = len(record.messages) - (record.messages[-1].role == "assistant")
+        return self._tokens(self._render(record, count, answer_next=True))
 
-    def _plain_chat(
-        self, messages: Sequence[tuple[str, str]], unlearnt: Sequence[int] = (), *, answer_next: bool = False
-    ) -> Example:
-        """Encode a chat without chat template: a line per message; those of the assistant end with the EOS token."""
-        ids: list[int] = []
-        labels: list[int] = []
-        turns = [*messages, ("assistant", None)] if answer_next else messages
-        for i, (role, content) in enumerate(turns):
-            head = f"{role}:" if role == "assistant" else f"{role}: {content}\n"
-            head_ids = self._continue(head) if ids else self._start(head)
-            ids += head_ids
-            labels += [IGNORED] * len(head_ids)
-            if role == "assistant" and content is not None:
-                reply = [*self._continue(f" {content}"), self._eos]
-                ids += reply
-                labels += [IGNORED] * len(reply) if i in unlearnt else reply
-        return Example(ids, labels)
-
-    def _apply_chat_template(self, messages: Sequence[tuple[str, str]], *, answer_next: bool) -> list[int]:
-        return self._continue(self._render(messages, answer_next=answer_next))
-
-    def _render(self, messages: Sequence[tuple[str, str]], *, answer_next: bool) -> str:
-        turns = [{"role": role, "content": content} for role, content in messages]
-        roles = ", ".join(role for role, _ in messages[:4]) + (", ..." if len(messages) > 4 else "")
-        remedy = "change the turns of such records (put the system text into the first question, say), or the template"
-        with library_errors(
-            DataError, f"the model's chat template refuses a chat of the roles {roles}", remedy
+    def _check_is_rendered(self, record: Conversation) -> None:
+        """Check that the template shows tools and calls of tools to the model, if there are any."""
+        without_calls = tuple(
+            replace(message, extra="{}") if message.role == "assistant" else message
+            for message in record.messages
+        )
+        for name, stripped in (
+            ("tools", replace(record, tools="[]")),
+            ("calls of tools", replace(record, messages=without_calls)),
         ):
+            count = len(record.messages)
+            if stripped != record and self._render(stripped, count) == self._render(record, count):
+                raise DataError(
+                    f"the chat template leaves {name} out, so the model would not see them; take them out of the "
+                    "record, or use a model whose template has them"
+                )
+
+    def _before(self, record: Conversation, end: int) -> str:
+        """Return the text before the message at `end` - 1, which is the assistant's."""
+        if end > 1:
+            return self._render(record, end - 1, answer_next=True)
+        # A template may add a system prompt of its own, but does so only if there is a message.
+        text, content = self._render(record, 1), record.messages[0].content.strip()
+        return text[: text.rfind(content)] if content in text else text
+
+    def _render(self, record: Conversation, count: int, *, answer_next: bool = False) -> str:
+        """Return the text of the first `count` messages."""
+        roles = ", ".join(m.role for m in record.messages[: min(count, 4)]) + (", ..." if count > 4 else "")
+        remedy = "change the turns of such records (put the system text into the first question, say), or the template"
+        with library_errors(DataError, f"the chat template refuses a chat of the roles {roles}", remedy):
             return str(
-                self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer_next)
+                self.tokenizer.apply_chat_template(
+                    [message.as_dict() for message in record.messages[:count]],
+                    tools=json.loads(record.tools) or None,
+                    chat_template=self.chat_template,
+                    tokenize=False,
+                    add_generation_prompt=answer_next,
+                )
             )
 
-    def _start(self, text: str) -> list[int]:
-        """Return token ids with the special tokens at the beginning of a text, without those at its end."""
-        ids = list(self.tokenizer(text)["input_ids"])
-        return ids[:-1] if ids and ids[-1] == self._eos else ids
-
-    def _continue(self, text: str) -> list[int]:
+    def _tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -218,27 +250,20 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class Collator:
-    """Collate examples into a batch, padded on the right to the longest example.
+    """A collator that counts tokens.
 
     Args:
-        pad_token_id: id of the padding token.
+        collate: the collator, which gets rows with ``input_ids``.
 
     Attributes:
         num_tokens: number of tokens in all batches so far, without padding.
     """
 
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]) -> None:
+        self.collate = collate
         self.num_tokens = 0
 
-    def __call__(self, rows: Sequence[Example]) -> dict[str, Tensor]:
-        """Return int64 [batch, longest] ``input_ids``, ``attention_mask`` and ``labels``."""
-        longest = max(len(row.input_ids) for row in rows)
-        padding = [longest - len(row.input_ids) for row in rows]
-        self.num_tokens += len(rows) * longest - sum(padding)
-        pairs = list(zip(rows, padding, strict=True))
-        return {
-            "input_ids": torch.tensor([row.input_ids + [self.pad_token_id] * n for row, n in pairs]),
-            "attention_mask": torch.tensor([[1] * (longest - n) + [0] * n for n in padding]),
-            "labels": torch.tensor([row.labels + [IGNORED] * n for row, n in pairs]),
-        }
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        """Return the batch of some rows."""
+        self.num_tokens += sum(len(row["input_ids"]) for row in rows)
+        return self.collate(rows)

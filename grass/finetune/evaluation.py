@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from grass.errors import ConfigError
-from grass.finetune.encoding import IGNORED, Collator, Encoder, Example
+from grass.finetune.encoding import IGNORED, Encoder, Example
 from grass.finetune.loss import chunked_loss
-from grass.finetune.records import Chat, Instruction
+from grass.finetune.records import Conversation
 from grass.finetune.scoring import Rule
 
 
@@ -28,15 +29,15 @@ class Answer(NamedTuple):
         prompt: the text that the model continued, special tokens included.
         expected: the expected answer.
         generated: the generated text.
-        rule: name of the rule that compared them.
-        correct: the result.
+        rule: name of the rule that compared them; empty if none did.
+        correct: the result; None without a rule.
     """
 
     prompt: str
     expected: str
     generated: str
     rule: str
-    correct: bool
+    correct: bool | None
 
 
 @contextmanager
@@ -56,6 +57,7 @@ def heldout_loss(
     batch_size: int,
     pad_token_id: int,
     chunked: bool = False,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> float:
     """Compute the mean cross-entropy over all target tokens, each with the same weight.
 
@@ -65,28 +67,31 @@ def heldout_loss(
         batch_size: number of examples in a forward pass; changes the result only by rounding.
         pad_token_id: id of the padding token.
         chunked: use `chunked_loss`.
+        advance: called after each batch with its number of examples.
     """
-    collate = Collator(pad_token_id)
+    collate = DataCollatorForLanguageModeling(pad_token_id)
     ordered = sorted(examples, key=lambda example: len(example.input_ids))  # for little padding
     total, count = 0.0, 0
     with _evaluating(model):
         for start in range(0, len(ordered), batch_size):
-            batch = {k: v.to(model.device) for k, v in collate(ordered[start : start + batch_size]).items()}
+            rows = [example._asdict() for example in ordered[start : start + batch_size]]
+            batch = {name: value.to(model.device) for name, value in collate(rows).items()}
             num_targets = int((batch["labels"][:, 1:] != IGNORED).sum())
             loss = chunked_loss(model, batch) if chunked else model(**batch, use_cache=False).loss
             total += float(loss) * num_targets
             count += num_targets
+            advance(len(rows))
     return total / count
 
 
 def make_questions(
-    encoder: Encoder, records: Sequence[Instruction | Chat], positions: int | None, max_new_tokens: int
+    encoder: Encoder, records: Sequence[Conversation], positions: int | None, max_new_tokens: int
 ) -> tuple[list[Question], int]:
     """Encode the prompts of records, and cut the beginning of those that leave no room for the answer.
 
     Args:
         encoder: encodes the prompts.
-        records: records with an answer.
+        records: records with an answer, or a reply in its place.
         positions: number of positions of the model, None without a limit.
         max_new_tokens: maximum length of a generated answer in tokens.
 
@@ -97,7 +102,7 @@ def make_questions(
         ConfigError: more than half of the prompts would have to be cut.
     """
     prompts = [encoder.prompt(record) for record in records]
-    expected = [str(record.answer) for record in records]
+    expected = [record.reply if record.answer is None else record.answer for record in records]
     num_cut = 0
     if positions is not None:
         room = positions - max_new_tokens
@@ -129,7 +134,7 @@ def answer_questions(
         model: a causal language model.
         tokenizer: tokenizer of the model.
         questions: prompts and expected answers.
-        rules: the rule of each expected answer.
+        rules: rule of each expected answer; answers without a rule are not scored.
         batch_size: number of prompts in a batch, padded on the left.
         max_new_tokens: maximum length of a generated answer in tokens.
         pad_token_id: id of the padding token.
@@ -158,8 +163,8 @@ def answer_questions(
             texts = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):
                 expected, prompt = questions[i].expected, str(tokenizer.decode(prompts[i]))
-                rule = rules[expected]
-                correct = rule.is_right(text, expected)
-                answers[i] = Answer(prompt, expected, text.strip(), rule.name, correct)
+                rule = rules.get(expected)
+                verdict = ("", None) if rule is None else (rule.name, rule.is_right(text, expected))
+                answers[i] = Answer(prompt, expected, text.strip(), *verdict)
             advance(len(chosen))
     return [answers[i] for i in range(len(questions))]

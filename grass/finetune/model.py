@@ -29,34 +29,40 @@ DEFAULT_CONTEXT = 1024
 _MOST_BYTES_OF_POINTER = 1024
 
 
-def load_model(name: str, dtype: Dtype = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    name: str, dtype: Dtype = "auto", revision: str = "", *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer.
 
     Args:
         name: a folder, or a name on the hub.
         dtype: dtype of the weights; ``"auto"`` for the one in which they were saved.
+        revision: branch, tag or commit on the hub; the main branch by default.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
         ConfigError: there is no folder of that name, or no model in it.
         ModelError: it is no causal language model with a tokenizer, lacks weights or has others, or cannot be loaded.
     """
-    check_model(name)
+    check_model(name, revision, trust_remote_code=trust_remote_code)
     remedy = _remedy(name)
+    source: dict[str, Any] = {"revision": revision or None, "trust_remote_code": trust_remote_code}
     with library_errors(ModelError, f"model {name!r}: cannot load its tokenizer", remedy):
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
     with library_errors(ModelError, f"model {name!r}: cannot load its weights", remedy):
         loaded: Any = AutoModelForCausalLM.from_pretrained(  # its annotation knows no `output_loading_info`
             name,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
+            **source,
         )
         model, info = loaded
     _check_complete(name, model, info)
     return model, tokenizer
 
 
-def check_model(name: str) -> None:
+def check_model(name: str, revision: str = "", *, trust_remote_code: bool = False) -> None:
     """Check what can be known before the weights are loaded.
 
     Raises:
@@ -71,7 +77,10 @@ def check_model(name: str) -> None:
     _check_pointers(path)
     check_hub(name)
     with library_errors(ModelError, f"model {name!r}: cannot load its configuration", _remedy(name)):
-        _check_causal(name, AutoConfig.from_pretrained(name))
+        config = AutoConfig.from_pretrained(
+            name, revision=revision or None, trust_remote_code=trust_remote_code
+        )
+        _check_causal(name, config)
 
 
 def _remedy(name: str) -> str:

@@ -81,21 +81,27 @@ class Recorder(TrainerCallback):
 
     Args:
         folder: folder in which the rows are written.
-        collator: its token count gives the training speed.
         screen: shows progress.
         title: title of the progress bar.
         stop: checked after every step.
+        load_best: the weights after the last step are evaluated and saved like those of any checkpoint.
+
+    Attributes:
+        collator: its token count gives the training speed.
+        seconds: training time, without saving and evaluation.
+        optimizer: the optimizer, once training has begun.
     """
 
     def __init__(
-        self, folder: RunFolder, collator: Collator, screen: Screen, title: str, stop: StopRequest
+        self, folder: RunFolder, screen: Screen, title: str, stop: StopRequest, *, load_best: bool = False
     ) -> None:
         self.folder = folder
-        self.collator = collator
+        self.collator: Collator | None = None
         self.screen = screen
         self.title = title
         self.stop = stop
-        self.seconds = 0.0  # training time, without saving and evaluation
+        self.load_best = load_best
+        self.seconds = 0.0
         self.optimizer: Optimizer | None = None
         self._layers: LayerLog | None = None
         self._loss = ""
@@ -103,7 +109,10 @@ class Recorder(TrainerCallback):
     @property
     def tokens_per_second(self) -> float:
         """Training speed of this process in tokens per second."""
-        return self.collator.num_tokens / self.seconds if self.seconds else 0.0
+        return self._num_tokens() / self.seconds if self.seconds else 0.0
+
+    def _num_tokens(self) -> int:
+        return 0 if self.collator is None else self.collator.num_tokens
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
@@ -125,7 +134,8 @@ class Recorder(TrainerCallback):
         if self._layers is not None and self._layers.update(state.global_step):
             self._show()
         if state.global_step >= state.max_steps:
-            control.should_save = False  # the finished model is saved separately
+            # The finished model is saved and evaluated separately.
+            control.should_save = control.should_evaluate = self.load_best
         elif self.stop.requested:
             control.should_save = control.should_training_stop = True
 
@@ -138,10 +148,12 @@ class Recorder(TrainerCallback):
         **context: Any,
     ) -> None:
         """Write a row of metrics."""
+        if logs and "eval_loss" in logs:
+            append_row(self.folder.metrics, {"step": state.global_step, "heldout_loss": logs["eval_loss"]})
         if not logs or "loss" not in logs:
             return  # the summary that Trainer logs at the end
         self._count_time()
-        tokens, seconds = self.collator.num_tokens, self.seconds
+        tokens, seconds = self._num_tokens(), self.seconds
         row: dict[str, Any] = {
             "step": state.global_step,
             "epoch": logs["epoch"],
@@ -159,6 +171,12 @@ class Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
         """Exclude saving from the training time."""
+        self.skip_time()
+
+    def resume_progress(self, state: TrainerState) -> None:
+        """Show the progress bar of training again, after that of an evaluation."""
+        self.screen.start(self.title, state.max_steps, state.global_step)
+        self._show()
         self.skip_time()
 
     def skip_time(self) -> None:

@@ -8,7 +8,7 @@
     layers.png      both over time
     checkpoints/    checkpoints of Trainer, from which `--resume` continues
     skipped.jsonl   file, line and reason of each training record that was skipped, if there are any
-    answers.jsonl   prompt, expected answer, generated text, rule and score of each answered record
+    answers.jsonl   prompt, expected answer, generated text, rule and score of each answered record, before and after
     model/          the trained model, for `AutoModelForCausalLM.from_pretrained`
     results.json    the values of the final table
     base/, data/    demo only: the run that trains the base model, and the generated problems
@@ -19,7 +19,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.layers = path / "layers.jsonl"
         self.picture = path / "layers.png"
+        self.answers = path / "answers.jsonl"
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
         self.results = path / "results.json"
@@ -143,6 +144,15 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Append a row to a JSONL file."""
     with path.open("a", encoding="utf-8") as file:
         file.write(_line(row))
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSONL file atomically; remove it if there are no rows."""
+    text = "".join(map(_line, rows))
+    if text:
+        _replace(path, text)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -72,13 +72,17 @@ def make_results(
         "optimizer_state_bytes": training["optimizer_state_bytes"],
         "optimizer_state_bytes_active": training["optimizer_state_bytes_active"],
         "tokens_per_second": training["tokens_per_second"],
+        "training_seconds": training["seconds"],
+        "peak_device_bytes": training["peak_device_bytes"],
+        "peak_host_bytes": training["peak_host_bytes"],
+        "best_step": training["best_step"],
         "draw_counts": training["draw_counts"],
         "nonfinite_norms": training["nonfinite_norms"],
     }
 
 
 def format_table(results: dict[str, Any]) -> str:
-    """Format the results as a table of at most twelve lines."""
+    """Format the results as a table, with a sample before and after training if there is one."""
     r = results
     lines = [(_method(r), "before", "after", "")]
     if r["heldout_loss_after"] is not None:
@@ -95,7 +99,13 @@ def format_table(results: dict[str, Any]) -> str:
         ("trained per step", f"{r['trained_share']:.1%}", f"of {r['num_params']:,} parameters"),
         ("optimizer state", _bytes(r["optimizer_state_bytes"]), state if r["draw_counts"] else ""),
         ("speed", f"{r['tokens_per_second']:,.0f}", "tokens per second"),
+        ("time", _duration(r["training_seconds"]), "in training"),
+        ("peak memory", _bytes(r["peak_host_bytes"]), "of the process on the host"),
     ]
+    if r["peak_device_bytes"] is not None:
+        facts.append(("", _bytes(r["peak_device_bytes"]), "of tensors on the device"))
+    if r["best_step"] is not None:
+        facts.append(("weights of step", f"{r['best_step']:,}", "the best of the checkpoints"))
     lines += [(name, "", value, note) for name, value, note in facts]
     head = max(len(line[0]) for line in lines) + 2
     table = [f"{a:<{head}}{b:>9}{c:>11}   {d}".rstrip() for a, b, c, d in lines]
@@ -104,7 +114,22 @@ def format_table(results: dict[str, Any]) -> str:
         table += wrap(f"{'draws by layer':<{head}}  {counts}", _WIDTH, subsequent_indent=" " * (head + 2))
     if r["nonfinite_norms"]:
         table.append(f"gradient norms that were NaN or inf and were left out: {r['nonfinite_norms']}")
+    for sample in r.get("samples", ())[:1]:
+        table.append("")
+        table += [f"{name:<{head}}  {_shortened(text, head)}" for name, text in sample.items()]
     return "\n".join(table)
+
+
+def _shortened(text: str, head: int) -> str:
+    """Return a text on one line; of a long one the end, where a prompt has its question."""
+    line, room = " ".join(text.split()), _WIDTH - head - 2
+    return line if len(line) <= room else f"...{line[3 - room :]}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _method(r: dict[str, Any]) -> str:

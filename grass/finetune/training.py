@@ -1,32 +1,37 @@
-"""Training with Hugging Face Trainer and `grass.GrassAdamW`."""
+"""Training with TRL's SFTTrainer and `grass.GrassAdamW`."""
 
+import resource
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
 
 from grass.activation_checkpointing import checkpoint_activations
 from grass.config import GrassConfig
 from grass.errors import GrassError, RunFolderError, SaveError, first_line
 from grass.finetune.disk import free_bytes
-from grass.finetune.encoding import Collator, Example
+from grass.finetune.encoding import Collator, Example, to_dataset
 from grass.finetune.evaluation import heldout_loss
 from grass.finetune.loss import chunked_loss
 from grass.finetune.model import layer_pattern, pad_token_id
-from grass.finetune.options import FinetuneOptions
+from grass.finetune.options import FinetuneOptions, as_tuple
 from grass.finetune.recording import Recorder
-from grass.finetune.run_folder import RunFolder, append_row
+from grass.finetune.run_folder import RunFolder
 from grass.finetune.screen import Screen
 from grass.finetune.stopping import Stopped, StopRequest
-from grass.integrations.transformers import trainer_optimizer
+from grass.integrations.transformers import GrassCallback, trainer_optimizer
 from grass.layers import LayerMap
 from grass.optim import AdamW, GrassAdamW
 from grass.sampling import SAMPLER_CLASSES
@@ -34,12 +39,30 @@ from grass.sampling import SAMPLER_CLASSES
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """Results of training, which are saved in ``run.json``."""
+    """Results of training, which are saved in ``run.json``.
+
+    Attributes:
+        steps: number of optimizer steps.
+        seconds: time of this process in training, without saving and evaluation.
+        tokens_per_second: speed of this process.
+        peak_device_bytes: largest size of all tensors on the device; None on a CPU.
+        peak_host_bytes: largest resident size of the process so far.
+        optimizer_state_bytes, optimizer_state_bytes_active: size of the optimizer state, and its part of the active
+            layers.
+        best_step, best_heldout_loss: the checkpoint whose weights are kept, with `load_best`.
+        draw_counts: number of draws of each layer; None for full fine-tuning.
+        nonfinite_norms: number of gradient norms that were left out.
+    """
 
     steps: int
+    seconds: float
     tokens_per_second: float
+    peak_device_bytes: int | None
+    peak_host_bytes: int
     optimizer_state_bytes: int
     optimizer_state_bytes_active: int
+    best_step: int | None
+    best_heldout_loss: float | None
     draw_counts: list[int] | None
     nonfinite_norms: int
 
@@ -73,26 +96,10 @@ def optimizer_state_bytes(optimizer: Optimizer, *, active_only: bool = False) ->
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-class _HeldoutLoss(TrainerCallback):
-    """Write the held-out loss every `eval_steps` steps."""
-
-    def __init__(
-        self, recorder: Recorder, examples: Sequence[Example], options: FinetuneOptions, chunked: bool
-    ) -> None:
-        self.recorder, self.examples, self.options, self.chunked = recorder, examples, options, chunked
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **context: Any) -> None:
-        if state.global_step % self.options.eval_steps or state.global_step >= state.max_steps:
-            return
-        loss = heldout_loss(
-            context["model"],
-            self.examples,
-            self.options.eval_batch_size,
-            self.recorder.collator.pad_token_id,
-            self.chunked,
-        )
-        append_row(self.recorder.folder.metrics, {"step": state.global_step, "heldout_loss": loss})
-        self.recorder.skip_time()
+def peak_host_bytes() -> int:
+    """Return the largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _after_probe(schedule: Callable[[int], float], probe_steps: int) -> Callable[[int], float]:
@@ -100,11 +107,64 @@ def _after_probe(schedule: Callable[[int], float], probe_steps: int) -> Callable
     return lambda step: schedule(max(0, step - probe_steps))
 
 
-class _GrassTrainer(Trainer):
-    """Trainer whose learning-rate schedule begins after the probe, and that goes on if a checkpoint cannot be saved."""
+class _Metrics(GrassCallback):
+    """Log the method's metrics; the schedule of `GrassTrainer` does not advance during the probe."""
 
-    probe_steps = 0
-    recorder: Recorder
+    def _tell_of_schedule(self, *args: Any) -> None:
+        pass
+
+
+class GrassTrainer(SFTTrainer):
+    """SFTTrainer whose learning-rate schedule begins after the probe, and that goes on if a checkpoint cannot be saved.
+
+    Its loss is `chunked_loss`, or that of the model. SFTTrainer's own takes more memory where the head trains, as it
+    sums its gradient in float32, and waits for the device in every micro-batch.
+
+    Args:
+        recorder: counts tokens and shows progress; it tells of checkpoints that fail.
+        measure: returns the held-out loss, as before and after training.
+        chunked: use `chunked_loss`.
+        probe_steps: number of steps that update nothing.
+        arguments: those of SFTTrainer.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        measure: Callable[[], float],
+        chunked: bool,
+        probe_steps: int,
+        **arguments: Any,
+    ) -> None:
+        self.recorder, self.measure, self.chunked, self.probe_steps = recorder, measure, chunked, probe_steps
+        super().__init__(**arguments)
+        recorder.collator = self.data_collator = Collator(self.data_collator)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Return the loss, normalized over the micro-batches of a step as in Trainer."""
+        if return_outputs or not self.chunked or not isinstance(model, PreTrainedModel):
+            # A wrapper relies on its own forward. With a cache packed texts would see each other.
+            inputs = {**inputs, "use_cache": False}
+            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+        with self.accelerator.autocast():  # accelerate applies it to model.forward, which is not called here
+            return chunked_loss(model, inputs, num_items_in_batch)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Return the held-out loss, the mean over tokens; Trainer's is a mean over batches."""
+        metrics = {"eval_loss": self.measure()}
+        self.recorder.resume_progress(self.state)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write nothing: the run folder describes the run."""
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """Return Trainer's schedule for the steps after the probe, and its first value during the probe."""
@@ -135,27 +195,10 @@ class _GrassTrainer(Trainer):
                 )
 
 
-class ChunkedLossTrainer(_GrassTrainer):
-    """Trainer with the chunked loss."""
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor | Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """Return `chunked_loss`, normalized over the micro-batches of a step as in Trainer."""
-        if return_outputs or not isinstance(model, PreTrainedModel):  # a wrapper relies on its own forward
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with self.accelerator.autocast():  # accelerate applies it to model.forward, which is not called here
-            return chunked_loss(model, inputs, num_items_in_batch)
-
-
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    dataset: Dataset,
     heldout: Sequence[Example],
     options: FinetuneOptions,
     config: GrassConfig,
@@ -169,7 +212,7 @@ def train(
     Args:
         model: the model, trained in place.
         tokenizer: saved with the model.
-        examples: training examples.
+        dataset: rows with ``input_ids`` and ``labels``, and with ``seq_lengths`` if they are packed.
         heldout: examples for the loss every ``eval_steps`` steps; may be empty.
         options, config: options of the run, configuration of the method; full fine-tuning uses its seed only.
         folder: folder of the run.
@@ -182,28 +225,39 @@ def train(
         RunFolderError: the newest checkpoint cannot be loaded.
         SaveError: the trained model cannot be saved; the newest checkpoint is kept.
     """
-    steps = count_steps(options, len(examples))
-    collator = Collator(pad_token_id(tokenizer))
+    steps = count_steps(options, len(dataset))
     stop = StopRequest()
-    recorder = Recorder(folder, collator, screen, title, stop)
-    callbacks: list[TrainerCallback] = [recorder]
-    if options.eval_steps and heldout:
-        callbacks.append(_HeldoutLoss(recorder, heldout, options, chunked))
+    recorder = Recorder(folder, screen, title, stop, load_best=options.load_best)
     if options.activation_checkpointing:
         fused = options.method != "full" and config.fused_backward
         checkpoint_activations(model, LayerMap.from_model(model, layer_pattern(options)) if fused else None)
-    trainer = (ChunkedLossTrainer if chunked else _GrassTrainer)(
+    probes = options.method == "grass" and SAMPLER_CLASSES[config.sampler].probes
+
+    def measure() -> float:
+        screen.start("held-out loss", len(heldout), unit="text", delay=2.0)
+        pad = pad_token_id(tokenizer)
+        return heldout_loss(model, heldout, options.eval_batch_size, pad, chunked, screen.advance)
+
+    evaluates = bool(options.eval_steps and heldout)
+    trainer = GrassTrainer(
+        recorder,
+        measure,
+        chunked,
+        config.probe_steps if probes else 0,
         model=model,
-        args=_arguments(options, config, folder, steps),
-        data_collator=collator,
-        train_dataset=list(examples),
-        callbacks=callbacks,
+        args=_arguments(options, config, folder, steps, evaluates=evaluates),
+        processing_class=tokenizer,
+        train_dataset=dataset,
+        eval_dataset=to_dataset(heldout) if evaluates else None,
+        callbacks=[recorder],
         optimizer_cls_and_kwargs=optimizer_for(options, config),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.recorder = recorder
-    if options.method == "grass" and SAMPLER_CLASSES[config.sampler].probes:
-        trainer.probe_steps = config.probe_steps
+    if options.report_to and options.method == "grass":
+        trainer.add_callback(_Metrics(trainer, release=False))
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = callback.logging_dir or str(folder.path / "tensorboard")
     checkpoint = folder.last_checkpoint()
     folder.drop_rows_after(int(checkpoint.name.split("-")[1]) if checkpoint else 0)
     try:
@@ -224,9 +278,15 @@ def train(
     optimizer = recorder.optimizer
     assert optimizer is not None  # training has begun
     sampled = optimizer if isinstance(optimizer, GrassAdamW) else None
+    best = trainer.state.best_global_step if options.load_best else None
     summary = TrainingSummary(
         steps=steps,
+        seconds=recorder.seconds,
         tokens_per_second=recorder.tokens_per_second,
+        peak_device_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        peak_host_bytes=peak_host_bytes(),
+        best_step=best,
+        best_heldout_loss=None if best is None else trainer.state.best_metric,
         optimizer_state_bytes=optimizer_state_bytes(optimizer),
         optimizer_state_bytes_active=optimizer_state_bytes(optimizer, active_only=True),
         draw_counts=sampled.draw_counts if sampled else None,
@@ -236,15 +296,17 @@ def train(
         sampled.release()
     _save(model, tokenizer, folder)
     folder.update(state="trained", training=asdict(summary))
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)  # no longer needed: the model has been saved
+    if options.save_total_limit == 1:  # no longer needed: the model has been saved
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
     return summary
 
 
 def _arguments(
-    options: FinetuneOptions, config: GrassConfig, folder: RunFolder, steps: int
-) -> TrainingArguments:
-    return TrainingArguments(
+    options: FinetuneOptions, config: GrassConfig, folder: RunFolder, steps: int, *, evaluates: bool
+) -> SFTConfig:
+    return SFTConfig(
         output_dir=str(folder.checkpoints),
+        run_name=folder.path.name,
         max_steps=steps,
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation,
@@ -254,15 +316,22 @@ def _arguments(
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
         seed=config.seed,
+        bf16=False,  # no autocast: the weights have the dtype of the computation
+        gradient_checkpointing=False,  # `checkpoint_activations` does it
         logging_steps=options.log_steps,
         logging_nan_inf_filter=False,  # log a diverged loss as it is; the filter would be a device sync
         save_strategy="steps" if options.save_steps else "no",
         save_steps=options.save_steps or 1,
-        save_total_limit=1,
-        eval_strategy="no",
-        report_to="none",
+        save_total_limit=options.save_total_limit,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=options.eval_steps or None,
+        load_best_model_at_end=options.load_best,
+        metric_for_best_model="eval_loss" if options.load_best else None,
+        report_to=list(as_tuple(options.report_to)) or "none",
         disable_tqdm=True,
-        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},  # it has been encoded
+        max_length=None,
+        padding_free=options.packing,
         dataloader_num_workers=0,
         dataloader_pin_memory=torch.cuda.is_available(),
     )

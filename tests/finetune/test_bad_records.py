@@ -14,7 +14,7 @@ from grass import ConfigError, DataError, GrassConfig
 from grass.finetune.data import read_records
 from grass.finetune.job import prepare, start_run
 from grass.finetune.options import FinetuneOptions
-from grass.finetune.records import Chat, Instruction
+from grass.finetune.records import Conversation, Message
 from grass.finetune.run_folder import read_rows
 from grass.finetune.screen import Screen, quiet_libraries
 
@@ -89,7 +89,7 @@ def test_more_bad_records_than_the_share_are_an_error(options, tmp_path):
     assert "--max-skipped" in message
     assert '"text" must be a string' in message  # every reason once
     assert not (tmp_path / "run").exists()
-    assert len(prepare(replace(options, max_skipped=0.03), CONFIG, Screen()).examples) == 97
+    assert len(prepare(replace(options, max_skipped=0.03), CONFIG, Screen()).dataset) == 97
     with pytest.raises(ConfigError, match="max_skipped"):
         replace(options, max_skipped=1.0)
 
@@ -133,9 +133,9 @@ def test_the_question_of_a_chat_is_all_before_the_answer(tmp_path):
         tmp_path / "d.jsonl", [{"messages": longer, "answer": "4"}, {"messages": TURNS, "answer": "2"}]
     )
     records = read_records(path, evaluation=True).records
-    assert [r.question for r in records] == [
-        (("user", "1 + 1"), ("assistant", "2"), ("user", "2 + 2")),
-        (("user", "1 + 1"),),
+    assert [[(m.role, m.content) for m in r.question[1:]] for r in records] == [
+        [("user", "1 + 1"), ("assistant", "2"), ("user", "2 + 2")],
+        [("user", "1 + 1")],
     ]
     write(path, [{"messages": TURNS[1:], "answer": "2"}])
     with pytest.raises(DataError, match='"answer" but no message before it'):
@@ -154,10 +154,15 @@ def test_the_question_of_a_chat_is_all_before_the_answer(tmp_path):
         ({**GOOD, "images": ["a.png"]}, '"images": .*text only'),
         ({"messages": TURNS, "images": ["a.png"]}, '"images": .*text only'),
         ({"text": "a", "audio": "a.wav"}, '"audio": .*text only'),
-        ({"messages": TURNS, "tools": [{"name": "add"}]}, '"tools": .*tools'),
+        ({"messages": TURNS, "tools": {"name": "add"}}, '"tools" must be a list, not an object'),
+        ({"messages": TURNS, "tools": "[add]"}, '"tools" is a string that is not valid JSON'),
         (
-            {"messages": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]},
-            'message 2: "tool_calls": .*tools',
+            {"messages": [{**TURNS[0], "tool_calls": [{"id": 1}]}, TURNS[1]]},
+            'message 1: "tool_calls" of a message of the user',
+        ),
+        (
+            {"messages": [TURNS[0], {"role": "assistant", "content": None}]},
+            '"content" must be a string, not null',
         ),
         (
             {"messages": [TURNS[0], {**TURNS[1], "function_call": {"name": "add"}}]},
@@ -170,7 +175,7 @@ def test_the_question_of_a_chat_is_all_before_the_answer(tmp_path):
         ({"messages": [TURNS[0], {**TURNS[1], "train": False}]}, '"train": .*"weight": 0'),
         ({"messages": [TURNS[0], {**TURNS[1], "weight": 0.5}]}, '"weight" must be 0 or 1, not 0.5'),
         ({"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}, "no message of the assistant"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, "one string"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "url": "a"}]}]}, "one string"),
         (
             {"system": "be brief", "messages": [{"role": "system", "content": "x"}, *TURNS]},
             "two system prompts",
@@ -214,7 +219,7 @@ def test_keys_that_are_not_used_are_told_once_with_their_count(options, tmp_path
     prepare(options, CONFIG, Screen())
     shown = capsys.readouterr().err
     assert shown.count('"id" (2 records)') == 1
-    assert f"{path}: keys that are not used: " in shown
+    assert "keys of training records that are not used: " in shown
 
 
 def test_what_is_cheap_to_respect_is_read(tmp_path):
@@ -224,11 +229,12 @@ def test_what_is_cheap_to_respect_is_read(tmp_path):
         {"messages": [TURNS[0], old, *TURNS], "system": "be brief"},
         {**GOOD, "system": None, "history": []},
     ]
-    turns = (("user", "1 + 1"), ("assistant", "2"))
+    system, asked, reply = Message("system", "be brief"), Message("user", "1 + 1"), Message("assistant", "2")
+    earlier = Message("user", "1 + 0"), Message("assistant", "1", learnt=False)
     assert read_records(write(tmp_path / "d.jsonl", rows)).records == [
-        Instruction("1 + 1", "2", answer="2", system="be brief", history=(("1 + 0", "1"),)),
-        Chat((("system", "be brief"), *turns, *turns), unlearnt=(2,)),
-        Instruction("1 + 1", "2", answer="2"),
+        Conversation((system, *earlier, asked, reply), "2"),
+        Conversation((system, asked, replace(reply, learnt=False), asked, reply)),
+        Conversation((asked, reply), "2"),
     ]
 
 

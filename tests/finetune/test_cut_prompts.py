@@ -49,7 +49,8 @@ def write_heldout(folder, rows):
 
 def test_the_context_of_training_does_not_cut_questions(options, tmp_path, capsys):
     results = start_run(replace(options, context=16, max_new_tokens=16), CONFIG, Screen())
-    prompts = [row["prompt"] for row in read_rows(tmp_path / "run" / "answers.jsonl")]
+    rows = read_rows(tmp_path / "run" / "answers.jsonl")
+    prompts = [row["prompt"] for row in rows if row["when"] == "after"]
     assert prompts == [f"<s> {row['instruction']}" for row in [SHORT] * 3 + [LONG]]
     assert results["questions_cut"] == 0
     assert "their beginning is cut" not in capsys.readouterr().err
@@ -57,7 +58,8 @@ def test_the_context_of_training_does_not_cut_questions(options, tmp_path, capsy
 
 def test_a_cut_question_keeps_its_end_and_is_told(options, tmp_path, capsys):
     results = start_run(replace(options, max_new_tokens=34), CONFIG, Screen())
-    prompts = [row["prompt"] for row in read_rows(tmp_path / "run" / "answers.jsonl")]
+    rows = read_rows(tmp_path / "run" / "answers.jsonl")
+    prompts = [row["prompt"] for row in rows if row["when"] == "after"]
     assert prompts[0] == f"<s> {SHORT['instruction']}"
     assert prompts[3] == " ".join(LONG["instruction"].split()[-30:])
     assert results["questions_cut"] == 1
@@ -88,7 +90,7 @@ def test_cut_texts_are_told_with_their_share(options, tmp_path, capsys):
     rows = [SHORT] * 5 + [LONG] * 2 + [answer]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = prepare(replace(options, context=16), CONFIG, Screen())
-    assert len(run.examples) == 6
+    assert len(run.dataset) == 6
     shown = capsys.readouterr().err
     assert "3 of 8 training texts (37.5%) are longer than 16 tokens and are truncated" in shown
     assert (

@@ -10,8 +10,8 @@ import json
 import pytest
 
 from grass import DataError
-from grass.finetune.data import file_digest, read_records, split_heldout
-from grass.finetune.records import Chat, Instruction, PlainText
+from grass.finetune.data import read_records, split_heldout
+from grass.finetune.records import Conversation, Message, PlainText
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
@@ -31,10 +31,10 @@ def test_all_three_formats_in_one_file(tmp_path):
     ]
     path = write(tmp_path, "\ufeff" + "\n\n".join(map(json.dumps, rows)) + "\n")
     assert read_records(path).records == [
-        Instruction("2+2?", "It is 4", "", "4.0"),
-        Chat((("user", "hi"), ("assistant", "hello")), "hello"),
+        Conversation((Message("user", "2+2?"), Message("assistant", "It is 4")), "4.0"),
+        Conversation((Message("user", "hi"), Message("assistant", "hello")), "hello"),
         PlainText("once"),
-        Instruction("no input", "x", "", None),
+        Conversation((Message("user", "no input"), Message("assistant", "x"))),
     ]
 
 
@@ -57,7 +57,7 @@ def test_unicode_line_separators_stay_in_a_record(tmp_path):
         ('{"text": "a"}\n{"text": 5}\n', ":2", '"text" must be a string, not a number'),
         ('{"text": "  "}\n', ":1", '"text" is empty'),
         ('"just a string"\n', ":1", "found a string"),
-        ('{"prompt": "a", "completion": "b"}\n', ":1", 'found "prompt", "completion"'),
+        ('{"prompt": "a", "solution": "b"}\n', ":1", 'found "prompt", "solution"'),
         ('{"instruction": "a", "output": true}\n', ":1", '"output" must be a string, not true or false'),
         ('{"instruction": "a", "output": "b", "answer": []}\n', ":1", '"answer" must be'),
         ('{"messages": []}\n', ":1", "non-empty list"),
@@ -85,7 +85,7 @@ def test_malformed_data_is_named_with_its_place(tmp_path, text, place, says):
 def test_missing_folder_and_binary(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         read_records(tmp_path / "none.json")
-    with pytest.raises(DataError, match="is a folder"):
+    with pytest.raises(DataError, match=r"cannot be loaded: .*; check the files"):
         read_records(tmp_path)
     path = tmp_path / "b.jsonl"
     path.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
@@ -106,6 +106,6 @@ def test_heldout_split_is_disjoint_seeded_and_complete():
 
 
 def test_digest_follows_content(tmp_path):
-    a, b = write(tmp_path, "x", "a"), write(tmp_path, "y", "b")
-    assert file_digest(a) != file_digest(b)
-    assert file_digest(a) == file_digest(write(tmp_path, "x", "c"))
+    a, b = write(tmp_path, '{"text": "x"}', "a"), write(tmp_path, '{"text": "y"}', "b")
+    assert read_records(a).digest != read_records(b).digest
+    assert read_records(a).digest == read_records(write(tmp_path, '{"text": "x"}', "c")).digest

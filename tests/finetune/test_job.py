@@ -124,12 +124,19 @@ def test_a_run_leaves_everything_behind(options, tmp_path, tiny_model, problem_f
     assert [r["step"] for r in metrics if "heldout_loss" in r] == [0, 10, 19]
     assert results["heldout_loss_after"] < results["heldout_loss_before"]
     answers = read_rows(folder.path / "answers.jsonl")
-    assert len(answers) == results["answers"] == 8
-    assert [set(row) for row in answers] == [{"prompt", "expected", "generated", "rule", "correct"}] * 8
+    assert [row["when"] for row in answers] == ["before"] * 8 + ["after"] * 8
+    assert [set(row) for row in answers] == [
+        {"when", "prompt", "expected", "generated", "rule", "correct"}
+    ] * 16
+    assert results["answers"] == 8
+    assert results["samples"] == [
+        {"prompt": b["prompt"], "expected": b["expected"], "before": a["generated"], "after": b["generated"]}
+        for a, b in zip(answers[:3], answers[8:11], strict=True)
+    ]
     questions = [
         json.loads(line)["instruction"].split()[0] for line in problem_files[1].read_text().splitlines()
     ]
-    assert [row["prompt"].split()[1] for row in answers] == questions  # <s> comes first
+    assert [row["prompt"].split()[1] for row in answers[8:]] == questions  # <s> comes first
     assert results["scoring"] == {"number": 8}
     assert "held-out answers are scored by these rules: number (8)" in capsys.readouterr().err
     assert folder.picture.read_bytes().startswith(b"\x89PNG")
@@ -261,10 +268,10 @@ def test_bad_input_is_told_before_anything_is_written(options, tmp_path, tokeniz
 
 
 def test_a_model_of_no_use_is_told_before_the_data_is_read(options, tmp_path, tokenizer, monkeypatch):
-    from grass.finetune import job
+    from grass.finetune import preparation
 
     (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}')
-    monkeypatch.setattr(job, "read_records", pytest.fail)
+    monkeypatch.setattr(preparation, "read_records", pytest.fail)
     with pytest.raises(ModelError, match="BertForMaskedLM"):
         start_run(replace(options, model=str(tmp_path)), CONFIG, Screen())
 

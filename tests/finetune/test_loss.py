@@ -11,6 +11,7 @@ of Liger.
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,19 +32,20 @@ from transformers import (
     PhiConfig,
     PhiForCausalLM,
     Trainer,
-    TrainingArguments,
 )
+from trl import SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from grass import ConfigError, GrassConfig
 from grass.finetune import loss as loss_module
-from grass.finetune.encoding import IGNORED, Collator, Example
+from grass.finetune.encoding import IGNORED, Example, to_dataset
 from grass.finetune.evaluation import heldout_loss
 from grass.finetune.job import start_run
 from grass.finetune.loss import chunked_loss, use_chunked_loss, why_not_chunked
 from grass.finetune.options import FinetuneOptions
 from grass.finetune.run_folder import read_rows
 from grass.finetune.screen import Screen, quiet_libraries
-from grass.finetune.training import ChunkedLossTrainer
+from grass.finetune.training import GrassTrainer
 from tests.support.tiny import VOCAB, checkpoint_activations, llama
 
 pytestmark = pytest.mark.skipif(
@@ -190,29 +192,36 @@ def test_the_logits_of_a_batch_are_never_there_at_once(dtype):
     assert largest_allocation(model, batch, chunked=True) <= 4 * max(4, 16) * vocabulary < logits
 
 
-def test_trainer_s_normalisation_over_micro_batches(tmp_path):
+def test_trainer_s_normalisation_over_micro_batches(tmp_path, tokenizer):
     lengths = [3, 9, 5, 4, 9, 2, 7, 6, 3, 8, 5, 4]
     rows = [make_batch(seed, 1, length + 3) for seed, length in enumerate(lengths)]
     examples = [Example(b["input_ids"][0].tolist(), b["labels"][0].tolist()) for b in rows]
     results = []
-    for kind in (Trainer, ChunkedLossTrainer):
+    for chunked in (None, False, True):
         model = llama(layers=2)
-        trainer = kind(
-            model=model,
-            args=TrainingArguments(
+        arguments = {
+            "model": model,
+            "args": SFTConfig(
                 output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=3,
-                save_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False, use_cpu=True,
-                max_grad_norm=0.0, lr_scheduler_type="constant", learning_rate=0.5, dataloader_pin_memory=False,
+                save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, bf16=False, max_grad_norm=0.0,
+                lr_scheduler_type="constant", learning_rate=0.5, dataloader_pin_memory=False,
+                gradient_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True},
             ),
-            data_collator=Collator(0),
-            train_dataset=examples,
-            optimizers=(torch.optim.SGD(model.parameters(), lr=0.5), None),
-        )  # fmt: skip
+            "train_dataset": to_dataset(examples),
+            "optimizers": (torch.optim.SGD(model.parameters(), lr=0.5), None),
+        }  # fmt: skip
+        if chunked is None:  # transformers' own trainer and loss
+            trainer = Trainer(**arguments, data_collator=DataCollatorForLanguageModeling(0))
+        else:
+            trainer = GrassTrainer(
+                SimpleNamespace(), None, chunked, 0, **arguments, processing_class=tokenizer
+            )
         results.append((trainer.train().training_loss, model.state_dict()))
-    (expected, weights), (found, chunked_weights) = results
-    assert found == pytest.approx(expected, rel=1e-5)
-    for name, weight in weights.items():
-        torch.testing.assert_close(chunked_weights[name], weight, rtol=1e-4, atol=1e-6, msg=name)
+    (expected, weights), *others = results
+    for found, other_weights in others:
+        assert found == pytest.approx(expected, rel=1e-5)
+        for name, weight in weights.items():
+            torch.testing.assert_close(other_weights[name], weight, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_heldout_loss_is_the_same():

@@ -67,6 +67,10 @@ def test_table_without_heldout_records_has_no_empty_columns():
     training = {
         "steps": 1200,
         "tokens_per_second": 5000.4,
+        "seconds": 3725.0,
+        "peak_device_bytes": 7_000_000_000,
+        "peak_host_bytes": 2_000_000,
+        "best_step": 600,
         "optimizer_state_bytes": 5_500_000,
         "optimizer_state_bytes_active": 999,
         "draw_counts": None,
@@ -77,7 +81,16 @@ def test_table_without_heldout_records_has_no_empty_columns():
     table = format_table(results)
     assert "held-out" not in table
     assert "before" not in table
-    for part in ("full fine-tuning, 1,200 steps", "100.0%", "5.5 MB", "5,000", "left out: 2"):
+    for part in (
+        "full fine-tuning, 1,200 steps",
+        "100.0%",
+        "5.5 MB",
+        "5,000",
+        "left out: 2",
+        "1:02:05",
+        "7.0 GB",
+        "600",
+    ):
         assert part in table
 
 
@@ -85,6 +98,10 @@ def test_draws_of_many_layers_are_wrapped():
     training = {
         "steps": 1200,
         "tokens_per_second": 5000.4,
+        "seconds": 3725.0,
+        "peak_device_bytes": 7_000_000_000,
+        "peak_host_bytes": 2_000_000,
+        "best_step": 600,
         "optimizer_state_bytes": 5_500_000_000,
         "optimizer_state_bytes_active": 999,
         "draw_counts": list(range(100, 180)),
