@@ -38,7 +38,7 @@ from grass.finetune.scoring import count_rules
 from grass.finetune.screen import Screen
 from grass.finetune.stopping import Stopped
 from grass.finetune.summary import make_results
-from grass.finetune.training import count_steps, train
+from grass.finetune.training import check_loggers, count_steps, train
 from grass.sampling import SAMPLER_CLASSES
 
 
@@ -64,6 +64,7 @@ def start_run(
     """
     path = Path(options.output) if options.output else default_path()
     check_is_free(path)
+    check_loggers(options)
     prepared = None
     if options.is_demo:
         model = demo_model(demo_tokenizer(), config.seed)

@@ -58,7 +58,7 @@ class FinetuneOptions:
         save_steps: number of steps between two checkpoints. 0 saves on Ctrl-C only.
         save_total_limit: number of checkpoints to keep, the newest ones; with more than 1 they stay after training.
         load_best: keep the weights of the checkpoint with the lowest held-out loss, rather than those of the last step;
-            needs eval_steps, and save_steps that are a multiple of it.
+            the loss is measured at every checkpoint.
         report_to: loggers of transformers that get all metrics, such as "tensorboard", "wandb" or "trackio".
         eval_steps: number of steps between two held-out losses during training; 0 evaluates before and after only.
         eval_batch_size: number of held-out texts in a forward pass.
@@ -137,10 +137,10 @@ class FinetuneOptions:
         if self.load_best:
             if not (self.eval or self.eval_fraction or self.is_demo):
                 raise ConfigError("--load-best needs held-out records: pass --eval or --eval-fraction")
-            if not self.eval_steps or not self.save_steps or self.save_steps % self.eval_steps:
+            if not self.save_steps or self.eval_steps not in (0, self.save_steps):
                 raise ConfigError(
-                    f"--load-best compares checkpoints: pass --eval-steps, and --save-steps that are a multiple of it "
-                    f"(they are {self.eval_steps} and {self.save_steps})"
+                    "--load-best compares checkpoints, at each of which the held-out loss is measured: leave out "
+                    "--eval-steps, and pass --save-steps of at least 1"
                 )
 
     def renamed_columns(self) -> dict[str, str]:
@@ -163,6 +163,11 @@ class FinetuneOptions:
             "master_weights": self.rounding == "master",
             "stochastic_rounding": self.rounding == "stochastic",
         }
+
+    @property
+    def steps_between_evaluations(self) -> int:
+        """Number of steps between two held-out losses during training; 0 for none."""
+        return self.save_steps if self.load_best else self.eval_steps
 
     @property
     def is_demo(self) -> bool:

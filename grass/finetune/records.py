@@ -16,7 +16,7 @@ record and are refused, all others that are not used are returned, to be told.
 
 import json
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grass.errors import DataError
@@ -180,7 +180,7 @@ def parse_record(item: Any, *, evaluation: bool = False) -> tuple[Record, set[st
             _messages(item["completion"], "completion") if item.get("completion") else ((), set())
         )
         unused |= more
-        prompt = tuple(Message(m.role, m.content, False, m.input, m.extra) for m in prompt)
+        prompt = tuple(replace(m, learnt=m.role != "assistant") for m in prompt)
         record, used = (
             _conversation(item, prompt + completion),
             {"prompt", "completion", "answer", "system", "tools"},

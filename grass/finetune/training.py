@@ -15,12 +15,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from grass.activation_checkpointing import checkpoint_activations
 from grass.config import GrassConfig
-from grass.errors import GrassError, RunFolderError, SaveError, first_line
+from grass.errors import ConfigError, GrassError, RunFolderError, SaveError, did_you_mean, first_line
 from grass.finetune.disk import free_bytes
 from grass.finetune.encoding import Collator, Example, to_dataset
 from grass.finetune.evaluation import heldout_loss
@@ -87,6 +91,23 @@ def optimizer_for(options: FinetuneOptions, config: GrassConfig) -> tuple[Any, d
         pattern=layer_pattern(options),
         **options.optimizer_options(),
     )
+
+
+def check_loggers(options: FinetuneOptions) -> None:
+    """Check that the loggers of `report_to` exist and are installed.
+
+    Raises:
+        ConfigError: one does not, or is not.
+    """
+    for name in as_tuple(options.report_to):
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = sorted(INTEGRATION_TO_CALLBACK)
+            raise ConfigError(
+                f"report_to must name loggers of transformers ({', '.join(known)}), not {name!r}"
+                f"{did_you_mean(name, known)}"
+            )
+        if name not in get_available_reporting_integrations():
+            raise ConfigError(f"--report-to {name} needs the package {name}, which is not installed")
 
 
 def optimizer_state_bytes(optimizer: Optimizer, *, active_only: bool = False) -> int:
@@ -238,7 +259,7 @@ def train(
         pad = pad_token_id(tokenizer)
         return heldout_loss(model, heldout, options.eval_batch_size, pad, chunked, screen.advance)
 
-    evaluates = bool(options.eval_steps and heldout)
+    evaluates = bool(options.steps_between_evaluations and heldout)
     trainer = GrassTrainer(
         recorder,
         measure,
@@ -324,7 +345,7 @@ def _arguments(
         save_steps=options.save_steps or 1,
         save_total_limit=options.save_total_limit,
         eval_strategy="steps" if evaluates else "no",
-        eval_steps=options.eval_steps or None,
+        eval_steps=options.steps_between_evaluations or None,
         load_best_model_at_end=options.load_best,
         metric_for_best_model="eval_loss" if options.load_best else None,
         report_to=list(as_tuple(options.report_to)) or "none",

@@ -15,50 +15,15 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from grass import GrassConfig, __version__
 from grass.cli import main, make_parser
 from grass.cli.dataclass_options import argument_docs, given_options
-from grass.finetune import demo
-from grass.finetune.arithmetic import word_problems
 from grass.finetune.options import FinetuneOptions
 from grass.finetune.recording import Recorder
 
 ROOT = Path(__file__).parent.parent.parent
-
-SHORT = ["--probe-steps", "2", "--sample-interval", "3", "--update-interval", "3", "--active-layers", "1"]
-QUICK = [*SHORT, "--batch-size", "4", "--eval-answers", "4", "--max-new-tokens", "4"]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """Arguments that name a tiny model and its data."""
-    folder = tmp_path_factory.mktemp("inputs")
-    tokenizer = demo.demo_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    for name, problems in zip(("train", "heldout"), word_problems(40, 6, 0), strict=True):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(p.record) + "\n" for p in problems))
-    return [
-        *("--model", str(folder / "model"), "--data", str(folder / "train.jsonl")),
-        *("--eval", str(folder / "heldout.jsonl"), "--template", "plain"),
-    ]
 
 
 def test_version_help_and_no_command(capsys):
@@ -87,14 +52,14 @@ def test_every_setting_is_an_option_with_the_dataclasss_own_default():
 
 def test_json_is_one_object_on_stdout_and_the_table_is_short(inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["finetune", *inputs, *QUICK, "--steps", "6", "--json"]) == 0
+    assert main(["finetune", *inputs, "--steps", "6", "--json"]) == 0
     captured = capsys.readouterr()
     results = json.loads(captured.out)
     assert results["steps"] == 6
     assert results["run"].startswith("runs")
     assert "training 6/6" in captured.err
     AutoModelForCausalLM.from_pretrained(results["model"])
-    assert main(["finetune", *inputs, *QUICK, "--steps", "2", "--output", "again"]) == 0
+    assert main(["finetune", *inputs, "--steps", "2", "--output", "again"]) == 0
     table = capsys.readouterr().out
     assert len(table.strip().splitlines()) <= 18
     for word in (
@@ -105,13 +70,13 @@ def test_json_is_one_object_on_stdout_and_the_table_is_short(inputs, tmp_path, m
         "tokens per second",
     ):
         assert word in table
-    assert main(["finetune", *inputs, *QUICK, "--steps", "2", "--output", "again"]) == 2
+    assert main(["finetune", *inputs, "--steps", "2", "--output", "again"]) == 2
     assert "again: holds a finished run" in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_resume_continues(inputs, tmp_path, capsys):
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "grass", "finetune", *inputs, *QUICK, "--steps", "100000"]
+    command = [sys.executable, "-m", "grass", "finetune", *inputs, "--steps", "100000"]
     process = subprocess.Popen(
         [*command, "--log-steps", "5", "--output", str(run)],
         stdout=subprocess.PIPE,
@@ -185,10 +150,10 @@ def test_a_run_is_resumed_from_another_folder(inputs, tmp_path, monkeypatch, cap
         self.stop.requested = state.global_step == 2
         return original(self, args, state, control, **context)
 
-    names = ["--model", model.name, "--data", train.name, "--eval", heldout.name, "--template", "plain"]
+    names = ["--model", model.name, "--data", train.name, "--eval", heldout.name, *inputs[6:]]
     with monkeypatch.context() as patch:
         patch.setattr(Recorder, "on_step_end", on_step_end)
-        assert main(["finetune", *names, *QUICK, "--steps", "4", "--output", "elsewhere/run"]) == 130
+        assert main(["finetune", *names, "--steps", "4", "--output", "elsewhere/run"]) == 130
     monkeypatch.chdir(other)
     assert main(["finetune", "--resume", str(began / "elsewhere" / "run"), "--json"]) == 0
     captured = capsys.readouterr()
@@ -198,9 +163,7 @@ def test_a_run_is_resumed_from_another_folder(inputs, tmp_path, monkeypatch, cap
 
 def test_an_empty_output_folder_is_used(inputs, tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    assert (
-        main(["finetune", *inputs, *QUICK, "--steps", "2", "--output", str(tmp_path / "run"), "--json"]) == 0
-    )
+    assert main(["finetune", *inputs, "--steps", "2", "--output", str(tmp_path / "run"), "--json"]) == 0
     assert (tmp_path / "run" / "results.json").is_file()
 
 

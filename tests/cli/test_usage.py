@@ -174,7 +174,7 @@ def commands(parser) -> dict[str, argparse.ArgumentParser]:
 
 
 def test_the_installed_program_has_no_benchmarks():
-    assert set(commands(make_parser())) == {"finetune", "layers", "plan"}
+    assert set(commands(make_parser())) == {"chat", "finetune", "layers", "plan"}
 
 
 @pytest.mark.parametrize("program", [grass, bench], ids=ids)
