@@ -121,6 +121,18 @@ def test_library_imports_without_optional_packages(blocked):
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
+@pytest.mark.slow
+def test_plans_benchmarks_and_trainers_do_not_need_the_packages_of_finetune():
+    """A machine with a GPU has torch, triton and transformers."""
+    script = """if True:
+        import sys
+        sys.modules |= dict.fromkeys(("trl", "datasets", "peft", "lightning"))
+        import grass.cli, grass.integrations.transformers, grass.plan.prediction, grass.plan.losses
+        import bench.gpu.training, bench.gpu.stages, grass.finetune.loss
+        """
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
 def test_the_trainer_factory_is_there_after_importing_grass():
     script = (
         "import grass; grass.integrations.transformers.trainer_optimizer(lr=1e-5, config=grass.GrassConfig())"

@@ -12,7 +12,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,12 @@ class BadRecord:
 
     def __str__(self) -> str:
         """Return place and reason."""
-        line = "" if self.line is None else f":{self.line}"
-        number = "" if self.record is None else f" record {self.record}:"
-        return f"{self.file}{line}:{number} {self.reason}"
+        return f"{_place(self.file, self.line, self.record)}: {self.reason}"
+
+
+def _place(source: str, line: int | None, record: int | None) -> str:
+    place = source if line is None else f"{source}:{line}"
+    return place if record is None else f"{place}: record {record}"
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def read_records(
             except DataError as error:
                 bad.append(BadRecord(str(source), row.line, row.record, str(error)))
             else:
-                records.append(record)
+                records.append(replace(record, place=_place(str(source), row.line, row.record)))
                 unused.update(keys)
         if len(records) + len(bad) == count:
             raise DataError(f"{source}: no records; expected objects with {FORMATS}")

@@ -16,10 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from grass.errors import ConfigError, DataError, library_errors
+from grass.finetune.loss import IGNORED
 from grass.finetune.options import Template
 from grass.finetune.records import Conversation, PlainText, Record
-
-IGNORED = -100  # label of tokens that the loss ignores
 
 _TURNS = """\
 {{%- for m in messages %}}
@@ -142,7 +141,7 @@ class Encoder:
 
         Args:
             records: records of any kind.
-            source: name of the records in error messages.
+            source: name of the records, for error messages.
             advance: called after each record.
 
         Raises:
@@ -155,7 +154,7 @@ class Encoder:
             try:
                 ids, labels = self.encode_one(record)
             except DataError as error:
-                raise DataError(f"{source}: record {result.num_texts:,}: {error}") from error
+                raise DataError(f"{record.place or source}: {error}") from error
             is_long = len(ids) > self.context
             starts = range(0, len(ids), self.context) if isinstance(record, PlainText) else (0,)
             pieces = [Example(ids[i : i + self.context], labels[i : i + self.context]) for i in starts]

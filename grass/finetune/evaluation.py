@@ -9,8 +9,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from grass.errors import ConfigError
-from grass.finetune.encoding import IGNORED, Encoder, Example
-from grass.finetune.loss import chunked_loss
+from grass.finetune.encoding import Encoder, Example
+from grass.finetune.loss import IGNORED, chunked_loss
 from grass.finetune.records import Conversation
 from grass.finetune.scoring import Rule
 

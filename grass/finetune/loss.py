@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grass.errors import ConfigError
-from grass.finetune.encoding import IGNORED
 from grass.finetune.options import Loss
+
+IGNORED = -100  # label of tokens that the loss ignores
 
 # Torch's default is 16 to 64 tokens for models of width 576 to 1024, which on a CPU takes up to four times as long as
 # the full loss, since each chunk reads the weight of the head, and reads and writes its gradient.

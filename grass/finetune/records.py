@@ -16,7 +16,7 @@ record and are refused, all others that are not used are returned, to be told.
 
 import json
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from grass.errors import DataError
@@ -62,11 +62,13 @@ class Conversation:
         messages: its messages.
         answer: the answer that evaluation expects, if there is one.
         tools: descriptions of the tools that the assistant may call, as a JSON list.
+        place: file and line, for error messages.
     """
 
     messages: tuple[Message, ...]
     answer: str | None = None
     tools: str = "[]"
+    place: str = field(default="", compare=False)
 
     @property
     def question(self) -> tuple[Any, ...]:
@@ -87,10 +89,11 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PlainText:
-    """Text of which every token is a target."""
+    """Text of which every token is a target; `place` is that of `Conversation`."""
 
     text: str
     answer: None = None
+    place: str = field(default="", compare=False)
 
     @property
     def question(self) -> str:

@@ -7,6 +7,7 @@ sees; the rest of a long text lost; packed texts that see each other.
 """
 
 import json
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -285,7 +286,7 @@ def test_tools_are_seen_and_their_calls_are_learnt(as_text):
     ],
 )
 def test_a_template_that_leaves_tools_out_is_an_error(chat_tokenizer, item, says):
-    with pytest.raises(DataError, match=rf"d: record 1: the chat template leaves {says}"):
+    with pytest.raises(DataError, match=rf"d: the chat template leaves {says}"):
         Encoder(chat_tokenizer, "auto", 64).encode([record(**item)], "d")
     if "calls" in says:
         with pytest.raises(DataError, match="calls of tools need a chat template of the model"):
@@ -299,7 +300,8 @@ def test_a_template_that_refuses_a_turn_is_named_with_the_record():
         "{% for m in messages %}{{ m.content }}{% endfor %}"
     )
     turns = [("user", "1 + 1"), ("assistant", "2")]
-    chats = [chat(*turns), chat(("system", "Be brief."), *turns)]
-    says = r"data\.jsonl: record 2: the chat template refuses .* system, user.*: System role not supported; "
+    refused = replace(chat(("system", "Be brief."), *turns), place="data.jsonl:7")
+    chats = [chat(*turns), refused]
+    says = r"data\.jsonl:7: the chat template refuses .* system, user.*: System role not supported; "
     with pytest.raises(DataError, match=says):
-        Encoder(strict, "auto", 32).encode(chats, "data.jsonl")
+        Encoder(strict, "auto", 32).encode(chats, "data")
