@@ -168,7 +168,7 @@ class _GrassAdamW(GrassAdamW):
             drawn: all layers drawn so far, which have moments.
         """
         scheduler = self._scheduler
-        scheduler.schedule.step_count = scheduler.schedule.probe_steps
+        scheduler.schedule.step_count = scheduler.schedule.probe_steps + 1  # weights have been updated before
         left = tuple(layer for layer in scheduler.active if layer not in active)
         scheduler.active, scheduler.next_active = active, coming
         self._apply_change(Change(drawn, left))
