@@ -92,6 +92,15 @@ def test_grass_without_offload_has_fp32_moments_of_all_layers(rows):
     assert rows["grass"].states_host_gib == 0
 
 
+def test_grass_adamw_has_the_gradients_of_full_and_the_states_of_grass(rows):
+    row = rows["grass-adamw"]
+    assert row.gradients_gib == rows["full"].gradients_gib
+    assert row.step_floor_ms == rows["full"].step_floor_ms
+    own = size(row.states_device_gib - rows["grass"].states_device_gib)
+    assert 0 <= own < 512 * len([*LAYER_SHAPES * LAYERS, *OUTSIDE_SHAPES])  # norms of the step, no moments
+    assert row.states_host_gib == row.h2d_gib_per_step == 0
+
+
 def test_master_weights_are_two_bytes_more_of_each_state(case, rows):
     shapes = [*LAYER_SHAPES * LAYERS, *OUTSIDE_SHAPES]
     with_masters = {row.method: row for row in predict(dataclasses.replace(case, master_weights=True))}
@@ -231,6 +240,7 @@ def test_the_floor_of_experts_is_of_those_that_tokens_are_routed_to(case, family
         layer = 4 * WIDTH * WIDTH + experts * WIDTH + chosen * 3 * WIDTH * INNER
         # the gradients of the weights that do not train
         assert full - few == pytest.approx(floor(2 * BATCH * SEQ * (LAYERS - 2) * layer))
+        assert one(at, "lora-r128").step_floor_ms > full  # and no warning of peft
         everything = dataclasses.replace(at, active_layers=LAYERS)
         assert one(everything, "grass").step_floor_ms == pytest.approx(full)
         assert one(everything, "lisa").step_floor_ms == pytest.approx(full)
