@@ -131,9 +131,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--plot-points",
         type=count,
-        default=4,
+        default=3,
         metavar="N",
-        help=f"lengths in the chart, at most {_MOST_POINTS}; each takes nearly as long as the table [4]",
+        help=f"lengths in the chart, at most {_MOST_POINTS}; each more takes nearly as long as the table [3]",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list of the rows, without advice")
     parser.set_defaults(run=run)

@@ -28,7 +28,7 @@ _EIGHTHS = (
 _ROOM = 1.5  # the device memory is shown if it is at most this many times the highest peak
 
 
-def lengths(seq: int, most: int | None, points: int = 4) -> list[int]:
+def lengths(seq: int, most: int | None, points: int) -> list[int]:
     """Return the sequence lengths of the chart: `seq`, 1/4, 3/2 and 1/2 of it, then others between.
 
     Args:

@@ -95,7 +95,7 @@ def saved_dtype(name: str) -> torch.dtype | None:
     """
     config = configuration(name)
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    return getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
 
 
 def positions(name: str) -> int | None:

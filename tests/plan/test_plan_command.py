@@ -222,7 +222,7 @@ def test_plot(folder, capsys, tmp_path):
     told = capsys.readouterr().err.splitlines()
     assert 1 < len(told) <= 10
     assert all(line.startswith("chart ") for line in told)
-    assert told[-1].split()[1] == "24/24"  # three more lengths of the rows that are no probe
+    assert told[-1].split()[1] == "16/16"  # two more lengths of the rows that are no probe
 
 
 def test_points_of_the_chart_bound_what_it_costs(folder, capsys, tmp_path):
