@@ -30,7 +30,7 @@ from grass.layers import LayerMap
 from grass.plan import methods, preset_names
 from grass.plan.losses import Loss
 from grass.plan.models import build
-from grass.plan.prediction import FUSED, METHODS, PROBING, Case, predict
+from grass.plan.prediction import ADAMW, FUSED, METHODS, PROBING, Case, predict
 
 MODEL, BATCH, SEQUENCES = "llama2-7b", 4, (1024, 512, 2048)
 PERIOD = 25
@@ -58,6 +58,9 @@ def make(name: str, case: Case, device: torch.device) -> Trainable:
     model = materialise(meta, device)
     if case.checkpointing:
         checkpoint_activations(model, LayerMap.from_model(model) if FUSED in name else None)
+    if name == ADAMW:
+        params = [p for p in model.parameters() if p.requires_grad]
+        return Trainable(model, grass.AdamW(params, lr=1e-6, state_dtype=case.state_dtype))
     if not name.startswith(("grass", "lisa")):
         params = [p for p in model.parameters() if p.requires_grad]
         return Trainable(model, torch.optim.AdamW(params, lr=1e-6, fused=True))

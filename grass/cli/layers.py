@@ -6,9 +6,10 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from grass.cli.values import MissingPackageError, UsageError, comma_list, model_name
+from grass.cli.values import MissingPackageError, UsageError, comma_list, model_or_preset
 from grass.errors import LayerDiscoveryError, ModelError, first_line
 from grass.hub import check_hub
+from grass.plan import is_preset, preset_names
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +26,10 @@ def add_parser(subparsers: Any) -> None:
         "The model is built from its configuration; no weights are loaded.",
     )
     parser.add_argument(
-        "model", type=model_name, metavar="MODEL", help="a folder with a config.json, or a name on the hub"
+        "model",
+        type=model_or_preset,
+        metavar="MODEL",
+        help=f"a folder with a config.json, or a name on the hub; or one of {', '.join(preset_names())}",
     )
     parser.add_argument(
         "--pattern",
@@ -54,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def build_without_weights(name: str) -> nn.Module:
-    """Return the model of a folder or hub name on the meta device, of the class that trains it as a language model.
+    """Return the model of a folder, hub name or preset on the meta device.
+
+    It is of the class that trains it as a language model.
 
     Raises:
         MissingPackageError: transformers is not installed.
@@ -68,11 +74,16 @@ def build_without_weights(name: str) -> nn.Module:
         raise MissingPackageError(
             "transformers is not installed: pip install grass-optim[transformers]"
         ) from None
-    check_hub(name)
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except Exception as error:  # a damaged one may raise anything
-        raise ModelError(f"no configuration for {name!r}: {first_line(error)}") from error
+    if is_preset(name):
+        from grass.plan.models import configuration
+
+        config = configuration(name)
+    else:
+        check_hub(name)
+        try:
+            config = transformers.AutoConfig.from_pretrained(name)
+        except Exception as error:  # a damaged one may raise anything
+            raise ModelError(f"no configuration for {name!r}: {first_line(error)}") from error
 
     # An encoder-decoder is also registered as causal, without its encoder.
     autos = [transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grass.errors import GrassError
+from grass.plan import is_preset
 
 
 class UsageError(GrassError):
@@ -46,7 +47,12 @@ def comma_list(text: str) -> list[str]:
 
 
 def model_name(name: str, presets: Sequence[str] = ()) -> str:
-    """Return the name of a preset, of a model's folder, or one that can be a name on the hub."""
+    """Return the name of a preset, of a model's folder, or one that can be a name on the hub.
+
+    Args:
+        name: the name.
+        presets: names of presets, for a command that needs no weights; a name without owner must then be one of them.
+    """
     possible = f"one of {', '.join(presets)}, " if presets else ""
     possible += "a model's folder or a hub name"
     path = Path(name)
@@ -54,10 +60,19 @@ def model_name(name: str, presets: Sequence[str] = ()) -> str:
         if not (path / "config.json").is_file():
             raise argparse.ArgumentTypeError(f"{name} has no config.json: pass {possible}")
         return name
+    if not presets and is_preset(name):
+        raise argparse.ArgumentTypeError(
+            f"{name} is a preset of `grass plan` and `grass layers`, and a preset has no weights: pass {possible}"
+        )
     is_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name.strip()
     if is_local or (presets and name not in presets and "/" not in name):
         raise argparse.ArgumentTypeError(f"there is no model {name!r}: pass {possible}")
     return name
+
+
+def model_or_preset(name: str) -> str:
+    """Return the name of a preset, of a model's folder, or any that can be a name on the hub."""
+    return name if is_preset(name) else model_name(name)
 
 
 def writable(name: str, option: str) -> Path:

@@ -4,19 +4,40 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grass.plan.prediction import PROBING, Row
+from grass.plan.prediction import ADAMW, PROBING, Row
 
 _INK, _PALE = "#333333", "#e6e6e6"
 _HEAD: dict[str, Any] = {"loc": "left", "fontsize": 10, "color": _INK}
-# from Okabe and Ito's palette for colour-blind readers; grey for methods other than GRASS
+# from Okabe and Ito's palette for colour-blind readers; grey for methods that do not sample layers by gradients
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-_OTHERS = {"full": ("#777777", "-"), "lora-r128": ("#777777", "--"), "lisa": ("#777777", ":")}
+_OTHERS = {
+    "full": ("#777777", "-"),
+    ADAMW: ("#777777", "-."),
+    "lora-r128": ("#777777", "--"),
+    "lisa": ("#777777", ":"),
+}
+_EIGHTHS = (
+    8,
+    2,
+    12,
+    4,
+    6,
+    10,
+    1,
+)  # of the planned length, in the order in which lengths are added to the chart
+_ROOM = 1.5  # the device memory is shown if it is at most this many times the highest peak
 
 
-def lengths(seq: int, most: int | None) -> list[int]:
-    """Return the sequence lengths of the chart: 1/4, 1/2, 1 and 3/2 of `seq`, at most `most`."""
-    candidates = {max(1, seq // 4), max(1, seq // 2), seq, seq + seq // 2}
-    return sorted(length for length in candidates if most is None or length <= most)
+def lengths(seq: int, most: int | None, points: int) -> list[int]:
+    """Return the sequence lengths of the chart: `seq`, 1/4, 3/2 and 1/2 of it, then others between.
+
+    Args:
+        seq: planned length.
+        most: maximum length of the model, None for no limit.
+        points: number of lengths; short sequences have fewer.
+    """
+    candidates = dict.fromkeys(max(1, seq * eighths // 8) for eighths in _EIGHTHS)
+    return sorted([length for length in candidates if most is None or length <= most][:points])
 
 
 def draw_chart(rows: Mapping[int, Sequence[Row]], gpu_gib: float, title: str, path: Path) -> None:
@@ -31,6 +52,11 @@ def draw_chart(rows: Mapping[int, Sequence[Row]], gpu_gib: float, title: str, pa
     Raises:
         ImportError: matplotlib is not installed.
     """
+    make_chart(rows, gpu_gib, title).savefig(path, format="png", dpi=130)
+
+
+def make_chart(rows: Mapping[int, Sequence[Row]], gpu_gib: float, title: str) -> Any:
+    """Return the figure of `draw_chart`, in MiB if all peaks are below 1 GiB; a limit far above them is only named."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -40,16 +66,23 @@ def draw_chart(rows: Mapping[int, Sequence[Row]], gpu_gib: float, title: str, pa
     figure.suptitle(title, color=_INK, fontsize=12)
     seqs = sorted(rows)
     methods = [row.method for row in rows[seqs[0]] if not row.method.endswith(PROBING)]
+    highest = max(row.peak_gib for seq in seqs for row in rows[seq] if row.method in methods)
+    scale, unit = (1, "GiB") if highest >= 1 else (1024, "MiB")
     colors = iter(_COLORS)
     for method in methods:
-        peaks = [next(row.peak_gib for row in rows[seq] if row.method == method) for seq in seqs]
+        peaks = [next(row.peak_gib for row in rows[seq] if row.method == method) * scale for seq in seqs]
         color, style = _OTHERS.get(method) or (next(colors), "-")
         axes.plot(seqs, peaks, style, color=color, marker="o", ms=3, lw=1.6, label=method)
-    axes.axhline(gpu_gib, color=_INK, lw=0.8, ls=(0, (4, 3)))
-    axes.annotate(
-        f"{gpu_gib:g} GiB", (seqs[0], gpu_gib), xytext=(0, 3), textcoords="offset points", fontsize=8
-    )
-    axes.set_title("peak device memory, GiB", **_HEAD)
+    head = f"peak device memory, {unit}"
+    if gpu_gib <= _ROOM * highest:
+        limit = gpu_gib * scale
+        axes.axhline(limit, color=_INK, lw=0.8, ls=(0, (4, 3)))
+        axes.annotate(
+            f"{limit:g} {unit}", (seqs[0], limit), xytext=(0, 3), textcoords="offset points", fontsize=8
+        )
+    else:
+        head += f" (the device has {gpu_gib:g} GiB)"
+    axes.set_title(head, **_HEAD)
     axes.set_xlabel("sequence length, tokens", color=_INK)
     axes.set_ylim(bottom=0)
     axes.set_xticks(seqs)
@@ -57,4 +90,4 @@ def draw_chart(rows: Mapping[int, Sequence[Row]], gpu_gib: float, title: str, pa
     axes.tick_params(labelsize=8, colors=_INK)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
-    figure.savefig(path, format="png", dpi=130)
+    return figure

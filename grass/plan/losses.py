@@ -45,13 +45,26 @@ def loss_of(model: Any, ids: Tensor, kind: Loss) -> Tensor:
         return chunked_loss(causal, {"input_ids": ids, "labels": ids})
 
 
-def can_be_chunked(name: str) -> bool:
-    """Return False if the configuration of a model excludes the chunked loss.
+def loss_of_run(name: str) -> tuple[Loss, str]:
+    """Return the loss that `grass finetune --loss auto` uses on a GPU, and the reason if it may be unexpected.
+
+    It is chunked, unless the vocabulary is small, or the model or torch does not allow it.
+
+    Args:
+        name: a preset, a folder or a name on the hub.
 
     Raises:
         PlanError: there is no such model.
     """
-    return not _caps_logits(configuration(name))
+    from grass.finetune.loss import LEAST_VOCABULARY
+
+    config = configuration(name)
+    if _caps_logits(config):
+        return "full", "the model caps its logits, which cannot be chunked"
+    if not hasattr(nn, "LinearCrossEntropyOptions"):
+        return "full", f"torch {torch.__version__} has no chunked loss (2.13 or later has)"
+    vocabulary = getattr(config.get_text_config(), "vocab_size", 0)
+    return "full" if vocabulary < LEAST_VOCABULARY else "chunked", ""
 
 
 def _caps_logits(config: Any) -> bool:

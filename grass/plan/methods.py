@@ -19,7 +19,7 @@ from grass.choices import Offload
 from grass.config import GrassConfig
 from grass.layer_scheduler import Change
 from grass.offload import store
-from grass.optim import GrassAdamW
+from grass.optim import AdamW, GrassAdamW
 from grass.plan.models import FakeTensorMode, PlanError
 from grass.plan.tracker import DEVICE_STATES, HOST_STATES, MemoryTracker
 
@@ -69,6 +69,14 @@ def full(model: nn.Module, mode: FakeTensorMode, tracker: MemoryTracker, setting
     return _torch_adamw(model, mode, tracker)
 
 
+def grass_adamw(model: nn.Module, mode: FakeTensorMode, tracker: MemoryTracker, setting: Setting) -> Prepared:
+    """Prepare full fine-tuning with `grass.AdamW` and the states of the GRASS rows, as ``--method full``."""
+    optimizer = AdamW(
+        model.parameters(), state_dtype=setting.state_dtype, master_weights=setting.master_weights
+    )
+    return _prepared(model, mode, tracker, optimizer)
+
+
 def lora(model: nn.Module, mode: FakeTensorMode, tracker: MemoryTracker, setting: Setting) -> Prepared:
     """Prepare LoRA, for a model wrapped by `wrap_in_lora`, with torch's fused AdamW."""
     return _torch_adamw(model, mode, tracker)
@@ -100,6 +108,8 @@ def wrap_in_lora(model: nn.Module) -> nn.Module:
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft uses deprecated names of transformers
+            # peft names ranks of experts' weights whether it adapts them or not
+            warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)
             return peft.get_peft_model(copy.deepcopy(model), config).train()
     except (ValueError, TypeError, AttributeError) as error:
         raise PlanError(f"peft cannot wrap the model: {error}") from None
@@ -107,7 +117,13 @@ def wrap_in_lora(model: nn.Module) -> nn.Module:
 
 def _torch_adamw(model: nn.Module, mode: FakeTensorMode, tracker: MemoryTracker) -> Prepared:
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, fused=True)
+    return _prepared(model, mode, tracker, torch.optim.AdamW(params, fused=True))
+
+
+def _prepared(
+    model: nn.Module, mode: FakeTensorMode, tracker: MemoryTracker, optimizer: torch.optim.Optimizer
+) -> Prepared:
+    params = [p for p in model.parameters() if p.requires_grad]
     with mode, tracker, tracker.labelling(DEVICE_STATES):  # the first step allocates the states
         for p in params:
             p.grad = torch.empty_like(p)
@@ -127,6 +143,8 @@ def lisa(model: nn.Module, mode: FakeTensorMode, tracker: MemoryTracker, setting
         active_layers=setting.active_layers, sampler="uniform", moments="reset", draw_ahead=0, offload="none"
     )
     dtype = next(model.parameters()).dtype
+    if dtype == torch.float16:
+        dtype = torch.bfloat16  # of the same size; `GrassAdamW` has no float16 moments
     return _adapting(model, mode, tracker, setting._replace(state_dtype=dtype, master_weights=False), config)
 
 
@@ -168,7 +186,7 @@ class _GrassAdamW(GrassAdamW):
             drawn: all layers drawn so far, which have moments.
         """
         scheduler = self._scheduler
-        scheduler.schedule.step_count = scheduler.schedule.probe_steps
+        scheduler.schedule.step_count = scheduler.schedule.probe_steps + 1  # weights have been updated before
         left = tuple(layer for layer in scheduler.active if layer not in active)
         scheduler.active, scheduler.next_active = active, coming
         self._apply_change(Change(drawn, left))

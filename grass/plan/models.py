@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from grass.errors import ConfigError, GrassError, first_line
 from grass.hub import check_hub
-from grass.plan import PRESETS, preset_names
+from grass.plan import PRESETS, is_preset, preset_names
 
 
 class PlanError(GrassError):
@@ -71,7 +71,7 @@ def configuration(name: str) -> Any:
     except ImportError:
         raise PlanError("transformers is not installed: pip install grass-optim[transformers]") from None
 
-    if name in preset_names():
+    if is_preset(name):
         values = json.loads((PRESETS / f"{name}.json").read_text())
         return transformers.AutoConfig.for_model(values.pop("model_type"), **values)
     remedy = f"pass one of {', '.join(preset_names())}, the folder of a saved model, or a hub name OWNER/NAME"
@@ -85,6 +85,27 @@ def configuration(name: str) -> Any:
         return transformers.AutoConfig.from_pretrained(name)
     except Exception as error:  # the class of a configuration may raise anything
         raise PlanError(f"no configuration for {name!r} ({first_line(error)}): {remedy}") from error
+
+
+def saved_dtype(name: str) -> torch.dtype | None:
+    """Return the dtype in which a model was saved; None if it is a preset, or its configuration does not tell.
+
+    Raises:
+        PlanError: there is no such model.
+    """
+    config = configuration(name)
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+
+
+def positions(name: str) -> int | None:
+    """Return the maximum sequence length of a model, None if its configuration does not give it.
+
+    Raises:
+        PlanError: there is no such model.
+    """
+    most = getattr(configuration(name).get_text_config(), "max_position_embeddings", None)
+    return None if most is None else int(most)
 
 
 def _attention() -> str:

@@ -21,20 +21,22 @@ from grass.plan.models import (
     MisfitError,
     PlanError,
     build,
-    configuration,
     copy_as_fake,
+    positions,
 )
 from grass.plan.tracker import ACTIVATIONS, DEVICE_STATES, GRADIENTS, WEIGHTS, MemoryTracker
 from grass_kernels import operators
 
 GIBIBYTE, MEBIBYTE = 2**30, 2**20
 MOMENTS = ("exp_avg", "exp_avg_sq")
+PROBING, FUSED, ADAMW = "-probing", "-fused", "grass-adamw"
 
 METHODS: dict[str, Method] = {
     "grass-resident": methods.grass("resident"),
     "grass-streamed": methods.grass("streamed"),
     "grass-streamed-fused": methods.grass("streamed", fused=True),
     "grass": methods.grass(),
+    ADAMW: methods.grass_adamw,
     "lisa": methods.lisa,
     f"lora-r{methods.LORA_RANK}": methods.lora,
     "full": methods.full,
@@ -43,7 +45,6 @@ METHODS: dict[str, Method] = {
     "grass-streamed-probing": methods.grass("streamed", probing=True),
     "grass-streamed-fused-probing": methods.grass("streamed", fused=True, probing=True),
 }
-PROBING, FUSED = "-probing", "-fused"
 
 
 @dataclass(frozen=True)
@@ -161,22 +162,24 @@ def predict(case: Case, names: Sequence[str] = tuple(METHODS)) -> Iterator[Row]:
 
 def _check(case: Case, names: Sequence[str], model: nn.Module) -> None:
     """Check settings against the model before the first method runs."""
-    most = positions(case)
+    most = positions(case.model)
     if most is not None and case.seq > most:
-        raise MisfitError(f"{case.model} has {most} positions: --seq can be at most that, not {case.seq}")
-    if any(name.startswith(("lisa", "grass")) for name in names):
+        raise MisfitError(f"{case.model} has {most} positions: --context can be at most that, not {case.seq}")
+    if (
+        case.master_weights
+        and case.dtype == torch.float16
+        and any(name.startswith("grass") for name in names)
+    ):
+        raise MisfitError(
+            "master weights are for bfloat16, and the weights are float16: pass --dtype bfloat16, or --rounding nearest"
+        )
+    if any(name.startswith(("lisa", "grass")) and name != ADAMW for name in names):
         GrassConfig(active_layers=case.active_layers).check_layers(len(LayerMap.from_model(model)))
     if any("streamed" in name for name in names):
         dtypes = dict.fromkeys(MOMENTS, case.state_dtype)
         if case.master_weights and case.dtype == torch.bfloat16:
             dtypes["remainder"] = torch.int16
         elements_in(int(case.buffer_mb * MEBIBYTE), dtypes)
-
-
-def positions(case: Case) -> int | None:
-    """Return the maximum sequence length of the model, None if its configuration does not give it."""
-    most = getattr(configuration(case.model).get_text_config(), "max_position_embeddings", None)
-    return None if most is None else int(most)
 
 
 def _predict(case: Case, name: str, meta: nn.Module, frozen: tuple[int, ...] = ()) -> Row:

@@ -50,7 +50,8 @@ class MemoryTracker(TorchDispatchMode):
         workspaces: workspaces by operator name without overload, such as ``"grass_kernels::masked_adamw_"``.
 
     Attributes:
-        flops: floating-point operations of matrix products and attention so far; a multiply-add counts as two.
+        flops: floating-point operations of matrix products, those of experts included, and attention so far; a
+            multiply-add counts as two.
     """
 
     def __init__(self, workspaces: dict[str, Workspace] | None = None) -> None:
@@ -79,7 +80,7 @@ class MemoryTracker(TorchDispatchMode):
             # allocated in addition to the results, and freed when the operator returns
             block = Block(ACTIVATIONS, _rounded(self._workspaces[name](*args, **kwargs)))
             self._events += [(block, 1), (block, -1)]
-        count = flop_registry.get(func._overloadpacket) or _ATTENTION.get(name)
+        count = flop_registry.get(func._overloadpacket) or _FLOPS.get(name)
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=result)
         return result
@@ -169,8 +170,20 @@ def _of_all_heads(t: Tensor, query: Tensor) -> torch.Size:
     return torch.Size((t.shape[0], query.shape[1], *t.shape[2:]))
 
 
-# torch registers the attention operators of CUDA; those of the CPU have other names
-_ATTENTION: dict[str, Callable[..., int]] = {
+def _grouped_mm(a: Tensor, b: Tensor, *args: Any, out_val: Tensor, **kwargs: Any) -> int:
+    """Return the operations of the products of a mixture of experts, in which a row belongs to one expert.
+
+    Of the operands, those with three dimensions have one matrix for each expert. Two of two dimensions give the
+    gradients of the weights, out_val [experts, inputs, outputs]: each row is in the sum of one expert only.
+    """
+    products = out_val.numel() * a.shape[-1]
+    return 2 * (products // len(out_val) if a.dim() == b.dim() == 2 else products)
+
+
+# torch registers the attention operators of CUDA; those of the CPU have other names. It does not register those of
+# experts.
+_FLOPS: dict[str, Callable[..., int]] = {
+    "aten::_grouped_mm": _grouped_mm,
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
 }

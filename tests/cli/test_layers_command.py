@@ -1,5 +1,5 @@
-"""Failures these tests catch: sizes that do not add up, the encoder of an encoder-decoder left out, weights loaded
-or needed, a traceback where a line is due, a wrong exit code.
+"""Failures these tests catch: sizes that do not add up, a preset that is not known here, the encoder of an
+encoder-decoder left out, weights loaded or needed, a traceback where a line is due, a wrong exit code.
 """
 
 import json
@@ -71,6 +71,21 @@ def test_json(folder, capsys):
     ]
     assert described["layers_num_params"] + described["outside_num_params"] == described["num_params"]
     assert sum(row["share"] for row in described["layers"] + described["outside"]) == pytest.approx(1)
+
+
+def test_a_preset_needs_no_network_and_a_folder_of_its_name_comes_first(
+    folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda name: pytest.fail("asked the hub"))
+    assert grass("layers", "llama2-7b", "--json") == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described["num_params"] == 6_738_415_616
+    assert len(described["layers"]) == 32
+    monkeypatch.undo()
+    Path(folder(transformers.LlamaConfig(**TINY))).rename(tmp_path / "llama2-7b")
+    monkeypatch.chdir(tmp_path)
+    assert grass("layers", "llama2-7b", "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["layers"]) == 3
 
 
 def test_encoder_decoder_shows_both_stacks(folder, capsys):

@@ -58,6 +58,7 @@ WRONG_USAGE = [
     (grass, "finetune --always-active ,", "nothing is named"),
     (grass, "finetune --model ./none --data data.jsonl", "there is no model './none'"),
     (grass, "finetune --model folder --data data.jsonl", "folder has no config.json"),
+    (grass, "finetune --model llama2-7b --data data.jsonl", "no weights: pass a model's folder or a hub name"),
     (grass, "finetune --model m --data none.jsonl", "none.jsonl: no such file"),
     (grass, "finetune --model m --data openai", "openai: no such file"),
     (grass, "finetune --config none.yaml", "--config none.yaml: cannot be read"),
@@ -197,7 +198,7 @@ def test_an_option_means_one_thing():
                     meanings.setdefault(option, {}).setdefault(kind, []).append(command)
     clashes = {option: found for option, found in meanings.items() if len(found) > 1}
     # choices stand for the metavar where a dataclass has none to give
-    assert set(clashes) <= {"--loss", "--dtype", "--help", "-h"}, clashes
+    assert set(clashes) <= {"--loss", "--dtype", "--rounding", "--state-dtype", "--help", "-h"}, clashes
     assert not {"--layers", "--active"} & set(meanings)
     for option, words in {
         "--active-layers": ("layers",),

@@ -92,6 +92,15 @@ def test_grass_without_offload_has_fp32_moments_of_all_layers(rows):
     assert rows["grass"].states_host_gib == 0
 
 
+def test_grass_adamw_has_the_gradients_of_full_and_the_states_of_grass(rows):
+    row = rows["grass-adamw"]
+    assert row.gradients_gib == rows["full"].gradients_gib
+    assert row.step_floor_ms == rows["full"].step_floor_ms
+    own = size(row.states_device_gib - rows["grass"].states_device_gib)
+    assert 0 <= own < 512 * len([*LAYER_SHAPES * LAYERS, *OUTSIDE_SHAPES])  # norms of the step, no moments
+    assert row.states_host_gib == row.h2d_gib_per_step == 0
+
+
 def test_master_weights_are_two_bytes_more_of_each_state(case, rows):
     shapes = [*LAYER_SHAPES * LAYERS, *OUTSIDE_SHAPES]
     with_masters = {row.method: row for row in predict(dataclasses.replace(case, master_weights=True))}
@@ -212,6 +221,37 @@ def test_the_floor_is_the_arithmetic(case):
     few = one(case, "grass").step_floor_ms
     frozen = (LAYERS - 2) * sum(numel(s) for s in LAYER_SHAPES if len(s) == 2)
     assert again.step_floor_ms - few == pytest.approx(floor(2 * tokens * frozen))
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_the_floor_of_experts_is_of_those_that_tokens_are_routed_to(case, family, tmp_path):
+    """Arithmetic grows with the experts of a token, and copies with all experts of the layers that train."""
+    import transformers
+
+    chosen, floors, moved = 2, {}, {}
+    for experts in (4, 8):
+        config = getattr(transformers, f"{family}Config")(
+            **SIZES, num_local_experts=experts, num_experts=experts, num_experts_per_tok=chosen,
+            moe_intermediate_size=INNER, head_dim=WIDTH // 4,
+        )  # fmt: skip
+        config.save_pretrained(tmp_path / str(experts))
+        at = dataclasses.replace(case, model=str(tmp_path / str(experts)), loss="full", buffer_mb=4.0)
+        full, few = (one(at, name).step_floor_ms for name in ("full", "grass"))
+        layer = 4 * WIDTH * WIDTH + experts * WIDTH + chosen * 3 * WIDTH * INNER
+        # the gradients of the weights that do not train
+        assert full - few == pytest.approx(floor(2 * BATCH * SEQ * (LAYERS - 2) * layer))
+        assert one(at, "lora-r128").step_floor_ms > full  # and no warning of peft
+        everything = dataclasses.replace(at, active_layers=LAYERS)
+        assert one(everything, "grass").step_floor_ms == pytest.approx(full)
+        assert one(everything, "lisa").step_floor_ms == pytest.approx(full)
+        floors[experts] = full
+        moved[experts] = one(at, "grass-streamed").h2d_gib_per_step
+    router = 4 * WIDTH * 2 * BATCH * SEQ * LAYERS
+    assert floors[8] - floors[4] == pytest.approx(
+        floor(4 * router), rel=0.3
+    )  # checkpoints leave some of it out
+    more = in_store([(WIDTH, INNER)] * 3, 4) * 2 * 4
+    assert (moved[8] - moved[4]) * GIBIBYTE == pytest.approx(more, rel=0.01)  # and the routers'
 
 
 def test_the_floor_is_the_bus_where_that_is_slower(case):

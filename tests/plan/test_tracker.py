@@ -1,5 +1,6 @@
 """Failures these tests catch: memory counted twice through views or not at all, memory that stays after it is freed,
-a peak made of what was not alive together, host memory counted as the device's, products and attention not counted.
+a peak made of what was not alive together, host memory counted as the device's, products and attention not counted,
+experts counted for tokens that are not routed to them, or not at all.
 """
 
 import pytest
@@ -153,3 +154,16 @@ def test_fake_and_real_tensors_take_the_same(fake):
         peaks.append(tracker.peak())
     assert peaks[0] == peaks[1]
     assert peaks[0][ACTIVATIONS] > 4 * 4 * (32 * 64 * 2)  # weights, gradients and two moments at least
+
+
+@pytest.mark.parametrize("experts", [2, 8])
+def test_a_row_is_multiplied_by_one_expert(tracker, fake, experts):
+    """Three products a weight, forward and backward, of the routed rows, for any number of experts."""
+    rows, width, inner = 64, 32, 48
+    with fake, tracker:
+        hidden = torch.empty(rows, width, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.empty(experts, width, inner, dtype=torch.bfloat16, requires_grad=True)
+        ends = torch.empty(experts, dtype=torch.int32)
+        out = torch.nn.functional.grouped_mm(hidden, weight, offs=ends)
+        out.backward(torch.empty_like(out))
+    assert tracker.flops == 3 * 2 * rows * width * inner
