@@ -110,6 +110,7 @@ def read_records(
     bad: list[BadRecord] = []
     unused: Counter[str] = Counter()
     digest = hashlib.sha256()
+    missing = set(columns or ())
     for source in [sources] if isinstance(sources, (str, Path)) else sources:
         count = len(records) + len(bad)
         for row in _rows(str(source)):
@@ -117,6 +118,8 @@ def read_records(
             try:
                 if isinstance(row.value, DataError):
                     raise row.value
+                if missing and isinstance(row.value, dict):
+                    missing -= row.value.keys()
                 record, keys = parse_record(rename_keys(row.value, columns or {}), evaluation=evaluation)
             except DataError as error:
                 bad.append(BadRecord(str(source), row.line, row.record, str(error)))
@@ -125,6 +128,10 @@ def read_records(
                 unused.update(keys)
         if len(records) + len(bad) == count:
             raise DataError(f"{source}: no records; expected objects with {FORMATS}")
+    if missing:
+        raise DataError(
+            f"no record has the column {json.dumps(min(missing))} that is to be renamed (--columns)"
+        )
     if len(bad) > max_skipped * (len(records) + len(bad)) + 1e-9:  # 0.29 * 100 is less than 29
         raise DataError(_too_many(bad, len(records) + len(bad), evaluation=evaluation))
     return Records(records, bad, dict(unused), digest.hexdigest())
@@ -206,6 +213,8 @@ def _read_text(path: Path) -> str:
 
 def _csv(path: Path, text: str, delimiter: str) -> Iterator[_Row]:
     """Yield the rows of a table whose first line names the columns. All values are strings."""
+    if delimiter not in text.split("\n", 1)[0]:
+        delimiter = ";"  # where the comma is a decimal point
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     line = 1
     try:

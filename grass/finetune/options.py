@@ -152,7 +152,7 @@ class FinetuneOptions:
         names: dict[str, str] = {}
         for entry in as_tuple(self.columns):
             new, sign, old = entry.partition("=")
-            if not (new and sign and old) or old in names or new in names.values():
+            if not (new and sign and old) or new == old or old in names or new in names.values():
                 raise ConfigError(f"columns must be entries new=old with different names, not {entry!r}")
             names[old] = new
         return names

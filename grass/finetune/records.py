@@ -142,14 +142,12 @@ def rename_keys(item: Any, names: Mapping[str, str]) -> Any:
         names: new name of a key.
 
     Raises:
-        DataError: a key to rename is missing, or its new name is that of another key.
+        DataError: a new name is that of another key.
     """
-    if not isinstance(item, dict) or not names:
+    if not isinstance(item, dict) or item.keys().isdisjoint(names):
         return item
     for old, new in names.items():
-        if old not in item:
-            raise DataError(f"no key {json.dumps(old)} to be renamed to {json.dumps(new)} (--columns)")
-        if new in item and new not in names:
+        if old in item and new in item and new not in names:
             raise DataError(
                 f"{json.dumps(old)} cannot be renamed: there is another {json.dumps(new)} (--columns)"
             )

@@ -97,9 +97,12 @@ def test_columns_are_renamed(tmp_path):
     assert options.renamed_columns() == names
     with pytest.raises(DataError, match=r'd\.jsonl:1: "a" cannot be renamed: there is another "output"'):
         read_records(path, columns={"q": "instruction", "a": "output"})
-    with pytest.raises(DataError, match=r'no key "z" to be renamed to "output" \(--columns\)'):
-        read_records(path, columns={"z": "output"})
-    for wrong in ("instruction", "a=", ("a=b", "a=c"), ("a=b", "c=b")):
+    with pytest.raises(DataError, match=r'no record has the column "z" that is to be renamed \(--columns\)'):
+        read_records(path, columns={**names, "z": "system"})
+    other = tmp_path / "e.jsonl"
+    other.write_text(json.dumps({"messages": TURNS}))
+    assert read_records([str(path), str(other)], columns=names).records == [PAIR, PAIR]
+    for wrong in ("instruction", "a=", "a=a", ("a=b", "a=c"), ("a=b", "c=b")):
         with pytest.raises(ConfigError, match="entries new=old"):
             FinetuneOptions(model="m", data="d", columns=wrong)
 
@@ -129,6 +132,7 @@ WRITERS = {
     "windows.jsonl": lambda path: path.write_bytes("\r\n".join(map(json.dumps, ROWS)).encode("utf-8-sig")),
     "lines.json.gz": lambda path: path.write_bytes(gzip.compress("\n".join(map(json.dumps, ROWS)).encode())),
     "table.csv": write_csv,
+    "semicolons.csv": lambda path: write_csv(path, ";"),
     "table.tsv": lambda path: write_csv(path, "\t"),
     "table.parquet": write_parquet,
 }
