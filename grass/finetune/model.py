@@ -1,6 +1,6 @@
 """Loading and checking of the model of a run: a causal language model and its tokenizer."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,12 @@ _MOST_BYTES_OF_POINTER = 1024
 
 
 def load_model(
-    name: str, dtype: Dtype = "auto", revision: str = "", *, trust_remote_code: bool = False
+    name: str,
+    dtype: Dtype = "auto",
+    revision: str = "",
+    *,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer.
 
@@ -39,6 +44,7 @@ def load_model(
         dtype: dtype of the weights; ``"auto"`` for the one in which they were saved.
         revision: branch, tag or commit on the hub; the main branch by default.
         trust_remote_code: run code that comes with the model.
+        say: called with a note if the files have weights that the model does not use.
 
     Raises:
         ConfigError: there is no folder of that name, or no model in it.
@@ -59,6 +65,8 @@ def load_model(
         )
         model, info = loaded
     _check_complete(name, model, info)
+    if unused := sorted(info["unexpected_keys"]):
+        say(f"model {name!r}: it has no place for {_counted(unused, 'of its files')}")
     return model, tokenizer
 
 

@@ -79,7 +79,11 @@ def prepare(options: FinetuneOptions, config: GrassConfig, screen: Screen) -> Pr
     if not Path(options.model).exists():
         screen.say(f"loading {options.model} from the hub")
     model, tokenizer = load_model(
-        options.model, options.dtype, options.revision, trust_remote_code=options.trust_remote_code
+        options.model,
+        options.dtype,
+        options.revision,
+        trust_remote_code=options.trust_remote_code,
+        say=screen.say,
     )
     layers = check_method(model, options, config)
     _warn_of_bfloat16(model, options, screen)

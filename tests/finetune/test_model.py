@@ -73,7 +73,7 @@ def remove(folder, *names):
 def test_complete_models_load(save, tokenizer, tied):
     folder = save(llama(tokenizer, tie_word_embeddings=tied))
     assert ("lm_head.weight" in load_file(folder / "model.safetensors")) != tied
-    model, _ = load_model(str(folder))
+    model, _ = load_model(str(folder), say=pytest.fail)
     saved = load_file(folder / "model.safetensors")
     assert all(torch.equal(model.state_dict()[name], weight) for name, weight in saved.items())
 
@@ -90,7 +90,16 @@ def test_complete_models_load(save, tokenizer, tied):
     ids=lambda model: type(model).__name__,
 )
 def test_causal_models_of_other_families_load(save, model):
-    load_model(str(save(model)))
+    load_model(str(save(model)), say=pytest.fail)
+
+
+def test_weights_that_are_not_used_are_told(save, tokenizer):
+    folder, told = save(llama(tokenizer)), []
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), "classifier.weight": torch.ones(2)}, file, metadata={"format": "pt"})
+    load_model(str(folder), say=told.append)
+    (line,) = told
+    assert line.endswith("it has no place for 1 parameter of its files: classifier.weight")
 
 
 def test_buffers_may_be_missing(save, tokenizer, monkeypatch):
