@@ -149,6 +149,10 @@ class GrassAdamW(AdamW):
         flags = trainable_flags(members)
         refuse_without_memory([p for p, on in zip(members, flags, strict=True) if on])
         self._start(layer_of, dict(zip(members, flags, strict=True)))
+        frozen = [layer for layer, count in enumerate(self._scheduler.num_params) if not count]
+        if frozen:  # a copy does not tell again
+            what = "%d of %d layers have no trainable parameter and are not drawn: %s"
+            _logger.warning(what, len(frozen), len(self._layers), frozen)
         self._lease.handles.extend(keep_graph_through_frozen_embeddings(model))
         if self._config.fused_backward:  # the last backward may have failed, or have ended in checkpoints
             self._lease.handles.append(model.register_forward_pre_hook(_JoinUpdates(self)))
@@ -171,10 +175,6 @@ class GrassAdamW(AdamW):
         """Create the parts; the lease last, since it is the first to change the model."""
         self._entries = make_entries(self.param_groups, layer_of, trainable, len(self._layers))
         by_layer = params_by_layer(self._entries, len(self._layers))
-        frozen = [layer for layer, params in enumerate(by_layer) if not params]
-        if frozen:
-            what = "%d of %d layers have no trainable parameter and are not drawn: %s"
-            _logger.info(what, len(frozen), len(by_layer), frozen)
         if not any(by_layer):  # all layers are frozen; the user may unfreeze some later
             self._config.check_layers(
                 len({entry.layer for entry in self._entries if entry.layer < len(self._layers)})
