@@ -34,7 +34,7 @@ class OffloadError(GrassError, RuntimeError):
 
 
 class BackwardError(GrassError, RuntimeError):
-    """Backward pass that is not allowed while layers are updated inside backward."""
+    """Backward pass whose gradients cannot be measured or applied inside it."""
 
 
 class DataError(GrassError, ValueError):

@@ -321,6 +321,8 @@ class GrassAdamW(AdamW):
 
     def _take_probe_step(self, probe: Probe) -> None:
         probe.discard_if_cleared()
+        if not probe.fired and not self._has_zeros_of_dcp():
+            probe.measure_assigned()
         if not probe.fired:
             return
         self._current_entries()
@@ -456,7 +458,8 @@ class GrassAdamW(AdamW):
             return
         training = [entry for entry in self._entries if entry.param.requires_grad]
         if scheduler.probing:
-            self._probe = Probe(training, outside + 1)
+            model = None if self._model_ref is None else self._model_ref()
+            self._probe = Probe(training, outside + 1, model)
             self._lease.handles.extend(self._probe.handles)
         else:
             _logger.debug("step %d: training layers %s", self.step_count, list(scheduler.active))
@@ -811,11 +814,15 @@ class GrassAdamW(AdamW):
         It sets zero gradients and a learning rate of 0, steps once, and then loads the state of all parameters that
         require grad.
         """
-        if self.step_count or any(float(group["lr"]) != 0 for group in self.param_groups):
+        if self.step_count or (self._probe is not None and self._probe.fired):
+            return False
+        return self._has_zeros_of_dcp()
+
+    def _has_zeros_of_dcp(self) -> bool:
+        """Return if all gradients and learning rates are zero; a device sync if the learning rates are."""
+        if any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
         grads = [p.grad for _, p in self._members() if p.grad is not None]
-        if self._probe is not None:
-            return bool(grads) and not self._probe.fired
         return bool(grads) and not any(bool(grad.any()) for grad in grads)
 
     def _init_state_for_dcp(self) -> None:

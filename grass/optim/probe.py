@@ -5,19 +5,26 @@ is built once, and sets ``grad = None``, so that the gradients of several layers
 for a 7B model in bfloat16, 0.4 GiB per layer). A bucket that lacks gradients (experts that saw no token) is measured
 when the next one begins, or at the end of the backward.
 
+A block that the model calls several times, as in ALBERT, has one gradient, which is complete when its hook is called;
+but inside a reentrant checkpoint each call has a backward of its own. The parts are not measured one by one: this is an
+error, where the number of forward passes is known.
+
 One small gradient per device is kept for GradScaler, which raises an error if it finds no gradient. All of its elements
 are zero but the first, the mark: the factor by which `unscale_` has changed it is applied to the measured norms, and an
 overflow in any gradient is added to it, so that the scaler detects it.
 """
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import grass_kernels
+from grass.errors import BackwardError
 from grass.optim.param_entry import ParamEntry
 from grass_kernels import NormPlan
 
@@ -31,14 +38,18 @@ class Probe:
     Args:
         entries: records of the parameters to hook; each parameter must require grad.
         num_layers: L + 1.
+        model: the model, whose forward passes are counted; None if it is not known.
 
     Attributes:
         handles: handles of the hooks.
         accumulated: some gradient has been measured more than once since the last `finish_step` or `discard`.
     """
 
-    def __init__(self, entries: Sequence[ParamEntry], num_layers: int) -> None:
+    def __init__(
+        self, entries: Sequence[ParamEntry], num_layers: int, model: nn.Module | None = None
+    ) -> None:
         self.accumulated = False
+        self.num_forwards = 0  # since the last step
         self.handles: list[RemovableHandle] = []
         self._members: dict[int, list[Tensor]] = {}  # parameters of each bucket
         self._layers: dict[int, int] = {}  # layer of each bucket
@@ -48,6 +59,7 @@ class Probe:
         self._open: dict[torch.device, tuple[int, set[Tensor]]] = {}
         self._sums: Tensor | None = None  # float32 [L + 1], on the first gradient's device
         self._fired: dict[Tensor, int] = {}  # number of measured gradients since the last step
+        self._checkpoints: dict[Tensor, set[int]] = {}  # reentrant ones that the measured gradients came from
         self._observed = [False] * num_layers
         self._kept: dict[torch.device, Tensor] = {}  # the parameter whose gradient is kept
         self._overflow: dict[torch.device, Tensor] = {}
@@ -55,6 +67,8 @@ class Probe:
             self._members.setdefault(entry.bucket, []).append(entry.param)
             self._layers[entry.bucket] = entry.layer
             self.handles.append(entry.param.register_post_accumulate_grad_hook(self._hook(entry.bucket)))
+        if model is not None:
+            self.handles.append(model.register_forward_pre_hook(_CountForwards(self)))
 
     def _hook(self, bucket: int) -> Callable[[Tensor], None]:
         # Weak: parameters hold their hooks, and must not keep the optimizer alive.
@@ -107,21 +121,15 @@ class Probe:
 
     def _measure(self, bucket: int, params: Sequence[Tensor]) -> None:
         """Measure and free the gradients of parameters of a bucket, all on one device."""
+        if self._layers[bucket] < len(self._observed) - 1:
+            self._refuse_parts(params)
         grads = [param.grad for param in params if param.grad is not None]
         device = grads[0].device
         kept = self._kept.get(device)
         again = any(param is kept for param in params)
         if kept is not None and again:
             _first(kept).sub_(_MARK)  # this backward has added to it
-        norm = self._sq_norm(bucket, grads)
-        if self._sums is None:
-            self._sums = torch.zeros(len(self._observed), dtype=torch.float32, device=device)
-        layer = self._layers[bucket]
-        self._sums[layer] += norm.to(self._sums.device, non_blocking=True)
-        self._observed[layer] = True
-        for param in params:
-            self._fired[param] = self._fired.get(param, 0) + 1
-            self.accumulated |= self._fired[param] > 1
+        norm = self._observe(bucket, params, grads)
         # 0 * inf and 0 * nan are nan: adds nothing unless a gradient overflowed.
         overflow = norm * 0
         if device in self._overflow:
@@ -139,6 +147,51 @@ class Probe:
             if param is not kept:
                 param.grad = None
         _first(kept).add_(overflow)
+
+    def _observe(self, bucket: int, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+        """Add gradients of a bucket, all on one device, to the sums; return their squared norm."""
+        norm = self._sq_norm(bucket, grads)
+        if self._sums is None:
+            self._sums = torch.zeros(len(self._observed), dtype=torch.float32, device=norm.device)
+        layer = self._layers[bucket]
+        self._sums[layer] += norm.to(self._sums.device, non_blocking=True)
+        self._observed[layer] = True
+        for param in params:
+            self._fired[param] = self._fired.get(param, 0) + 1
+            self.accumulated |= self._fired[param] > 1
+        return norm
+
+    @torch.no_grad()
+    def measure_assigned(self) -> None:
+        """Measure gradients that were assigned, as from `torch.autograd.grad`, which calls no hook, and drop them.
+
+        They belong to the user, who may still need them: none is kept, and none is changed.
+        """
+        for bucket, members in self._members.items():
+            found: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+            for param in members:
+                grad = param.grad
+                if grad is not None and grad.numel():
+                    found.setdefault(grad.device, []).append((param, grad))
+            for pairs in found.values():
+                self._observe(bucket, [param for param, _ in pairs], [grad for _, grad in pairs])
+                for param, _ in pairs:
+                    param.grad = None
+
+    def _refuse_parts(self, params: Sequence[Tensor]) -> None:
+        """Raise if gradients came from more reentrant checkpoints than there were forward passes."""
+        checkpoint = _reentrant_checkpoint()
+        if checkpoint is None:
+            return
+        for param in params:
+            calls = self._checkpoints.setdefault(param, set())
+            calls.add(checkpoint)
+            if 0 < self.num_forwards < len(calls):
+                raise BackwardError(
+                    f"a second gradient arrived for a parameter of shape {tuple(param.shape)} inside one backward: the "
+                    "model uses a block more than once, and each of its reentrant checkpoints has a gradient of its "
+                    "own, while the probe measures whole ones; checkpoint activations with use_reentrant=False"
+                )
 
     def _sq_norm(self, bucket: int, grads: Sequence[Tensor]) -> Tensor:
         """Return the sum of squares of gradients: float32, shape (), by the kernels as far as they support them."""
@@ -186,6 +239,8 @@ class Probe:
         for param in self._kept.values():
             param.grad = None
         self.accumulated = False
+        self.num_forwards = 0
+        self._checkpoints.clear()
         self._open.clear()
         self._sums = None
         self._observed = [False] * len(self._observed)
@@ -199,6 +254,35 @@ class Probe:
             handle.remove()
         self.handles.clear()
         self.discard()
+
+
+class _CountForwards:
+    """Hook that counts the forward passes of a probe's model; a copy of it does nothing."""
+
+    def __init__(self, probe: Probe | None = None) -> None:
+        self._probe_ref = None if probe is None else weakref.ref(probe)
+
+    def __call__(self, *args: Any) -> None:
+        if (
+            torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        ):  # a counter would recompile the model
+            return
+        probe = None if self._probe_ref is None else self._probe_ref()
+        if probe is not None:
+            probe.num_forwards += 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _CountForwards, ()
+
+
+def _reentrant_checkpoint() -> int | None:
+    """Return the id of the reentrant checkpoint in whose backward this runs; None outside of them."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint" and "ctx" in frame.f_locals:
+            return id(frame.f_locals["ctx"])
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
 
 
 def _first(param: Tensor) -> Tensor:
