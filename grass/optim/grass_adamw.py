@@ -255,8 +255,8 @@ class GrassAdamW(AdamW):
 
     @property
     def draw_counts(self) -> list[int]:
-        """Number of draws that selected each layer."""
-        return list(self._scheduler.draw_counts)
+        """For each layer, number of draws after which it has trained; a set that is drawn ahead does not count yet."""
+        return self._scheduler.trained_draws
 
     @property
     def nonfinite_norms(self) -> int:
