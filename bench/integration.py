@@ -3,8 +3,10 @@
 What the method costs where it saves nothing: every layer is active, and there is no probe. Both sides are a whole step
 of Hugging Face Trainer on the CPU, from data to optimizer, of the same model on the same data with Trainer's settings,
 clipping included; the side of GRASS has its callback. They take turns of a few steps in one process, in alternating
-order. The target is at most 1.03 times the median time of a step. GRASS needs a constant time for each parameter, and
-reads all gradients once more for the norms: a part that is the smaller, the more tokens a step has.
+order. Steps run in one thread, and are timed by the processor time of the process, which leaves out what other
+processes take of a shared machine. The target is at most 1.03 times the median time of a step. GRASS needs a constant
+time for each parameter, and reads all gradients once more for the norms: a part that is the smaller, the more tokens a
+step has.
 """
 
 import argparse
@@ -112,7 +114,7 @@ class Side:
         self.trainer.add_callback(self._clock)
 
     def turn(self) -> list[float]:
-        """Train for a turn, and return the seconds of its timed steps."""
+        """Train for a turn, and return the processor seconds of its timed steps."""
         self._clock.ends.clear()
         self.trainer.train()
         ends = self._clock.ends[_UNTIMED - 1 :]
@@ -120,7 +122,7 @@ class Side:
 
 
 def _make_clock() -> Any:
-    """Return a callback with the times at which steps have ended."""
+    """Return a callback with the processor times at which steps have ended."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -128,7 +130,7 @@ def _make_clock() -> Any:
             self.ends: list[float] = []
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.ends.append(time.perf_counter())
+            self.ends.append(time.process_time())
 
     return Clock()
 
