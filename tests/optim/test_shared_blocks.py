@@ -14,6 +14,8 @@ import grass
 from grass.errors import BackwardError
 from tests.support import tiny
 
+pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
+
 MODES = {"plain": None, "checkpointed": False, "reentrant": True}
 
 
