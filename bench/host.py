@@ -170,7 +170,7 @@ def run(arguments: argparse.Namespace) -> int:
     environment = describe_environment(torch.device("cpu"))
     parts = len(arguments.tensors) * len(SITUATIONS) + 2 * len(cpu_step.CASES)
     seconds = arguments.seconds / parts
-    with output_of(arguments) as output, _quiet_process():
+    with output_of(arguments) as output, quiet_process():
         output.say(f"{'tensors':>7}  {'situation':<15} {'variant':<17} {'us':>9}  x torch fused's")
         for tensors in arguments.tensors:
             for row in measure(tensors, seconds * len(SITUATIONS), environment):
@@ -191,7 +191,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _quiet_process() -> Iterator[None]:
+def quiet_process() -> Iterator[None]:
     """One thread, and no garbage collection in the middle of a step."""
     threads, collects = torch.get_num_threads(), gc.isenabled()
     torch.set_num_threads(1)

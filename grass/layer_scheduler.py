@@ -112,6 +112,17 @@ class LayerScheduler:
         return self._apply(Events(refresh=False, draw=True, switch=True), ends_probe=False)
 
     @property
+    def trained_draws(self) -> list[int]:
+        """For each layer, number of times that it was drawn and then trained, for one step or more.
+
+        Without a set that is drawn ahead, or that the next step is the first to train.
+        """
+        counts = list(self.draw_counts)
+        for layer in (self.next_active or ()) + (self.active if self.schedule.begins_period else ()):
+            counts[layer] -= 1
+        return counts
+
+    @property
     def probing(self) -> bool:
         """True if the next step belongs to the probe."""
         return self.schedule.phase == "probe"

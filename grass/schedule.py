@@ -50,6 +50,11 @@ class Schedule:
         """Number of steps taken after the probe."""
         return max(0, self.step_count - self.probe_steps)
 
+    @property
+    def begins_period(self) -> bool:
+        """True if the next step is the first of a period."""
+        return self.phase == "adapt" and self.adapt_steps % self.sample_interval == 0
+
     def start(self) -> Events:
         """Return the actions due before the first step: the first draw, if there is no probe."""
         first_draw = self.step_count == 0 and self.probe_steps == 0

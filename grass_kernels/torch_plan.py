@@ -130,9 +130,13 @@ class TorchPlan:
         columns: tuple = lists.tensors()
         for part in self._parts[unit]:
             i = part.tensor
-            tensors: list = [None if column[i] is None else layout.flat(column[i]) for column in columns]
             start, stop = part.first_chunk * CHUNK, (part.first_chunk + part.num_chunks) * CHUNK
-            if start > 0 or stop < len(tensors[0]):
+            is_whole = start == 0 and stop >= lists.params[i].numel()
+            if is_whole and not views and self._takes_whole(i):  # views would take as long as the norms
+                tensors: list = [column[i] for column in columns]
+            else:
+                tensors = [None if column[i] is None else layout.flat(column[i]) for column in columns]
+            if not is_whole:
                 tensors = [None if t is None else t[start:stop] for t in tensors]
             if views:
                 held = slice(part.start, part.start + len(tensors[0]))
@@ -142,6 +146,13 @@ class TorchPlan:
                 _Range(Tensors(*tensors), lists.steps[i], lists.seeds[i], start, self._plain[i]),
                 self._groups[i],
             )
+
+    def _takes_whole(self, i: int) -> bool:
+        """Return if torch's fused AdamW takes the tensors of a parameter as they are."""
+        assert self._lists is not None
+        hyper = self._hyperparameters[self._groups[i]]
+        factor = self._factors[hyper.maximize, hyper.max_grad_norm]
+        return self._plain[i] and factor is None and self._lists.params[i].is_contiguous()
 
     def finish(self, sq_norms: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
         """See :meth:`AdamWPlan.finish`."""

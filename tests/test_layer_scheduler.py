@@ -137,6 +137,27 @@ def test_draw_counts_and_changes_agree_with_the_sets() -> None:
     assert sum(counts) == 2 * method.sampler.num_draws
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"sampler": "uniform"}, {"draw_ahead": 2}, {"draw_ahead": 0}], ids=str
+)
+def test_trained_draws_are_those_with_a_step(options: dict[str, object]) -> None:
+    """Neither sets that are drawn ahead, nor those that the next step will train first."""
+    method, resumed = scheduler(**options), scheduler(**options)
+    counts, before, fewer = [0] * 5, None, 0
+    for step in range(40):
+        trained = None if method.probing else (method.active, method.schedule.adapt_steps // 3)
+        if trained is not None and trained != before:
+            for layer in method.active:
+                counts[layer] += 1
+        before = trained
+        advance(method, step, step + 1)
+        assert method.trained_draws == counts, step
+        resumed.load_state_dict(method.state_dict())
+        assert resumed.trained_draws == counts
+        fewer += counts != method.draw_counts
+    assert fewer >= 10
+
+
 @pytest.mark.parametrize("name", SAMPLER_CLASSES)
 def test_resumed_anywhere_the_method_continues_exactly(name: str) -> None:
     whole = scheduler(sampler=name)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bench import cpu_step
+from bench import cpu_step, integration
 from bench.host import FUSED, MOST, SITUATIONS, TENSORS, VARIANTS
 from bench.kernels.cases import BASE, BF16, F32, Case, Mixture, size_name
 from bench.kernels.variants import our_bytes
@@ -87,6 +87,7 @@ def figures() -> list[Figure]:
         *_training(),
         *_host(),
         *_cpu_step(),
+        *_integration(),
         *_memory(),
     ]
 
@@ -232,6 +233,28 @@ def _cpu_step() -> Iterator[Figure]:
             keys = {"suite": "cpu step", "case": case.name, "clip": clip}
             name = f"{case.name}, {'both clipping' if clip else 'without clipping'}"
             yield Figure(part, name, f"<= {case.most:g}x", _by_fused(keys, cpu_step.GRASS, case.most))
+
+
+def _integration() -> Iterator[Figure]:
+    part = "A step in Trainer with every layer active and no probe, by torch fused's"
+    for size in integration.CASES:
+        keys = {"suite": "integration", "case": str(size)}
+        read = _by_fused(keys, cpu_step.GRASS, integration.MOST)
+        yield Figure(part, str(size), f"<= {integration.MOST:g}x", _with_spread(keys, read))
+
+
+def _with_spread(keys: Row, read: Callable[[Rows], Reading | None]) -> Callable[[Rows], Reading | None]:
+    """With the quantiles of the ratio over pairs of turns."""
+
+    def read_all(rows: Rows) -> Reading | None:
+        reading = read(rows)
+        row = rows.find(**keys, variant=cpu_step.GRASS)
+        if reading is None or row is None:
+            return None
+        spread = f"{row['ratio_p20']:.3f} to {row['ratio_p80']:.3f} in {row['turns']} turns"
+        return replace(reading, value=f"{reading.value}; {spread}")
+
+    return read_all
 
 
 def _by_fused(keys: Row, variant: str, most: float) -> Callable[[Rows], Reading | None]:

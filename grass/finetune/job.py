@@ -23,7 +23,7 @@ from grass.finetune.evaluation import Answer, answer_questions, heldout_loss
 from grass.finetune.loss import use_chunked_loss
 from grass.finetune.model import check_method, load_model
 from grass.finetune.options import FinetuneOptions, as_tuple
-from grass.finetune.picture import draw_picture
+from grass.finetune.picture import draw_losses, draw_picture
 from grass.finetune.preparation import NUM_SAMPLES, Prepared, prepare, to_device
 from grass.finetune.run_folder import (
     RunFolder,
@@ -219,8 +219,7 @@ def _train_and_evaluate(
     )
     append_row(folder.metrics, {"step": training["steps"], "when": "after", **after})
     rows = read_rows(folder.layers)
-    if rows:
-        _draw(rows, training["steps"], config, folder, screen)
+    _draw(rows, training["steps"], config, folder, screen)
     num_params = sum(p.numel() for p in run.model.parameters())
     results = make_results(
         options, config, run.layers, num_params, training, rows, before, after, str(folder.path)
@@ -300,8 +299,12 @@ def _saved_evaluation(folder: RunFolder, when: str) -> dict[str, Any] | None:
 def _draw(
     rows: list[dict[str, Any]], steps: int, config: GrassConfig, folder: RunFolder, screen: Screen
 ) -> None:
-    title = f"{folder.path.name}: {config.sampler} sampling, {config.active_layers} layers at a time"
+    """Draw the losses and, if there are rows of layers, the layers."""
+    name = folder.path.name
     try:
-        draw_picture(rows, steps, title, folder.picture)
+        draw_losses(read_rows(folder.metrics), folder.path / "loss.png", name)
+        if rows:
+            title = f"{name}: {config.sampler} sampling, {config.active_layers} layers at a time"
+            draw_picture(rows, steps, title, folder.picture)
     except ImportError:
-        screen.say("no plot of the layers: matplotlib is not installed (pip install 'grass-optim[plots]')")
+        screen.say("no pictures: matplotlib is not installed (pip install 'grass-optim[plots]')")

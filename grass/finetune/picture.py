@@ -1,4 +1,4 @@
-"""Plot of a run: importance and selection of the layers over time."""
+"""Plots of a run: importance and selection of the layers over time; losses."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 _INK = "#333333"
 _ACTIVE = "#0072b2"  # from Okabe and Ito's palette for colour-blind readers
 _PALE = "#e6e6e6"
+_MOST_LABELS = 40
+_MOST_VALUES = 12
 _HEAD: dict[str, Any] = {"loc": "left", "fontsize": 10, "color": _INK}
 
 
@@ -70,7 +72,8 @@ def draw_picture(rows: Sequence[dict[str, Any]], steps: int, title: str, path: P
     for axes in (upper, lower):
         axes.set(xlim=(0, steps), ylim=(-0.5, num_layers - 0.5), yticks=_labelled(num_layers))
         axes.set_ylabel("layer", color=_INK)
-        axes.tick_params(labelsize=8, colors=_INK)
+        axes.tick_params(axis="x", labelsize=8, colors=_INK)
+        axes.tick_params(axis="y", labelsize=_label_size(num_layers), colors=_INK)
         axes.spines[["top", "right"]].set_visible(False)
         for boundary in range(1, num_layers):
             axes.axhline(boundary - 0.5, color="white" if axes is upper else _PALE, lw=0.6)
@@ -78,6 +81,67 @@ def draw_picture(rows: Sequence[dict[str, Any]], steps: int, title: str, path: P
             axes.axvspan(0, probe_end, color=_PALE, lw=0, zorder=0)
             axes.axvline(probe_end, color=_INK, lw=0.8, ls=(0, (4, 3)))
     lower.set_xlabel("step", color=_INK)
+    _save(figure, path)
+
+
+def draw_losses(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Plot the losses of a run as a PNG: of training as a line, of held-out records as points with their values.
+
+    Args:
+        rows: rows of metrics.jsonl: ``step`` with ``loss`` or ``heldout_loss``. A loss of None, NaN or inf is left out.
+        path: path of the PNG.
+        title: title of the plot.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    figure.suptitle(title, color=_INK, fontsize=12)
+    axes.set_title("Loss per token", **_HEAD)
+    steps, losses = _finite(rows, "loss")
+    axes.plot(steps, losses, color=_INK, lw=0.8, label="training")
+    steps, losses = _finite(rows, "heldout_loss")
+    axes.plot(steps, losses, color=_ACTIVE, ls="", marker="o", ms=5, label="held-out records", clip_on=False)
+    for index in _with_values(losses):
+        axes.annotate(
+            f"{losses[index]:.3f}",
+            (steps[index], losses[index]),
+            xytext=(0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            color=_ACTIVE,
+        )
+    axes.margins(x=0.03, y=0.1)
+    axes.set_xlabel("step", color=_INK)
+    axes.set_ylabel("loss", color=_INK)
+    axes.tick_params(labelsize=8, colors=_INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=_PALE, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=8, labelcolor=_INK)
+    _save(figure, path)
+
+
+def _finite(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Return the steps at which a value is finite, and the values."""
+    found = [(row["step"], row[key]) for row in rows if row.get(key) is not None and np.isfinite(row[key])]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _with_values(losses: Sequence[float]) -> list[int]:
+    """Return the points that are shown with their value: all, or of many the first, the lowest and the last."""
+    if len(losses) <= _MOST_VALUES:
+        return list(range(len(losses)))
+    return sorted({0, int(np.argmin(losses)), len(losses) - 1})
+
+
+def _save(figure: "Figure", path: Path) -> None:
     # Without matplotlib's name and version in the metadata, the same run gives the same file.
     figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
 
@@ -125,7 +189,7 @@ def _draw_selection(axes: "Axes", data: LayersOverTime, num_layers: int, probe_e
     right = axes.secondary_yaxis("right")
     right.set_yticks(_labelled(num_layers), labels=[f"{share[i]:.0%}" for i in _labelled(num_layers)])
     right.set_ylabel("share of steps", fontsize=9, color=_INK)
-    right.tick_params(length=0, labelsize=8, colors=_INK)
+    right.tick_params(length=0, labelsize=_label_size(num_layers), colors=_INK)
     if probe_end:
         axes.annotate(
             f"probe, {probe_end} steps",
@@ -139,5 +203,10 @@ def _draw_selection(axes: "Axes", data: LayersOverTime, num_layers: int, probe_e
 
 
 def _labelled(num_layers: int) -> list[int]:
-    """Return the layers to label, at most sixteen."""
-    return list(range(0, num_layers, -(-num_layers // 16)))
+    """Return the layers to label: all, or at most forty."""
+    return list(range(0, num_layers, -(-num_layers // _MOST_LABELS)))
+
+
+def _label_size(num_layers: int) -> float:
+    """Return the font size of the labels of layers, in points, at which neighbours do not touch."""
+    return 8.0 if num_layers <= 24 else 7.0

@@ -6,6 +6,7 @@
     metrics.jsonl   loss, learning rate, gradient norm and tokens per second; held-out results
     layers.jsonl    importance and probabilities at each refresh, layers at each draw
     layers.png      both over time
+    loss.png        training and held-out loss over time
     checkpoints/    checkpoints of Trainer, from which `--resume` continues
     skipped.jsonl   file, line and reason of each training record that was skipped, if there are any
     answers.jsonl   prompt, expected answer, generated text, rule and score of each answered record, before and after

@@ -104,7 +104,7 @@ class Monitor:
         - ``grass/step_seconds``: mean wall time of a step since the last call, on the host; a GPU may be behind it.
         - ``grass/active/LAYER``: 1 if the step updates the layer, 0 if not. LAYER is its module path.
         - ``grass/importance/LAYER``, ``grass/probability/LAYER``: as of the last refresh.
-        - ``grass/draws/LAYER``: number of draws that have selected it.
+        - ``grass/draws/LAYER``: number of draws after which it has trained.
         - ``grass/layer_grad_norm/LAYER``: the part of the layer in ``grass/grad_norm``; 0 for frozen layers.
         """
         optimizer = self.optimizer

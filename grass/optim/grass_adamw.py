@@ -149,6 +149,10 @@ class GrassAdamW(AdamW):
         flags = trainable_flags(members)
         refuse_without_memory([p for p, on in zip(members, flags, strict=True) if on])
         self._start(layer_of, dict(zip(members, flags, strict=True)))
+        frozen = [layer for layer, count in enumerate(self._scheduler.num_params) if not count]
+        if frozen:  # a copy does not tell again
+            what = "%d of %d layers have no trainable parameter and are not drawn: %s"
+            _logger.warning(what, len(frozen), len(self._layers), frozen)
         self._lease.handles.extend(keep_graph_through_frozen_embeddings(model))
         if self._config.fused_backward:  # the last backward may have failed, or have ended in checkpoints
             self._lease.handles.append(model.register_forward_pre_hook(_JoinUpdates(self)))
@@ -171,10 +175,6 @@ class GrassAdamW(AdamW):
         """Create the parts; the lease last, since it is the first to change the model."""
         self._entries = make_entries(self.param_groups, layer_of, trainable, len(self._layers))
         by_layer = params_by_layer(self._entries, len(self._layers))
-        frozen = [layer for layer, params in enumerate(by_layer) if not params]
-        if frozen:
-            what = "%d of %d layers have no trainable parameter and are not drawn: %s"
-            _logger.info(what, len(frozen), len(by_layer), frozen)
         if not any(by_layer):  # all layers are frozen; the user may unfreeze some later
             self._config.check_layers(
                 len({entry.layer for entry in self._entries if entry.layer < len(self._layers)})
@@ -255,8 +255,8 @@ class GrassAdamW(AdamW):
 
     @property
     def draw_counts(self) -> list[int]:
-        """Number of draws that selected each layer."""
-        return list(self._scheduler.draw_counts)
+        """For each layer, number of draws after which it has trained; a set that is drawn ahead does not count yet."""
+        return self._scheduler.trained_draws
 
     @property
     def nonfinite_norms(self) -> int:
@@ -321,6 +321,8 @@ class GrassAdamW(AdamW):
 
     def _take_probe_step(self, probe: Probe) -> None:
         probe.discard_if_cleared()
+        if not probe.fired and not self._has_zeros_of_dcp():
+            probe.measure_assigned()
         if not probe.fired:
             return
         self._current_entries()
@@ -811,11 +813,15 @@ class GrassAdamW(AdamW):
         It sets zero gradients and a learning rate of 0, steps once, and then loads the state of all parameters that
         require grad.
         """
-        if self.step_count or any(float(group["lr"]) != 0 for group in self.param_groups):
+        if self.step_count or (self._probe is not None and self._probe.fired):
+            return False
+        return self._has_zeros_of_dcp()
+
+    def _has_zeros_of_dcp(self) -> bool:
+        """Return if all gradients and learning rates are zero; a device sync if the learning rates are."""
+        if any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
         grads = [p.grad for _, p in self._members() if p.grad is not None]
-        if self._probe is not None:
-            return bool(grads) and not self._probe.fired
         return bool(grads) and not any(bool(grad.any()) for grad in grads)
 
     def _init_state_for_dcp(self) -> None:

@@ -113,15 +113,7 @@ class Probe:
         again = any(param is kept for param in params)
         if kept is not None and again:
             _first(kept).sub_(_MARK)  # this backward has added to it
-        norm = self._sq_norm(bucket, grads)
-        if self._sums is None:
-            self._sums = torch.zeros(len(self._observed), dtype=torch.float32, device=device)
-        layer = self._layers[bucket]
-        self._sums[layer] += norm.to(self._sums.device, non_blocking=True)
-        self._observed[layer] = True
-        for param in params:
-            self._fired[param] = self._fired.get(param, 0) + 1
-            self.accumulated |= self._fired[param] > 1
+        norm = self._observe(bucket, params, grads)
         # 0 * inf and 0 * nan are nan: adds nothing unless a gradient overflowed.
         overflow = norm * 0
         if device in self._overflow:
@@ -139,6 +131,36 @@ class Probe:
             if param is not kept:
                 param.grad = None
         _first(kept).add_(overflow)
+
+    def _observe(self, bucket: int, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+        """Add gradients of a bucket, all on one device, to the sums; return their squared norm."""
+        norm = self._sq_norm(bucket, grads)
+        if self._sums is None:
+            self._sums = torch.zeros(len(self._observed), dtype=torch.float32, device=norm.device)
+        layer = self._layers[bucket]
+        self._sums[layer] += norm.to(self._sums.device, non_blocking=True)
+        self._observed[layer] = True
+        for param in params:
+            self._fired[param] = self._fired.get(param, 0) + 1
+            self.accumulated |= self._fired[param] > 1
+        return norm
+
+    @torch.no_grad()
+    def measure_assigned(self) -> None:
+        """Measure gradients that were assigned, as from `torch.autograd.grad`, which calls no hook, and drop them.
+
+        They belong to the user, who may still need them: none is kept, and none is changed.
+        """
+        for bucket, members in self._members.items():
+            found: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+            for param in members:
+                grad = param.grad
+                if grad is not None and grad.numel():
+                    found.setdefault(grad.device, []).append((param, grad))
+            for pairs in found.values():
+                self._observe(bucket, [param for param, _ in pairs], [grad for _, grad in pairs])
+                for param, _ in pairs:
+                    param.grad = None
 
     def _sq_norm(self, bucket: int, grads: Sequence[Tensor]) -> Tensor:
         """Return the sum of squares of gradients: float32, shape (), by the kernels as far as they support them."""

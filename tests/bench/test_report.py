@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from bench import integration
 from bench.cpu_step import CASES
 from bench.gpu import stages
 from bench.gpu.figures import LARGE, OF_ONE_DTYPE, PARTS, Reading, Rows, figure_cases, figures
@@ -53,6 +54,12 @@ def host(variant, seconds, tensors=291, situation="in place") -> dict:
 def cpu(variant, seconds, case=CASES[0].name, clip=False) -> dict:
     keys = {"suite": "cpu step", "case": case, "clip": clip, "variant": variant}
     return {**keys, "seconds_median": seconds, **CARD}
+
+
+def in_trainer(variant, seconds, case=0) -> dict:
+    keys = {"suite": "integration", "case": str(integration.CASES[case]), "variant": variant}
+    spread = {"ratio_p20": 0.99, "ratio_p80": 1.125, "turns": 7} if variant == "grass" else {}
+    return {**keys, "seconds_median": seconds, **spread, **CARD}
 
 
 def memory(extra) -> dict:
@@ -154,6 +161,23 @@ READINGS = [
         "1.90x",
         True,
     ),
+    (
+        "A step in Trainer",
+        "Llama of 6 layers, 128 wide, 8 x 128",
+        [
+            *(in_trainer(v, 1.0) for v in ("grass", "torch fused")),
+            *(in_trainer(v, s, 1) for v, s in (("grass", 1.031), ("torch fused", 1.0))),
+        ],
+        "1.031x (1.03e+03 of 1e+03 ms); 0.990 to 1.125 in 7 turns",
+        False,
+    ),
+    (
+        "A step in Trainer",
+        "Llama of 6 layers, 128 wide, 4 x 64",
+        [in_trainer("grass", 0.041), in_trainer("torch fused", 0.04)],
+        "1.02x (41 of 40 ms); 0.990",
+        True,
+    ),
     ("Memory", "kept", [memory(2 * 10**6), kernel()], "0.2000 % (2.00 MB)", False),
     ("Memory", "kept", [memory(10**6)], "0.1000 %", True),
     ("Memory", "needed", [kernel()], "0.0500 % (4.00 MB)", True),
@@ -189,6 +213,11 @@ def test_a_figure_says_what_its_rows_do(part, name, rows, says, met):
         ("The host's", FEW, [host("grass", 1.0), host("torch fused", 1.0, situation="lr changes")]),
         ("The host's", FEW, [host("grass", 1.0), host("torch fused", 1.0, tensors=5000)]),
         ("A step on", CPU, [cpu("grass", 1.0), cpu("torch fused", 1.0, clip=True)]),
+        (
+            "A step in",
+            "Llama of 6 layers, 128 wide, 4",
+            [in_trainer("grass", 1.0), in_trainer("torch fused", 1.0, 1)],
+        ),
         ("A 7B", "full", [trained("full", seq=512)]),
         ("A 7B", "full", [trained("full", peak=None)]),
         ("A 7B", "full", [{**trained("full"), "predicted_peak_gib": None}]),
@@ -223,6 +252,11 @@ def test_the_commands_measure_every_figure():
             for v in ("grass", "torch fused")
             for case in CASES
             for clip in (0, 1)
+        ),
+        *(
+            in_trainer(v, 1.0, case)
+            for v in ("grass", "torch fused")
+            for case in range(len(integration.CASES))
         ),
         memory(0),
         *(offload(1.0, variant) for variant in OFFLOAD_VARIANTS),

@@ -48,7 +48,7 @@ def test_the_demo_and_one_stopped_twice_end_alike(tmp_path, monkeypatch):
     assert results["layers"] == 6
     assert results["active_layers"] == 2
     assert results["answers"] == 6
-    assert sum(results["draw_counts"]) == 2 * 3
+    assert sum(results["draw_counts"]) == 2 * 2
 
     again = RunFolder(tmp_path / "stopped", {})
     with monkeypatch.context() as patch:

@@ -2,15 +2,19 @@
 
 Would catch: a period drawn one step off, or drawn for frozen layers; probe steps counted as training; a
 picture that fails with a sampler that measures nothing; a share of trained parameters not weighted by time; a
-table too wide for many layers.
+table too wide for many layers; layers without a label, and labels that overlap; a loss curve without its held-out
+losses.
 """
+
+import itertools
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from grass import GrassConfig, LayerMap
 from grass.finetune.options import FinetuneOptions
-from grass.finetune.picture import draw_picture, importance_over_time, selection_over_time
+from grass.finetune.picture import draw_losses, draw_picture, importance_over_time, selection_over_time
 from grass.finetune.summary import format_table, make_results, trained_share
 
 
@@ -118,3 +122,81 @@ def test_draws_of_many_layers_are_wrapped():
     assert "12.5%" in lines[2]
     assert lines[2].endswith("8 answers by number")
     assert any("5.5 GB" in line and "999 B active" in line for line in lines)
+
+
+def saved(monkeypatch):
+    """The figures that are saved from now on."""
+    figures = []
+    original = Figure.savefig
+
+    def savefig(self, *args, **options):
+        original(self, *args, **options)
+        figures.append(self)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "labelled"), [(6, 6), (16, 16), (30, 30), (32, 32), (40, 40), (80, 40)]
+)
+def test_the_share_of_every_layer_can_be_read(tmp_path, monkeypatch, num_layers, labelled):
+    figures = saved(monkeypatch)
+    importance = [1.0] * num_layers
+    rows = [
+        row(0, ["start", "draw", "switch"], [0], importance=importance),
+        row(5, ["switch"], [1], importance=importance),
+    ]
+    draw_picture(rows, 10, "a title", tmp_path / "p.png")
+    (figure,) = figures
+    lower = figure.axes[1]
+    (right,) = lower.child_axes
+    assert [label.get_text() for label in right.get_yticklabels()][:3] == (
+        ["50%", "50%", "0%"] if labelled == num_layers else ["50%", "0%", "0%"]
+    )
+    renderer = figure.canvas.get_renderer()
+    for axes in (*figure.axes[:2], right):
+        boxes = [label.get_window_extent(renderer) for label in axes.get_yticklabels()]
+        assert len(boxes) == labelled
+        boxes.sort(key=lambda box: box.y0)
+        assert all(a.y1 <= b.y0 for a, b in itertools.pairwise(boxes)), "labels overlap"
+
+
+LOSSES = [
+    {"step": 0, "heldout_loss": 4.5, "when": "before"},
+    {"step": 4, "epoch": 0.5, "loss": 4.25, "lr": 1e-3},
+    {"step": 8, "epoch": 1.0, "loss": 3.75, "lr": 1e-3},
+    {"step": 8, "heldout_loss": 3.99951},
+    {"step": 12, "epoch": 1.5, "loss": float("nan"), "lr": 1e-3},
+    {"step": 16, "epoch": 2.0, "loss": 3.5, "lr": 1e-3},
+    {"step": 16, "heldout_loss": 3.625, "when": "after"},
+]
+
+
+def test_losses_are_a_line_and_points_with_values(tmp_path, monkeypatch):
+    figures = saved(monkeypatch)
+    path, again = tmp_path / "loss.png", tmp_path / "again.png"
+    draw_losses(LOSSES, path, "a title")
+    draw_losses(LOSSES, again, "a title")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.read_bytes() == again.read_bytes()
+    (axes,) = figures[0].axes
+    training, heldout = axes.lines
+    assert training.get_xydata().tolist() == [[4, 4.25], [8, 3.75], [16, 3.5]]
+    assert heldout.get_xydata().tolist() == [[0, 4.5], [8, 3.99951], [16, 3.625]]
+    assert [text.get_text() for text in axes.texts] == ["4.500", "4.000", "3.625"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training", "held-out records"]
+
+
+def test_of_many_points_the_first_the_lowest_and_the_last_have_values(tmp_path, monkeypatch):
+    figures = saved(monkeypatch)
+    losses = [abs(step - 30) / 10 + 1 for step in range(50)]
+    rows = [{"step": step, "heldout_loss": loss} for step, loss in enumerate(losses)]
+    draw_losses(rows, tmp_path / "loss.png", "a title")
+    assert [text.get_text() for text in figures[0].axes[0].texts] == ["4.000", "1.000", "2.900"]
+
+
+@pytest.mark.parametrize("rows", [[], LOSSES[1:3], LOSSES[:1], [{"step": 1, "loss": None}]])
+def test_losses_of_every_kind_of_run_give_a_png(tmp_path, rows):
+    draw_losses(rows, tmp_path / "loss.png", "a title")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

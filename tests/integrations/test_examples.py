@@ -71,6 +71,7 @@ def tensorboard_tags(folder: Path) -> dict[str, list[float]]:
         ("plain_loop", None, 30),
         ("accelerate_loop", None, 24),
         ("trainer", "tensorboard", 30),
+        ("lora", "tensorboard", 30),
         ("trl_sft", "trl", 30),
         ("trl_dpo", "trl", 20),
         ("trl_grpo", "trl", 12),
@@ -82,7 +83,7 @@ def test_example(
 ) -> None:
     if needs is not None:
         pytest.importorskip(needs, reason="the example is of it")
-    has_log = name.startswith(("trainer", "trl_", "lightning"))
+    has_log = name.startswith(("trainer", "lora", "trl_", "lightning"))
     run(name, *([str(tmp_path)] if has_log else []))
     (optimizer,) = optimizers
     assert optimizer.step_count == steps

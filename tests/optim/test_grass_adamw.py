@@ -402,7 +402,7 @@ def test_what_can_be_read() -> None:
     assert opt.importance.min() > 0, "what is read is a copy"
     assert opt.probabilities.min() > 0
     assert len(opt.draw_counts) == 5
-    assert sum(opt.draw_counts) == 2 * opt.num_draws
+    assert sum(opt.draw_counts) == 2 * 2, "9 steps are a probe of 3 and two periods of 3"
 
 
 def test_repr_shows_options_layers_and_configuration() -> None:

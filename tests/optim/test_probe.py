@@ -378,3 +378,43 @@ def test_a_logged_norm_is_near_zero_and_clipping_touches_nothing() -> None:
     tiny.train(twin, plain, 0, PROBE)
     assert max(norms) < 1e-5
     assert torch.equal(opt.importance, plain.importance)
+
+
+@pytest.mark.parametrize("always_active", ["outside", "none"])
+def test_gradients_that_are_assigned_are_measured_too(always_active: str) -> None:
+    """As by ``torch.autograd.grad``, which calls no hook."""
+    runs = []
+    for assigned in (False, True):
+        model = tiny.stack()
+        opt = grass.GrassAdamW(model, lr=1e-2, config=tiny.config(always_active=always_active))
+        for index in range(8):
+            loss = tiny.loss_of(model, tiny.batch(index))
+            if assigned:
+                params = [p for p in model.parameters() if p.requires_grad]
+                for p, grad in zip(params, torch.autograd.grad(loss, params), strict=True):
+                    p.grad = grad
+            else:
+                loss.backward()
+            opt.step()
+            if opt.phase == "probe":
+                assert all(p.grad is None for p in model.parameters())
+            opt.zero_grad()
+        assert opt.step_count == 8
+        runs.append((opt.importance, opt.grad_norm, *tiny.weights(model).values()))
+    for ours, theirs in zip(*runs, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_users_hook_sees_gradients_before_the_probe_frees_them() -> None:
+    model = tiny.stack()
+    seen = {}
+    for name, p in model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: seen.update({name: p.grad.clone()}))
+    opt = grass.GrassAdamW(model, config=tiny.config())
+    tiny.loss_of(model, tiny.batch(0)).backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert [int(grad.count_nonzero()) for grad in grads] == [1]
+    opt.step()
+    total = torch.stack([grad.square().sum() for grad in seen.values()]).sum().sqrt()
+    assert len(seen) == len(list(model.parameters()))
+    torch.testing.assert_close(opt.grad_norm, total)

@@ -230,7 +230,6 @@ class Quantized(torch.Tensor):
 
 def test_quantized_weights_are_refused_at_construction_and_may_be_frozen(caplog):
     """Not after a probe of many steps."""
-    caplog.set_level("INFO")
     model = tiny.stack()
     weight = model.blocks[1].up.weight
     model.blocks[1].up.weight = torch.nn.Parameter(Quantized(weight))
