@@ -16,8 +16,9 @@ from grass.finetune.scoring import Rule
 
 
 class Question(NamedTuple):
-    """Token ids of a prompt, and the expected answer."""
+    """Text of the user's last message, token ids of the whole prompt, and the expected answer."""
 
+    text: str
     prompt: list[int]
     expected: str
 
@@ -26,6 +27,7 @@ class Answer(NamedTuple):
     """Generated answer to a held-out record.
 
     Attributes:
+        question: text of the user's last message.
         prompt: the text that the model continued, special tokens included.
         expected: the expected answer.
         generated: the generated text.
@@ -33,6 +35,7 @@ class Answer(NamedTuple):
         correct: the result; None without a rule.
     """
 
+    question: str
     prompt: str
     expected: str
     generated: str
@@ -115,7 +118,9 @@ def make_questions(
                 f"{max_new_tokens} new ones leave of the model's {positions} positions: pass {remedy}"
             )
         prompts = [prompt[-room:] if len(prompt) > room else prompt for prompt in prompts]
-    return [Question(*pair) for pair in zip(prompts, expected, strict=True)], num_cut
+    texts = [[m.as_dict()["content"] for m in record.messages if m.role == "user"][-1:] for record in records]
+    columns = zip(("".join(text) for text in texts), prompts, expected, strict=True)
+    return [Question(*column) for column in columns], num_cut
 
 
 def answer_questions(
@@ -165,6 +170,6 @@ def answer_questions(
                 expected, prompt = questions[i].expected, str(tokenizer.decode(prompts[i]))
                 rule = rules.get(expected)
                 verdict = ("", None) if rule is None else (rule.name, rule.is_right(text, expected))
-                answers[i] = Answer(prompt, expected, text.strip(), *verdict)
+                answers[i] = Answer(questions[i].text, prompt, expected, text.strip(), *verdict)
             advance(len(chosen))
     return [answers[i] for i in range(len(questions))]

@@ -276,7 +276,12 @@ def samples(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     before, after = ([row for row in rows if row["when"] == when] for when in ("before", "after"))
     pairs = list(zip(before, after, strict=False))[:NUM_SAMPLES]
     return [
-        {"prompt": a["prompt"], "expected": a["expected"], "before": b["generated"], "after": a["generated"]}
+        {
+            "question": a["question"],
+            "expected": a["expected"],
+            "before": b["generated"],
+            "after": a["generated"],
+        }
         for b, a in pairs
     ]
 

@@ -116,14 +116,11 @@ def format_table(results: dict[str, Any]) -> str:
         table.append(f"gradient norms that were NaN or inf and were left out: {r['nonfinite_norms']}")
     for sample in r.get("samples", ())[:1]:
         table.append("")
-        table += [f"{name:<{head}}  {_shortened(text, head)}" for name, text in sample.items()]
+        for name, text in sample.items():
+            indent = " " * (head + 2)
+            rows = wrap(text, _WIDTH, initial_indent=f"{name:<{head}}  ", subsequent_indent=indent)
+            table += [*rows[:3], f"{indent}..."] if len(rows) > 4 else rows
     return "\n".join(table)
-
-
-def _shortened(text: str, head: int) -> str:
-    """Return a text on one line; of a long one the end, where a prompt has its question."""
-    line, room = " ".join(text.split()), _WIDTH - head - 2
-    return line if len(line) <= room else f"...{line[3 - room :]}"
 
 
 def _duration(seconds: float) -> str:

@@ -126,11 +126,16 @@ def test_a_run_leaves_everything_behind(options, tmp_path, tiny_model, problem_f
     answers = read_rows(folder.path / "answers.jsonl")
     assert [row["when"] for row in answers] == ["before"] * 8 + ["after"] * 8
     assert [set(row) for row in answers] == [
-        {"when", "prompt", "expected", "generated", "rule", "correct"}
+        {"when", "question", "prompt", "expected", "generated", "rule", "correct"}
     ] * 16
     assert results["answers"] == 8
     assert results["samples"] == [
-        {"prompt": b["prompt"], "expected": b["expected"], "before": a["generated"], "after": b["generated"]}
+        {
+            "question": b["question"],
+            "expected": b["expected"],
+            "before": a["generated"],
+            "after": b["generated"],
+        }
         for a, b in zip(answers[:3], answers[8:11], strict=True)
     ]
     questions = [

@@ -181,7 +181,7 @@ def test_samples_without_an_answer_are_not_scored(options, tmp_path):
     results = start_run(replace(options, eval=str(path), eval_answers=200), CONFIG, Screen())
     assert results["accuracy_after"] is None
     assert [sample["expected"] for sample in results["samples"]] == [row["output"] for row in rows[:3]]
-    assert all(sample.keys() == {"prompt", "expected", "before", "after"} for sample in results["samples"])
+    assert all(sample.keys() == {"question", "expected", "before", "after"} for sample in results["samples"])
 
 
 def test_the_number_of_heldout_records_is_limited(options, capsys):
