@@ -40,6 +40,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="X",
         help="0 for the most likely token, else draw [0]",
     )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws [0]")
     parser.add_argument(
         "--json", action="store_true", help="with --prompt: print prompt and answer as a JSON object"
@@ -60,7 +61,15 @@ def run(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         raise MissingPackageError(f"{error}; install with: pip install 'grass-optim[finetune]'") from error
     with quiet_libraries():
-        chat = Chat(path, arguments.max_new_tokens, arguments.temperature, arguments.seed)
+        chat = Chat(
+            path,
+            arguments.max_new_tokens,
+            arguments.temperature,
+            arguments.seed,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+        if chat.continues_text:
+            print("the model continues texts; it was not trained on conversations", file=sys.stderr)
         if arguments.prompt is None:
             _converse(chat)
             return 0
@@ -84,6 +93,9 @@ def _converse(chat: Chat) -> None:
             line = input("> " if is_terminal else "").strip()
         except (EOFError, KeyboardInterrupt):
             return
+        if not line.isascii() and any("\ud800" <= letter <= "\udfff" for letter in line):
+            print("not UTF-8 text: nothing is answered", file=sys.stderr)
+            continue
         if line == "/clear":
             messages = []
             continue

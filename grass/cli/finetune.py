@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from grass.cli.dataclass_options import add_dataclass_options, given_options
 from grass.cli.values import MissingPackageError, UsageError, model_name
 from grass.config import GrassConfig
-from grass.errors import DataError, GrassError, LayerDiscoveryError, first_line
+from grass.errors import DataError, GrassError, LayerDiscoveryError, did_you_mean, first_line
 from grass.finetune.data import check_source
 from grass.finetune.options import FinetuneOptions, as_tuple
 from grass.finetune.run_folder import RunFolder, check_is_free
@@ -65,9 +65,16 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if arguments.config is not None:
         if arguments.resume is not None:
             raise UsageError("--resume continues with the saved settings; leave out --config")
-        in_file = parser.parse_args(read_config(Path(arguments.config)))
-        given = given_options(in_file, FinetuneOptions) | given
-        given_config = given_options(in_file, GrassConfig) | given_config
+        in_file = _parse_config(Path(arguments.config), parser)
+        for one, other in (
+            ("steps", "epochs"),
+            ("eval", "eval_fraction"),
+        ):  # the command line has the last word
+            if given.keys() & {one, other}:
+                in_file = {name: value for name, value in in_file.items() if name not in (one, other)}
+        fields = {field.name for field in dataclasses.fields(GrassConfig)}
+        given = {name: value for name, value in in_file.items() if name not in fields} | given
+        given_config = {name: value for name, value in in_file.items() if name in fields} | given_config
     if arguments.resume is not None and (given or given_config):
         first = next(iter({**given, **given_config})).replace("_", "-")
         raise UsageError(f"--resume continues with the saved settings; leave out --{first}")
@@ -113,6 +120,16 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0
 
 
+def _parse_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Return the options of a configuration file, parsed as those of a command line."""
+    prog, parser.prog = parser.prog, f"{parser.prog} --config {path}"  # for errors
+    try:
+        namespace = parser.parse_args(read_config(path))
+    finally:
+        parser.prog = prog
+    return given_options(namespace, FinetuneOptions) | given_options(namespace, GrassConfig)
+
+
 def read_config(path: Path) -> list[str]:
     """Return the options of a configuration file as arguments of the command line, which checks them.
 
@@ -137,6 +154,11 @@ def read_config(path: Path) -> list[str]:
         content = {name: value for name, value in saved.items() if value != ""}
     if not isinstance(content, dict):
         raise UsageError(f"--config {path}: expected names of options with values, such as lr: 2e-5")
+    fields = (*dataclasses.fields(FinetuneOptions), *dataclasses.fields(GrassConfig))
+    known = [field.name for field in fields]
+    for name in content:
+        if name not in known:
+            raise UsageError(f"--config {path}: there is no option {name!r}{did_you_mean(name, known)}")
     return [argument for name, value in content.items() for argument in _arguments(str(name), value)]
 
 

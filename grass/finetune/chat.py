@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TextStreamer
 
-from grass.errors import RunFolderError
+from grass.errors import DataError, RunFolderError, library_errors
 from grass.finetune.model import load_model, positions_of
 from grass.finetune.preparation import to_device
 from grass.finetune.run_folder import RunFolder
@@ -15,34 +15,40 @@ from grass.finetune.run_folder import RunFolder
 Messages = Sequence[dict[str, str]]
 
 
-def model_folder(path: Path) -> Path:
-    """Return the folder of the model of a run, or the folder itself if it holds a model.
-
-    Raises:
-        RunFolderError: there is no model in it.
-    """
-    if (path / "config.json").is_file():
-        return path
-    folder = RunFolder.open(path)
-    if not folder.model.is_dir():
-        raise RunFolderError(
-            f"{path}: the run has no model yet; continue it with: grass finetune --resume {path}"
-        )
-    return folder.model
-
-
 class Chat:
     """A model that answers as it was trained: by the chat template saved with it, or by continuing a text.
 
     Args:
-        path: folder of a run or of a model.
+        path: folder of a run, or of a model.
+        trust_remote_code: run code that comes with the model; that of a run is run if it was for the run.
         max_new_tokens: maximum length of an answer in tokens; by default 256, at most half of the model's positions.
         temperature: 0 for the most likely token; else tokens are drawn.
         seed: seed of the draws.
+
+    Raises:
+        RunFolderError: there is no model in the folder.
     """
 
-    def __init__(self, path: Path, max_new_tokens: int | None, temperature: float, seed: int = 0) -> None:
-        self.model, self.tokenizer = load_model(str(model_folder(path)))
+    def __init__(
+        self,
+        path: Path,
+        max_new_tokens: int | None,
+        temperature: float,
+        seed: int = 0,
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
+        continues_text = False
+        if not (path / "config.json").is_file():
+            folder = RunFolder.open(path)
+            if not folder.model.is_dir():
+                raise RunFolderError(
+                    f"{path}: the run has no model yet; continue it with: grass finetune --resume {path}"
+                )
+            path, continues_text = folder.model, bool(folder.record.get("continues_text"))
+            trust_remote_code |= bool(folder.record.get("options", {}).get("trust_remote_code"))
+        self.model, self.tokenizer = load_model(str(path), trust_remote_code=trust_remote_code)
+        self.continues_text = continues_text or not self.tokenizer.chat_template
         to_device(self.model)
         self.model.eval()
         positions = positions_of(self.model) or 2**31
@@ -66,7 +72,8 @@ class Chat:
         """Return the model's answer.
 
         Args:
-            messages: with the keys ``"role"`` and ``"content"``; a model without chat template sees the last one only.
+            messages: with the keys ``"role"`` and ``"content"``; a model that continues texts
+                sees the last one only.
             stream: print the answer while it is generated.
         """
         ids = self._tokens(messages)
@@ -84,9 +91,10 @@ class Chat:
         return str(self.tokenizer.decode(tokens[0, len(ids) :], skip_special_tokens=True)).strip()
 
     def _tokens(self, messages: Messages) -> list[int]:
-        if not self.tokenizer.chat_template:
-            return list(self.tokenizer(messages[-1]["content"])["input_ids"])
-        text = str(
-            self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        )
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        with library_errors(DataError, "the text cannot be put to the model", "write it otherwise"):
+            if self.continues_text:
+                return list(self.tokenizer(messages[-1]["content"])["input_ids"])
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+            return list(self.tokenizer(str(text), add_special_tokens=False)["input_ids"])

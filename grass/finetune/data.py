@@ -10,6 +10,8 @@ import io
 import json
 import random
 import re
+import sys
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -96,8 +98,8 @@ def read_records(
     """Read all records of one or several sources.
 
     Args:
-        sources: a file (JSON, JSONL, CSV, TSV or parquet, possibly with .gz), a folder that `datasets` can load, or a
-            data set of the hub: ``name``, ``name:configuration`` or ``name:configuration:split``; or several of them.
+        sources: a file (JSON, JSONL, CSV, TSV, parquet or text, possibly with .gz), a folder that `datasets` can load,
+            or a data set of the hub: ``name``, ``name:configuration`` or ``name:configuration:split``; or several.
         columns: new name of each key to be renamed.
         evaluation: accept records that have an answer and no reply.
         max_skipped: largest fraction of bad records.
@@ -158,6 +160,8 @@ def _rows(source: str) -> Iterator[_Row]:
         if suffix == ".parquet":
             return _table(source, "parquet", data_files=source)
         text = _read_text(path)
+        if suffix == ".txt":
+            return iter([_Row(1, None, {"text": text})])
         return _csv(path, text, _CSV[suffix]) if suffix in _CSV else _json(path, text)
     check_source(source)
     if path.is_dir():
@@ -187,12 +191,16 @@ def _table(source: str, path: str, **options: Any) -> Iterator[_Row]:
         raise DataError(
             f"{source}: this kind of data needs the package datasets: pip install 'grass-optim[finetune]'"
         ) from error
-    remedy = "check the files"
+    remedy = "check the files, and that the cache of datasets can be written (HF_HOME)"
     if not Path(source).exists():
         check_hub(path, "dataset")
         remedy = "check name, configuration and split (owner/name:configuration:split)"
     with library_errors(DataError, f"{source}: cannot be loaded", remedy):
-        rows = datasets.load_dataset(path, split=options.pop("split", "train"), **options)
+        if Path(path, "state.json").exists() or Path(path, "dataset_dict.json").exists():  # by `save_to_disk`
+            loaded = datasets.load_from_disk(path)
+            rows = loaded["train"] if isinstance(loaded, dict) else loaded
+        else:
+            rows = datasets.load_dataset(path, split=options.pop("split", "train"), **options)
     for number, row in enumerate(rows, start=1):
         yield _Row(None, number, row)
 
@@ -205,7 +213,7 @@ def _read_text(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}:{data[: error.start].count(10) + 1}: not UTF-8 text") from None
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: damaged ({error}): copy or download it again") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
@@ -213,8 +221,10 @@ def _read_text(path: Path) -> str:
 
 def _csv(path: Path, text: str, delimiter: str) -> Iterator[_Row]:
     """Yield the rows of a table whose first line names the columns. All values are strings."""
-    if delimiter not in text.split("\n", 1)[0]:
+    head = text.split("\n", 1)[0]
+    if delimiter not in head and ";" in head:
         delimiter = ";"  # where the comma is a decimal point
+    csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     line = 1
     try:
@@ -227,7 +237,7 @@ def _csv(path: Path, text: str, delimiter: str) -> Iterator[_Row]:
             yield _Row(line + 1, number, value)
             line = reader.line_num
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not a valid table: {error}") from None
+        raise DataError(f"{path}:{line + 1}: not a valid table: {error}") from None
 
 
 def _json(path: Path, text: str) -> Iterator[_Row]:

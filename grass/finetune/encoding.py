@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from grass.errors import ConfigError, DataError, library_errors
+from grass.errors import ConfigError, DataError, first_line, library_errors
 from grass.finetune.loss import IGNORED
 from grass.finetune.options import Template
-from grass.finetune.records import Conversation, PlainText, Record
+from grass.finetune.records import Conversation, Message, PlainText, Record
 
 _TURNS = """\
 {{%- for m in messages %}}
@@ -86,14 +88,16 @@ class Encoded:
         num_texts: number of all texts.
         num_cut: number of conversations that were truncated to the context length.
         num_dropped: number of truncated conversations without a target left, which are not in `examples`.
-        num_split: number of plain texts that were divided into pieces of the context length.
+        num_divided: number of plain texts that were divided into pieces of the context length.
+        num_unrolled: number of conversations that became an example for each reply.
     """
 
     examples: list[Example] = field(default_factory=list)
     num_texts: int = 0
     num_cut: int = 0
     num_dropped: int = 0
-    num_split: int = 0
+    num_divided: int = 0
+    num_unrolled: int = 0
 
     def dataset(self) -> Dataset:
         """Return the examples as columns ``input_ids`` and ``labels``."""
@@ -111,6 +115,45 @@ def pack(dataset: Dataset, context: int) -> Dataset:
     """Return a data set whose rows hold several texts, of together at most `context` tokens; no text is divided."""
     packed: Dataset = pack_dataset(dataset, seq_length=context, strategy="bfd")
     return packed
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel) -> None:
+    """Check that packed texts do not see each other, and that positions begin anew in each.
+
+    Raises:
+        ConfigError: they do, or the model takes no packed texts.
+    """
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    embeddings: Any = model.get_input_embeddings()
+    ids = (torch.arange(1, 12) * 7919 % len(embeddings.weight)).tolist()
+
+    def last_logits(*texts: list[int]) -> torch.Tensor:
+        row = {
+            "input_ids": [token for text in texts for token in text],
+            "seq_lengths": [len(t) for t in texts],
+        }
+        batch = {
+            k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in collate([row]).items()
+        }
+        logits: torch.Tensor = model(**batch, use_cache=False).logits[0, -4:].float()
+        return logits
+
+    was_training = model.training
+    model.eval()
+    try:
+        alone, packed, other = (last_logits(*first, ids[7:]) for first in ([], [ids[:4]], [ids[3:7]]))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the model takes no packed texts ({first_line(error)}): leave out --packing"
+        ) from error
+    finally:
+        model.train(was_training)
+    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+    if not torch.equal(packed, other) or (packed - alone).norm() > tolerance * alone.norm():
+        raise ConfigError(
+            "the model does not separate packed texts, which would see each other: leave out --packing"
+        )
 
 
 class Encoder:
@@ -152,17 +195,23 @@ class Encoder:
         for record in records:
             result.num_texts += 1
             try:
-                ids, labels = self.encode_one(record)
+                whole = self.encode_one(record)
             except DataError as error:
                 raise DataError(f"{record.place or source}: {error}") from error
-            is_long = len(ids) > self.context
-            starts = range(0, len(ids), self.context) if isinstance(record, PlainText) else (0,)
-            pieces = [Example(ids[i : i + self.context], labels[i : i + self.context]) for i in starts]
+            if isinstance(record, PlainText):
+                pieces = [
+                    Example(ids[i : i + self.context], labels[i : i + self.context])
+                    for ids, labels in whole
+                    for i in range(0, len(ids), self.context)
+                ]
+                result.num_divided += len(pieces) > 1
+            else:
+                pieces = [Example(ids[: self.context], labels[: self.context]) for ids, labels in whole]
+                result.num_cut += any(len(ids) > self.context for ids, _ in whole)
+                result.num_unrolled += len(whole) > 1
             # The first token is never predicted, as no token precedes it.
             kept = [piece for piece in pieces if any(label != IGNORED for label in piece.labels[1:])]
             result.examples += kept
-            result.num_split += is_long and isinstance(record, PlainText)
-            result.num_cut += is_long and isinstance(record, Conversation)
             result.num_dropped += not kept
             advance()
         if not result.examples or 2 * result.num_dropped > result.num_texts:
@@ -172,25 +221,48 @@ class Encoder:
             )
         return result
 
-    def encode_one(self, record: Record) -> Example:
-        """Encode a record at its full length."""
+    def encode_one(self, record: Record) -> list[Example]:
+        """Encode a record at its full length.
+
+        Returns:
+            One example; or one for each reply, if the template writes earlier turns otherwise than they were (without
+            reasoning, say), so that the model sees what it will see.
+        """
         if isinstance(record, PlainText):
             ids = list(self.tokenizer(record.text)["input_ids"])
             if ids[-1:] != [self.tokenizer.eos_token_id]:
                 ids.append(int(self.tokenizer.eos_token_id))
-            return Example(ids, list(ids))
+            return [Example(ids, list(ids))]
         self._check_is_rendered(record)
-        messages, last = record.messages, len(record.messages)
-        ids = self._tokens(self._render(record, last))
+        ends = [end for end, m in enumerate(record.messages, start=1) if m.role == "assistant" and m.learnt]
+        text = self._render(record, len(record.messages))
+        if all(text.startswith(self._render(record, end)) for end in ends):
+            return [self._labelled(record, len(record.messages), ends)]
+        return [self._labelled(record, end, [end]) for end in ends]
+
+    def _labelled(self, record: Conversation, count: int, ends: Sequence[int]) -> Example:
+        """Encode the first `count` messages; those before `ends` are learnt."""
+        ids = self._tokens(self._render(record, count))
         labels = [IGNORED] * len(ids)
-        for end in range(1, last + 1):
-            if messages[end - 1].role == "assistant" and messages[end - 1].learnt:
-                before = self._tokens(self._before(record, end))
-                after = ids if end == last else self._tokens(self._render(record, end))
-                # Templates may drop parts of earlier messages: use only the prefix shared with the whole text.
-                start, stop = _common_prefix(ids, before), _common_prefix(ids, after)
-                labels[start:stop] = ids[start:stop]
+        for end in ends:
+            after = ids if end == count else self._tokens(self._render(record, end))
+            start, stop = (
+                _common_prefix(ids, self._tokens(self._before(record, end))),
+                _common_prefix(ids, after),
+            )
+            labels[start:stop] = ids[start:stop]
         return Example(ids, labels)
+
+    def end_of_reply(self) -> int | None:
+        """Return the token with which the template ends a message of the assistant, None if it is no special one."""
+        reply = "Hello"
+        try:
+            text = self._render(Conversation((Message("user", "Hello"), Message("assistant", reply))), 2)
+        except DataError:  # it wants another beginning
+            return None
+        ids = self._tokens(text[text.rfind(reply) + len(reply) :].lstrip()) if reply in text else []
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        return ids[0] if ids and ids[0] in special else None
 
     def prompt(self, record: Conversation) -> list[int]:
         """Return the token ids of the prompt to which the model generates the last message."""
@@ -198,7 +270,7 @@ class Encoder:
         return self._tokens(self._render(record, count, answer_next=True))
 
     def _check_is_rendered(self, record: Conversation) -> None:
-        """Check that the template shows tools and calls of tools to the model, if there are any."""
+        """Check that the template shows to the model what a template may leave out: tools, their calls, some roles."""
         without_calls = tuple(
             replace(message, extra="{}") if message.role == "assistant" else message
             for message in record.messages
@@ -213,6 +285,15 @@ class Encoder:
                     f"the chat template leaves {name} out, so the model would not see them; take them out of the "
                     "record, or use a model whose template has them"
                 )
+        text = self._render(record, len(record.messages))
+        for i, message in enumerate(record.messages):
+            if message.role in ("system", "tool") and message.content.strip() not in text:
+                other = (*record.messages[:i], replace(message, content="other"), *record.messages[i + 1 :])
+                if self._render(replace(record, messages=other), len(other)) == text:
+                    raise DataError(
+                        f"the chat template leaves the {message.role}'s message out, so the model would not see it; "
+                        "take it out of the record, write it into the question, or use a model whose template has it"
+                    )
 
     def _before(self, record: Conversation, end: int) -> str:
         """Return the text before the message at `end` - 1, which is the assistant's."""

@@ -87,6 +87,7 @@ def start_run(
         "seed": config.seed,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "data_sha256": {} if prepared is None else prepared.digests,
+        "continues_text": prepared is not None and prepared.continues_text,
         "versions": {
             "python": platform.python_version(),
             **{name: package.__version__ for name, package in packages.items()},
@@ -200,7 +201,7 @@ def _train_and_evaluate(
         write_rows(folder.answers, ({"when": "before", **answer._asdict()} for answer in answers))
         append_row(folder.metrics, {"step": 0, "when": "before", **before})
     if folder.state == "trained":
-        run.model, _ = load_model(str(folder.model))
+        run.model, _ = load_model(str(folder.model), trust_remote_code=options.trust_remote_code)
     else:
         if run.layers is not None:
             config = _shorten_probe(config, count_steps(options, len(run.dataset)), screen)

@@ -27,6 +27,10 @@ from grass.layers import LayerMap
 DEFAULT_CONTEXT = 1024
 
 _MOST_BYTES_OF_POINTER = 1024
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"),
+    *("vocab.json", "vocab.txt", "merges.txt"),
+)
 
 
 def load_model(
@@ -51,7 +55,7 @@ def load_model(
         ModelError: it is no causal language model with a tokenizer, lacks weights or has others, or cannot be loaded.
     """
     check_model(name, revision, trust_remote_code=trust_remote_code)
-    remedy = _remedy(name)
+    remedy = _remedy(name, trust_remote_code=trust_remote_code)
     source: dict[str, Any] = {"revision": revision or None, "trust_remote_code": trust_remote_code}
     with library_errors(ModelError, f"model {name!r}: cannot load its tokenizer", remedy):
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
@@ -82,19 +86,29 @@ def check_model(name: str, revision: str = "", *, trust_remote_code: bool = Fals
         raise ConfigError(f"model {name!r}: not a folder with a config.json")
     if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise ConfigError(f"model {name!r}: no such folder")
+    if path.exists() and revision:
+        raise ConfigError(
+            f"revision is {revision!r}, but model {name!r} is a folder: only models on the hub have one"
+        )
+    if path.exists() and not any((path / file).is_file() for file in _TOKENIZER_FILES):
+        raise ModelError(f"model {name!r}: no tokenizer in the folder: copy the files of its tokenizer, too")
     _check_pointers(path)
     check_hub(name)
-    with library_errors(ModelError, f"model {name!r}: cannot load its configuration", _remedy(name)):
+    remedy = _remedy(name, trust_remote_code=trust_remote_code)
+    with library_errors(ModelError, f"model {name!r}: cannot load its configuration", remedy):
         config = AutoConfig.from_pretrained(
             name, revision=revision or None, trust_remote_code=trust_remote_code
         )
         _check_causal(name, config)
 
 
-def _remedy(name: str) -> str:
-    if Path(name).exists():
-        return "the files may be damaged or incomplete: download or copy them again"
-    return "check the name, and the connection to the hub"
+def _remedy(name: str, *, trust_remote_code: bool) -> str:
+    config = Path(name) / "config.json"
+    if not config.exists():
+        return "check the name, and the connection to the hub"
+    if not trust_remote_code and "auto_map" in config.read_text(encoding="utf-8", errors="replace"):
+        return "it comes with code of its own: pass --trust-remote-code if you trust it"
+    return "the files may be damaged or incomplete: download or copy them again"
 
 
 def _check_pointers(folder: Path) -> None:

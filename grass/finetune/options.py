@@ -134,6 +134,8 @@ class FinetuneOptions:
         if self.eval and self.eval_fraction:
             raise ConfigError("--eval and --eval-fraction exclude each other: pass one of them")
         self.renamed_columns()
+        if self.eval_limit is not None and not (self.eval or self.eval_fraction or self.is_demo):
+            raise ConfigError("--eval-limit needs held-out records: pass --eval or --eval-fraction")
         if self.load_best:
             if not (self.eval or self.eval_fraction or self.is_demo):
                 raise ConfigError("--load-best needs held-out records: pass --eval or --eval-fraction")

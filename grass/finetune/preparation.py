@@ -1,6 +1,7 @@
 """Inputs of a run: reads and checks data and model, encodes the data, and tells what becomes of it."""
 
 import random
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from grass.config import GrassConfig
 from grass.errors import ConfigError
 from grass.finetune.data import BadRecord, Records, read_records, split_heldout
-from grass.finetune.encoding import Encoded, Encoder, Example, pack
+from grass.finetune.encoding import Encoded, Encoder, Example, check_packing, pack
 from grass.finetune.evaluation import Question, make_questions
 from grass.finetune.loss import use_chunked_loss
 from grass.finetune.model import check_method, check_model, context_of, load_model, pad_token_id, positions_of
@@ -41,6 +42,7 @@ class Prepared:
         digests: SHA-256 of the training and the held-out records.
         layers: layer map; None for full fine-tuning.
         chunked: True if losses are computed by `grass.finetune.loss.chunked_loss`.
+        continues_text: True if all training records are plain texts.
     """
 
     model: PreTrainedModel
@@ -54,6 +56,7 @@ class Prepared:
     digests: dict[str, str]
     layers: LayerMap | None
     chunked: bool
+    continues_text: bool
 
     @property
     def pad_token_id(self) -> int:
@@ -90,11 +93,17 @@ def prepare(options: FinetuneOptions, config: GrassConfig, screen: Screen) -> Pr
     to_device(model)
     chunked = use_chunked_loss(model, options.loss, screen.say)
     encoder = Encoder(tokenizer, options.template, context_of(model, options.context))
-    if any(isinstance(record, Conversation) for record in records):
-        _use_template(encoder, options, screen)
+    continues_text = not any(isinstance(record, Conversation) for record in records)
+    if not continues_text:
+        _use_template(encoder, model, options, screen)
+    elif options.template != "auto":
+        screen.say("all records are plain texts: --template has no effect")
+    if not heldout_records:
+        screen.say("no held-out records: pass --eval or --eval-fraction for held-out loss and accuracy")
     train_set = _encode(encoder, records, "training", screen)
     dataset = train_set.dataset()
     if options.packing:
+        check_packing(model)
         dataset = pack(dataset, encoder.context)
         screen.say(f"{len(train_set.examples):,} texts are packed into {len(dataset):,} rows")
     heldout = _encode_heldout(encoder, heldout_records, screen)
@@ -113,6 +122,7 @@ def prepare(options: FinetuneOptions, config: GrassConfig, screen: Screen) -> Pr
         digests,
         layers,
         chunked,
+        continues_text,
     )
 
 
@@ -144,27 +154,48 @@ def _read(
     shared = len({record.question for record in heldout} & {record.question for record in records})
     if shared:
         screen.say(f"warning: {shared:,} held-out records are also among the training records")
-    if not heldout:
-        screen.say("no held-out records: pass --eval or --eval-fraction for held-out loss and accuracy")
     return records, heldout, read.bad, digests
 
 
 def _warn_of_bfloat16(model: PreTrainedModel, options: FinetuneOptions, screen: Screen) -> None:
-    if any(p.dtype == torch.bfloat16 for p in model.parameters()):
+    if not any(p.dtype == torch.bfloat16 for p in model.parameters()):
+        if options.rounding != FinetuneOptions.rounding:
+            screen.say("no weights are bfloat16: --rounding has no effect")
+    else:
         if options.rounding == "nearest":
             screen.say(
                 "warning: --rounding nearest loses small updates of bfloat16 weights: use master, or stochastic, which "
                 "needs no memory"
             )
         if not torch.cuda.is_available():
-            screen.say(
-                "warning: many CPUs have no bfloat16 arithmetic and are ten times slower with it than with "
-                "--dtype float32"
-            )
+            factor = _seconds_of_product(torch.bfloat16) / _seconds_of_product(torch.float32)
+            if factor > 2:
+                screen.say(
+                    f"warning: on this CPU bfloat16 is about {factor:.0f} times slower than --dtype float32"
+                )
 
 
-def _use_template(encoder: Encoder, options: FinetuneOptions, screen: Screen) -> None:
-    """Save the template with the model, so that every program asks as it was trained; tell which it is."""
+def _seconds_of_product(dtype: torch.dtype) -> float:
+    """Return the time of some matrix products on the CPU, which may have no arithmetic for a dtype."""
+    matrix = torch.ones(512, 512, dtype=dtype, device="cpu")
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _use_template(encoder: Encoder, model: PreTrainedModel, options: FinetuneOptions, screen: Screen) -> None:
+    """Save the template with the model, so that every program asks as it was trained; tell which it is.
+
+    The token that ends a reply becomes one at which generation stops: base models may have another EOS token.
+    """
+    ends = model.generation_config.eos_token_id or encoder.tokenizer.eos_token_id
+    ends, end = list(ends) if isinstance(ends, list) else [ends], encoder.end_of_reply()
+    if end is not None and end not in ends:
+        model.generation_config.eos_token_id = [*ends, end]
+        screen.say(f"generation stops at {encoder.tokenizer.convert_ids_to_tokens(end)}, which ends a reply")
     if encoder.chat_template == encoder.tokenizer.chat_template:
         screen.say("conversations are written with the model's own chat template")
         return
@@ -181,8 +212,11 @@ def _encode(encoder: Encoder, records: list[Record], kind: str, screen: Screen) 
     if encoded.num_cut:
         share = _share(encoded.num_cut, encoded.num_texts, f"{kind} texts")
         screen.say(f"{share} are longer than {encoder.context} tokens and are truncated (--context)")
-    if encoded.num_split:
-        share = _share(encoded.num_split, encoded.num_texts, f"{kind} texts")
+    if encoded.num_unrolled:
+        share = _share(encoded.num_unrolled, encoded.num_texts, f"{kind} texts")
+        screen.say(f"{share} are learnt reply by reply, as the template writes earlier turns otherwise")
+    if encoded.num_divided:
+        share = _share(encoded.num_divided, encoded.num_texts, f"{kind} texts")
         screen.say(f"{share} are longer than {encoder.context} tokens and are divided (--context)")
     if encoded.num_dropped:
         screen.say(

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -119,6 +120,8 @@ class Recorder(TrainerCallback):
     ) -> None:
         """Start the progress bar and the layer log."""
         self.optimizer = inner_optimizer(context["optimizer"])
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # evaluation before training is not part of it
         if isinstance(self.optimizer, GrassAdamW):
             self._layers = LayerLog(self.folder.layers, self.optimizer, state.global_step)
         self.screen.start(self.title, state.max_steps, state.global_step)
@@ -136,6 +139,7 @@ class Recorder(TrainerCallback):
         if state.global_step >= state.max_steps:
             # The finished model is saved and evaluated separately.
             control.should_save = control.should_evaluate = self.load_best
+            control.should_log = True
         elif self.stop.requested:
             control.should_save = control.should_training_stop = True
 

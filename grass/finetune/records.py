@@ -16,6 +16,7 @@ record and are refused, all others that are not used are returned, to be told.
 
 import json
 from collections.abc import Container, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -120,6 +121,7 @@ _LEARNT = 'not known; a message that must not be learnt has "weight": 0'
 # Keys that change the meaning of a record, unless their value is empty: key -> reason and remedy.
 _REFUSED = {
     **dict.fromkeys(("chosen", "rejected", "chosen_response", "rejected_response", "kto_tag"), _PREFERENCE),
+    **dict.fromkeys(("negative", "negative_output", "negative_response"), _PREFERENCE),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
     **dict.fromkeys(("functions", "function_call"), _FUNCTIONS),
     **dict.fromkeys(("reasoning", "reasoning_content", "thinking"), _REASONING),
@@ -128,6 +130,7 @@ _REFUSED = {
 
 # Roles of ShareGPT and of the models whose conversations it collects.
 _ROLE_OF = {role: role for role in ROLES} | {
+    "developer": "system",
     **dict.fromkeys(("human", "Human"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "Assistant"), "assistant"),
     **dict.fromkeys(("function_response", "observation"), "tool"),
@@ -167,8 +170,12 @@ def parse_record(item: Any, *, evaluation: bool = False) -> tuple[Record, set[st
     if not isinstance(item, dict):
         raise DataError(f"expected an object with {FORMATS}, found {_kind(item)}")
     _check_keys(item)
-    if isinstance(item.get("label"), bool):
+    if isinstance(item.get("label"), bool) or ("label" in item and item.get("completion") is not None):
         raise DataError(f'"label": {_PREFERENCE}')
+    if item.get("weight") not in (None, 1):
+        raise DataError(
+            '"weight" of a whole record: all records count alike; take out what must not be learnt'
+        )
     used: set[str]
     record: Record
     chat = next((key for key in ("messages", "conversations") if item.get(key) is not None), None)
@@ -188,7 +195,7 @@ def parse_record(item: Any, *, evaluation: bool = False) -> tuple[Record, set[st
         )
     elif (keys := _task_keys(item, evaluation=evaluation)) is not None:
         record, used, unused = *_task(item, *keys, evaluation=evaluation), set()
-    elif "text" in item:
+    elif item.get("text") is not None:
         record, used, unused = PlainText(_text(item, "text")), {"text"}, set()
     else:
         shown = ", ".join(json.dumps(key) for key in list(item)[:6]) or "no keys"
@@ -257,9 +264,11 @@ def _json(item: dict[str, Any], key: str, empty: Any) -> str:
 
 def _task_keys(item: dict[str, Any], *, evaluation: bool) -> tuple[str, str, str] | None:
     """Return the names of task, input and reply, if the object has a task and a reply or answer."""
-    task = next((key for key in TASK_KEYS if key in item), None)
-    reply = next((key for key in REPLY_KEYS if key in item), None)
-    if reply is None and "answer" in item and (evaluation or task == "question"):
+    task = next(
+        (key for key in TASK_KEYS if item.get(key) is not None), None
+    )  # tables fill columns with null
+    reply = next((key for key in REPLY_KEYS if item.get(key) is not None), None)
+    if reply is None and _is_filled(item.get("answer")) and (evaluation or task == "question"):
         reply = "answer"
     if task is None or reply is None:
         return None
@@ -306,7 +315,9 @@ def _conversation(item: dict[str, Any], messages: tuple[Message, ...]) -> Conver
 
 
 def _messages(value: Any, key: str) -> tuple[tuple[Message, ...], set[str]]:
-    """Return the messages of a list, and the names of keys that are not used."""
+    """Return the messages of a list, and the names of keys that are not used; tables hold it as JSON."""
+    with suppress(json.JSONDecodeError):
+        value = json.loads(value) if isinstance(value, str) else value
     if not isinstance(value, list) or not value:
         raise DataError(f'"{key}" must be a non-empty list')
     messages: list[Message] = []
@@ -325,6 +336,10 @@ def _message(item: Any) -> tuple[Message, set[str]]:
     if not isinstance(item, dict):
         raise DataError(f'expected an object with "role" and "content", found {_kind(item)}')
     _check_keys(item)
+    if item.get("from") == "function_call":  # of ShareGPT
+        calls = _json({"calls": f"[{item.get('value')}]"}, "calls", [])
+        functions = [{"type": "function", "function": function} for function in json.loads(calls)]
+        item = {**item, "from": "gpt", "value": None, "tool_calls": functions}
     who, what = ("from", "value") if "from" in item and "value" in item else ("role", "content")
     calls = _json(item, "tool_calls", []) if _is_filled(item.get("tool_calls")) else ""
     if who not in item or (what not in item and not calls):

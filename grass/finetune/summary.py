@@ -100,10 +100,10 @@ def format_table(results: dict[str, Any]) -> str:
         ("optimizer state", _bytes(r["optimizer_state_bytes"]), state if r["draw_counts"] else ""),
         ("speed", f"{r['tokens_per_second']:,.0f}", "tokens per second"),
         ("time", _duration(r["training_seconds"]), "in training"),
-        ("peak memory", _bytes(r["peak_host_bytes"]), "of the process on the host"),
+        ("peak memory", _bytes(r["peak_host_bytes"]), "on the host"),
     ]
     if r["peak_device_bytes"] is not None:
-        facts.append(("", _bytes(r["peak_device_bytes"]), "of tensors on the device"))
+        facts.append(("", _bytes(r["peak_device_bytes"]), "on the device, in training"))
     if r["best_step"] is not None:
         facts.append(("weights of step", f"{r['best_step']:,}", "the best of the checkpoints"))
     lines += [(name, "", value, note) for name, value, note in facts]

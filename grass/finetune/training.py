@@ -129,10 +129,13 @@ def _after_probe(schedule: Callable[[int], float], probe_steps: int) -> Callable
 
 
 class _Metrics(GrassCallback):
-    """Log the method's metrics; the schedule of `GrassTrainer` does not advance during the probe."""
+    """Log the method's metrics, and change nothing: a run is the same with loggers and without."""
 
     def _tell_of_schedule(self, *args: Any) -> None:
-        pass
+        """Do nothing: the schedule of `GrassTrainer` does not advance during the probe."""
+
+    def _skip_evaluation(self, *args: Any) -> None:
+        """Do nothing: evaluations inside the probe take place."""
 
 
 class GrassTrainer(SFTTrainer):
@@ -343,7 +346,8 @@ def _arguments(
         logging_nan_inf_filter=False,  # log a diverged loss as it is; the filter would be a device sync
         save_strategy="steps" if options.save_steps else "no",
         save_steps=options.save_steps or 1,
-        save_total_limit=options.save_total_limit,
+        # With a limit of 1 Trainer ends by removing all checkpoints but the best, also the newest of a stopped run.
+        save_total_limit=max(options.save_total_limit, 2) if options.load_best else options.save_total_limit,
         eval_strategy="steps" if evaluates else "no",
         eval_steps=options.steps_between_evaluations or None,
         load_best_model_at_end=options.load_best,

@@ -57,9 +57,10 @@ def test_values_are_those_of_the_command_line(tmp_path, name):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("learning_rate: 1", "--learning-rate"),
-        ("sample_intervall: 3", "did you mean --sample-interval?"),
-        ("lr: fast", "argument --lr: invalid float value: 'fast'"),
+        ("learning_rate: 1", "c.yaml: there is no option 'learning_rate'"),
+        ("sample_intervall: 3", "did you mean sample_interval?"),
+        ("resume: runs/x", "there is no option 'resume'"),
+        ("lr: fast", "c.yaml: argument --lr: invalid float value: 'fast'"),
         ("- lr", "expected names of options with values"),
         ("lr: [", "not valid YAML or JSON"),
         ("lr: -1", "lr must be a positive number"),

@@ -12,12 +12,20 @@ from typing import get_args
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomForCausalLM,
+    FalconForCausalLM,
+    MambaForCausalLM,
+    OPTForCausalLM,
+)
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from grass import ConfigError, DataError
+from grass.finetune import encoding
 from grass.finetune.demo import demo_tokenizer
-from grass.finetune.encoding import IGNORED, TEMPLATES, Collator, Encoder, Example, pack, to_dataset
+from grass.finetune.encoding import IGNORED, TEMPLATES, Collator, Example, check_packing, pack, to_dataset
 from grass.finetune.loss import chunked_loss
 from grass.finetune.options import Template
 from grass.finetune.records import PlainText, parse_record
@@ -36,6 +44,13 @@ TOOL_TEMPLATE = (
 
 def record(**item):
     return parse_record(item, evaluation=True)[0]
+
+
+class Encoder(encoding.Encoder):
+    def one(self, record):
+        """The only example of a record."""
+        (example,) = self.encode_one(record)
+        return example
 
 
 def chat(*turns, **more):
@@ -61,7 +76,7 @@ def learnt(tokenizer, example):
 def test_only_the_response_is_learnt_and_it_ends(tokenizer, template):
     encoder = Encoder(tokenizer, template, 64)
     task = record(instruction="Ada has 3 apples.", input="There are 4 more.", output="3 + 4 = 7", answer="7")
-    example = encoder.encode_one(task)
+    example = encoder.one(task)
     assert learnt(tokenizer, example) == "3 + 4 = 7 </s>"
     prompt = encoder.prompt(task)
     assert example.input_ids[: len(prompt)] == prompt
@@ -104,18 +119,18 @@ def test_a_saved_template_asks_as_the_model_was_trained(chat_tokenizer, tmp_path
     messages = [message.as_dict() for message in CHAT.messages]
     said = loaded.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
     assert said == encoder.prompt(CHAT)
-    assert encoder.encode_one(CHAT).input_ids[: len(said)] == said
+    assert encoder.one(CHAT).input_ids[: len(said)] == said
 
 
 def test_plain_text_is_learnt_as_a_whole(tokenizer):
-    example = Encoder(tokenizer, "plain", 64).encode_one(PlainText("3 + 4 = 7"))
+    example = Encoder(tokenizer, "plain", 64).one(PlainText("3 + 4 = 7"))
     assert example.labels == example.input_ids
     assert tokenizer.decode(example.input_ids) == "<s> 3 + 4 = 7 </s>"
 
 
 @pytest.mark.parametrize("template", get_args(Template))
 def test_chat_learns_the_assistants_turns_only(chat_tokenizer, template):
-    example = Encoder(chat_tokenizer, template, 512).encode_one(CHAT)
+    example = Encoder(chat_tokenizer, template, 512).one(CHAT)
     assert learnt(chat_tokenizer, example) == "3 + 4 </s> = 7 </s>"
     labelled = [(i, label) for i, label in zip(*example, strict=True) if label != IGNORED]
     assert all(i == label for i, label in labelled)
@@ -124,22 +139,54 @@ def test_chat_learns_the_assistants_turns_only(chat_tokenizer, template):
 @pytest.mark.parametrize("template", get_args(Template))
 def test_a_chat_prompt_is_the_beginning_of_the_chat(chat_tokenizer, template):
     encoder = Encoder(chat_tokenizer, template, 512)
-    example, prompt = encoder.encode_one(CHAT), encoder.prompt(CHAT)
+    example, prompt = encoder.one(CHAT), encoder.prompt(CHAT)
     assert example.input_ids[: len(prompt)] == prompt
     assert example.labels[len(prompt)] != IGNORED
     assert example.labels[len(prompt) - 1] == IGNORED
 
 
-def test_a_template_that_drops_earlier_turns_is_not_trusted():
+@pytest.mark.parametrize("weights", [(1, 1), (1, 0), (0, 1)])
+def test_replies_that_a_template_rewrites_later_are_learnt_one_by_one(weights):
+    """As reasoning models do, which leave the thoughts of earlier turns out."""
     forgetful = demo_tokenizer()
     forgetful.chat_template = (
         "{% for m in messages %}<s> {{ m.role }} "
         "{% if m.role != 'assistant' or loop.last %}{{ m.content }} {% endif %}</s>{% endfor %}"
         "{% if add_generation_prompt %}<s> assistant {% endif %}"
     )
-    example = Encoder(forgetful, "chat", 64).encode_one(CHAT)
-    assert "3 + 4" not in learnt(forgetful, example)
-    assert learnt(forgetful, example).endswith("= 7 </s>")
+    messages = [message.as_dict() for message in CHAT.messages]
+    messages[1]["weight"], messages[3]["weight"] = weights
+    encoder, replies = Encoder(forgetful, "chat", 64), ["3 + 4 </s>", "= 7 </s>"]
+    item = record(messages=messages)
+    examples = encoder.encode_one(item)
+    assert [learnt(forgetful, e) for e in examples] == [r for r, w in zip(replies, weights, strict=True) if w]
+    if weights == (1, 1):
+        assert encoder.encode([item], "d").num_unrolled == 1
+        prompts = [encoder.prompt(record(messages=messages[:2])), encoder.prompt(item)]
+        assert all(e.input_ids[: len(p)] == p for e, p in zip(examples, prompts, strict=True))
+
+
+def test_the_token_that_ends_a_reply_is_found(tokenizer, chat_tokenizer):
+    assert Encoder(tokenizer, "alpaca", 64).end_of_reply() == tokenizer.eos_token_id
+    chat_tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    chat_tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ m.content }} </s>", "{{ m.content }}<|end|>\n")
+    end = Encoder(chat_tokenizer, "auto", 64).end_of_reply()
+    assert chat_tokenizer.convert_ids_to_tokens(end) == "<|end|>"
+    chat_tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ m.content }} </s>", "{{ m.content }} now ")
+    assert Encoder(chat_tokenizer, "auto", 64).end_of_reply() is None
+
+
+@pytest.mark.parametrize("role", ["system", "tool"])
+def test_a_template_that_leaves_a_role_out_is_an_error(role):
+    deaf = demo_tokenizer()
+    deaf.chat_template = CHAT_TEMPLATE.replace(
+        "<s> {{ m.role }}", "{% if m.role in ('user', 'assistant') %}<s>"
+    )
+    deaf.chat_template = deaf.chat_template.replace("</s>{% endfor %}", "</s>{% endif %}{% endfor %}")
+    turns = [("user", "3 + 4"), ("assistant", "= 7")]
+    Encoder(deaf, "auto", 64).encode([chat(*turns)], "d")
+    with pytest.raises(DataError, match=f"d: the chat template leaves the {role}'s message out"):
+        Encoder(deaf, "auto", 64).encode([chat((role, "How many"), *turns)], "d")
 
 
 def test_cut_and_dropped_texts_are_counted(tokenizer):
@@ -163,11 +210,11 @@ def test_a_long_text_is_divided_and_nothing_is_lost(tokenizer, context):
     encoded = encoder.encode([text], "d")
     assert all(len(e.input_ids) <= context and e.labels == e.input_ids for e in encoded.examples)
     together = [token for example in encoded.examples for token in example.input_ids]
-    whole = encoder.encode_one(text).input_ids
+    whole = encoder.one(text).input_ids
     assert together == whole or (
         together == whole[:-1] and len(whole) % context == 1
     )  # nothing predicts a lone one
-    assert encoded.num_split == (context < 12)
+    assert encoded.num_divided == (context < 12)
     assert encoded.num_cut == encoded.num_dropped == 0
 
 
@@ -214,13 +261,25 @@ def test_packed_texts_have_the_loss_of_single_ones(tiny_model):
     assert model(**batch).loss != expected  # with a cache texts see each other: Trainer must turn it off
 
 
+@pytest.mark.parametrize("make", [OPTForCausalLM, MambaForCausalLM, FalconForCausalLM, BloomForCausalLM])
+def test_models_that_do_not_separate_texts_are_not_packed(make, tiny_model):
+    check_packing(AutoModelForCausalLM.from_pretrained(tiny_model))
+    check_packing(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
+    more = {"ffn_dim": 16, "word_embed_proj_dim": 16} if make is OPTForCausalLM else {}
+    more = {"alibi": True} if make is FalconForCausalLM else more
+    with pytest.raises(ConfigError, match="leave out --packing"):
+        check_packing(make(make.config_class(**sizes, **more)))
+
+
 @pytest.mark.parametrize("template", get_args(Template))
 def test_messages_of_weight_zero_are_read_and_not_learnt(chat_tokenizer, template):
     messages = [message.as_dict() for message in CHAT.messages]
     messages[1]["weight"] = 0
     encoder = Encoder(chat_tokenizer, template, 512)
-    example = encoder.encode_one(record(messages=messages))
-    assert example.input_ids == encoder.encode_one(CHAT).input_ids
+    example = encoder.one(record(messages=messages))
+    assert example.input_ids == encoder.one(CHAT).input_ids
     assert learnt(chat_tokenizer, example) == "= 7 </s>"
 
 
@@ -237,7 +296,7 @@ def test_only_the_reply_is_learnt_if_the_assistant_speaks_first(templated, syste
             "{% if add_generation_prompt %}<s> assistant {% endif %}"
         )
     first = chat(*system, ("assistant", "3 + 4"), ("user", "in all"), ("assistant", "= 7"))
-    assert learnt(used, Encoder(used, "auto", 512).encode_one(first)) == "3 + 4 </s> = 7 </s>"
+    assert learnt(used, Encoder(used, "auto", 512).one(first)) == "3 + 4 </s> = 7 </s>"
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -246,7 +305,7 @@ def test_system_and_history_are_part_of_the_prompt(tokenizer, template):
     task = {"instruction": "How many now", "output": "7", "input": "4 more"}
     alone = record(**task)
     whole = record(**task, system="Ada has", history=[["3 + 0", "3"], ["4 + 0", "4"]])
-    example, prompt = encoder.encode_one(whole), encoder.prompt(whole)
+    example, prompt = encoder.one(whole), encoder.prompt(whole)
     assert learnt(tokenizer, example) == "7 </s>"
     assert example.input_ids[: len(prompt)] == prompt
     assert prompt.count(tokenizer.bos_token_id) == 1
@@ -273,7 +332,7 @@ def test_tools_are_seen_and_their_calls_are_learnt(as_text):
     used = demo_tokenizer()
     used.chat_template = TOOL_TEMPLATE
     item = record(messages=CALLING, tools=json.dumps(TOOLS) if as_text else TOOLS)
-    example = Encoder(used, "auto", 64).encode_one(item)
+    example = Encoder(used, "auto", 64).one(item)
     assert used.decode(example.input_ids).startswith("<s> <unk> find </s> <s> <unk> 3 + 4 </s>")
     assert learnt(used, example) == "many 40 </s> = 7 </s>"
 
@@ -290,7 +349,7 @@ def test_a_template_that_leaves_tools_out_is_an_error(chat_tokenizer, item, says
         Encoder(chat_tokenizer, "auto", 64).encode([record(**item)], "d")
     if "calls" in says:
         with pytest.raises(DataError, match="calls of tools need a chat template of the model"):
-            Encoder(chat_tokenizer, "alpaca", 64).encode_one(record(**item))
+            Encoder(chat_tokenizer, "alpaca", 64).one(record(**item))
 
 
 def test_a_template_that_refuses_a_turn_is_named_with_the_record():

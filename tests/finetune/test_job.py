@@ -119,7 +119,7 @@ def test_a_run_leaves_everything_behind(options, tmp_path, tiny_model, problem_f
     assert results["trained_share"] == pytest.approx((total - 3 * block) / total)
 
     metrics = read_rows(folder.metrics)
-    assert [r["step"] for r in metrics if "lr" in r] == [4, 8, 12, 16]
+    assert [r["step"] for r in metrics if "lr" in r] == [4, 8, 12, 16, 19]
     assert all(r["grad_norm"] > 1e-3 and r["tokens_per_second"] > 0 for r in metrics if "lr" in r)
     assert [r["step"] for r in metrics if "heldout_loss" in r] == [0, 10, 19]
     assert results["heldout_loss_after"] < results["heldout_loss_before"]
@@ -276,6 +276,7 @@ def test_a_model_of_no_use_is_told_before_the_data_is_read(options, tmp_path, to
     from grass.finetune import preparation
 
     (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}')
+    tokenizer.save_pretrained(tmp_path)
     monkeypatch.setattr(preparation, "read_records", pytest.fail)
     with pytest.raises(ModelError, match="BertForMaskedLM"):
         start_run(replace(options, model=str(tmp_path)), CONFIG, Screen())
