@@ -126,7 +126,9 @@ def read_records(
             except DataError as error:
                 bad.append(BadRecord(str(source), row.line, row.record, str(error)))
             else:
-                records.append(replace(record, place=_place(str(source), row.line, row.record)))
+                records.append(
+                    replace(record, source=str(source), place=_place(str(source), row.line, row.record))
+                )
                 unused.update(keys)
         if len(records) + len(bad) == count:
             raise DataError(f"{source}: no records; expected objects with {FORMATS}")

@@ -16,8 +16,9 @@ from grass.finetune.scoring import Rule
 
 
 class Question(NamedTuple):
-    """Text of the user's last message, token ids of the whole prompt, and the expected answer."""
+    """Name of the file, text of the user's last message, token ids of the whole prompt, and the expected answer."""
 
+    source: str
     text: str
     prompt: list[int]
     expected: str
@@ -27,6 +28,7 @@ class Answer(NamedTuple):
     """Generated answer to a held-out record.
 
     Attributes:
+        source: name of the file.
         question: text of the user's last message.
         prompt: the text that the model continued, special tokens included.
         expected: the expected answer.
@@ -35,6 +37,7 @@ class Answer(NamedTuple):
         correct: the result; None without a rule.
     """
 
+    source: str
     question: str
     prompt: str
     expected: str
@@ -119,7 +122,8 @@ def make_questions(
             )
         prompts = [prompt[-room:] if len(prompt) > room else prompt for prompt in prompts]
     texts = [[m.as_dict()["content"] for m in record.messages if m.role == "user"][-1:] for record in records]
-    columns = zip(("".join(text) for text in texts), prompts, expected, strict=True)
+    sources = [record.source for record in records]
+    columns = zip(sources, ("".join(text) for text in texts), prompts, expected, strict=True)
     return [Question(*column) for column in columns], num_cut
 
 
@@ -170,6 +174,8 @@ def answer_questions(
                 expected, prompt = questions[i].expected, str(tokenizer.decode(prompts[i]))
                 rule = rules.get(expected)
                 verdict = ("", None) if rule is None else (rule.name, rule.is_right(text, expected))
-                answers[i] = Answer(questions[i].text, prompt, expected, text.strip(), *verdict)
+                answers[i] = Answer(
+                    questions[i].source, questions[i].text, prompt, expected, text.strip(), *verdict
+                )
             advance(len(chosen))
     return [answers[i] for i in range(len(questions))]

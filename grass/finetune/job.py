@@ -264,6 +264,11 @@ def evaluate(
     if answers and run.rules:
         result["accuracy"] = sum(bool(answer.correct) for answer in answers) / len(answers)
         result["answers"] = len(answers)
+        by_source: dict[str, list[bool]] = {}
+        for answer in answers:
+            by_source.setdefault(answer.source, []).append(bool(answer.correct))
+        if len(by_source) > 1:
+            result["accuracy_by_source"] = {name: sum(c) / len(c) for name, c in by_source.items()}
         result["scoring"] = count_rules(run.rules, (answer.expected for answer in answers))
     return result, answers
 

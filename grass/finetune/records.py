@@ -63,12 +63,13 @@ class Conversation:
         messages: its messages.
         answer: the answer that evaluation expects, if there is one.
         tools: descriptions of the tools that the assistant may call, as a JSON list.
-        place: file and line, for error messages.
+        source, place: where it was read: the file, and file with line, for messages.
     """
 
     messages: tuple[Message, ...]
     answer: str | None = None
     tools: str = "[]"
+    source: str = field(default="", compare=False)
     place: str = field(default="", compare=False)
 
     @property
@@ -90,10 +91,11 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PlainText:
-    """Text of which every token is a target; `place` is that of `Conversation`."""
+    """Text of which every token is a target; `source` and `place` are those of `Conversation`."""
 
     text: str
     answer: None = None
+    source: str = field(default="", compare=False)
     place: str = field(default="", compare=False)
 
     @property

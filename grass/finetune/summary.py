@@ -66,6 +66,8 @@ def make_results(
         "heldout_loss_after": after.get("heldout_loss"),
         "accuracy_before": before.get("accuracy"),
         "accuracy_after": after.get("accuracy"),
+        "accuracy_by_source_before": before.get("accuracy_by_source"),
+        "accuracy_by_source_after": after.get("accuracy_by_source"),
         "answers": after.get("answers"),
         "scoring": after.get("scoring"),
         "trained_share": trained_share(rows, training["steps"], num_params) if sampled else 1.0,
@@ -92,6 +94,9 @@ def format_table(results: dict[str, Any]) -> str:
         before, after = r["accuracy_before"], r["accuracy_after"]
         note = f"{r['answers']} answers by {', '.join(r['scoring'])}"
         lines.append(("held-out accuracy", f"{before:.1%}", f"{after:.1%}", note))
+    for source, accuracy in (r["accuracy_by_source_after"] or {}).items():
+        name = f"  {source if len(source) < 33 else '...' + source[-30:]}"
+        lines.append((name, f"{r['accuracy_by_source_before'][source]:.1%}", f"{accuracy:.1%}", ""))
     if len(lines) == 1:
         lines = [(_method(r), "", "", "")]
     state = f"{_bytes(r['optimizer_state_bytes_active'])} active at a time"

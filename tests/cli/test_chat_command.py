@@ -75,3 +75,33 @@ def test_wrong_usage(tiny_run, tmp_path, capsys, arguments, code, says):
     shown = capsys.readouterr().err
     assert says in shown
     assert len(shown.splitlines()) == 1
+
+
+def test_a_model_trained_on_texts_continues_them(inputs, tmp_path, capsys):
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": "3 + 4 = 7"}) + "\n")
+    options = [
+        *inputs[:2],
+        "--data",
+        str(path),
+        *inputs[6:],
+        "--steps",
+        "3",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    assert main(["finetune", *options]) == 0
+    capsys.readouterr()
+    assert main(["chat", str(tmp_path / "run"), "--prompt", "3 + 4", "--max-new-tokens", "4"]) == 0
+    assert "continues texts" in capsys.readouterr().err
+    chat = Chat(tmp_path / "run", 4, 0.0)
+    assert chat._tokens([{"role": "user", "content": "3 + 4"}]) == chat.tokenizer("3 + 4")["input_ids"]
+
+
+def test_lines_that_are_no_text_are_not_answered(tiny_run, monkeypatch, capsys):
+    folder, _ = tiny_run
+    monkeypatch.setattr(
+        "sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\nAda\n"), errors="surrogateescape")
+    )
+    assert main(["chat", str(folder), "--max-new-tokens", "2"]) == 0
+    assert "not UTF-8" in capsys.readouterr().err

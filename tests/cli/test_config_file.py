@@ -89,3 +89,24 @@ def test_a_run_is_run_again_and_the_command_line_has_the_last_word(tmp_path, mon
     other = RunFolder.open(tmp_path / "other").record
     assert other["options"]["lr"] == 3e-3
     assert other["options"]["steps"] == record["options"]["steps"]
+
+
+@pytest.mark.parametrize(
+    ("in_file", "option", "kept"),
+    [
+        ({"epochs": 2.0}, ["--steps", "4"], {"steps": 4}),
+        ({"steps": 4}, ["--epochs", "0.5"], {"epochs": 0.5}),
+        ({"eval": "b.jsonl"}, ["--eval-fraction", "0.2"], {"eval_fraction": 0.2}),
+    ],
+)
+def test_the_command_line_replaces_what_it_excludes(tmp_path, monkeypatch, in_file, option, kept):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).touch()
+    seen = []
+    monkeypatch.setattr(
+        "grass.cli.finetune._run_job", lambda resume, given, *rest: seen.append(given) or exit(0)
+    )
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"model": "m", "data": "a.jsonl", **in_file}))
+    assert main(["finetune", "--config", "c.yaml", *option]) == 0
+    assert seen == [{"model": "m", "data": "a.jsonl", **kept}]

@@ -218,3 +218,82 @@ def test_places_in_tables(tmp_path):
     path.write_bytes(gzip.compress(b'{"text": "a"}')[:-4])
     with pytest.raises(DataError, match="damaged"):
         read_records(path)
+
+
+def test_a_table_of_mixed_forms_has_empty_columns(tmp_path):
+    """As parquet stores records of different forms: every row has every column."""
+    import datasets
+
+    rows = [{"instruction": "1 + 1", "output": "2"}, {"messages": TURNS}, {"text": "a"}]
+    columns = {key: [row.get(key) for row in rows] for key in ("instruction", "output", "messages", "text")}
+    datasets.Dataset.from_dict(columns).to_parquet(str(tmp_path / "d.parquet"))
+    assert read_records(tmp_path / "d.parquet").records == [PAIR, PAIR, PlainText("a")]
+
+
+def test_a_saved_data_set_and_a_text_file(tmp_path):
+    import datasets
+
+    data = datasets.Dataset.from_list(ROWS)
+    data.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"test": data.select([0]), "train": data}).save_to_disk(tmp_path / "dict")
+    expected = [parse_record(row)[0] for row in ROWS]
+    assert read_records(tmp_path / "one").records == read_records(tmp_path / "dict").records == expected
+    (tmp_path / "story.txt").write_text("Once upon\n\na time.")
+    assert read_records(tmp_path / "story.txt").records == [PlainText("Once upon\n\na time.")]
+
+
+def test_tables_hold_messages_and_tools_as_json(tmp_path):
+    path = tmp_path / "d.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["messages", "tools"])
+        writer.writeheader()
+        writer.writerow({"messages": json.dumps(TURNS), "tools": json.dumps([{"name": "find"}])})
+    (record,) = read_records(path).records
+    assert record.messages == PAIR.messages
+    assert json.loads(record.tools) == [{"name": "find"}]
+
+
+def test_a_column_of_texts_with_semicolons_and_a_large_cell(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text("text\na; b; c\n" + "d" * 200_000 + "\n")
+    assert [r.text for r in read_records(path).records] == ["a; b; c", "d" * 200_000]
+
+
+@pytest.mark.parametrize("damage", [10, 20, -5])
+def test_a_damaged_archive_is_one_line(tmp_path, damage):
+    content = bytearray(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS * 50).encode()))
+    content[damage] ^= 0xFF
+    path = tmp_path / "d.jsonl.gz"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"d\.jsonl\.gz"):
+        read_records(path)
+
+
+def test_calls_of_functions_in_sharegpt_are_calls_of_tools():
+    call = {"name": "find", "arguments": {"a": 1}}
+    turns = [
+        {"from": "human", "value": "1 + 1"},
+        {"from": "function_call", "value": json.dumps(call)},
+        {"from": "observation", "value": "2"},
+        {"from": "gpt", "value": "2"},
+    ]
+    record, unused = parse_record({"conversations": turns, "tools": json.dumps([{"name": "find"}])})
+    assert [m.role for m in record.messages] == ["user", "assistant", "tool", "assistant"]
+    assert record.messages[1].as_dict()["tool_calls"] == [{"type": "function", "function": call}]
+    assert not unused
+    developer = [{"role": "developer", "content": "s"}, *TURNS]
+    assert parse_record({"messages": developer})[0].messages[0] == Message("system", "s")
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"prompt": "1 + 1", "completion": "2", "label": 1},
+        {"prompt": "1 + 1", "completion": "2", "label": False},
+        {"instruction": "1 + 1", "output": "2", "negative_output": "3"},
+        {"instruction": "1 + 1", "output": "2", "weight": 0},
+    ],
+)
+def test_what_must_not_be_learnt_is_refused(item):
+    with pytest.raises(DataError, match=r"preference|weight"):
+        parse_record(item)

@@ -126,7 +126,7 @@ def test_a_run_leaves_everything_behind(options, tmp_path, tiny_model, problem_f
     answers = read_rows(folder.path / "answers.jsonl")
     assert [row["when"] for row in answers] == ["before"] * 8 + ["after"] * 8
     assert [set(row) for row in answers] == [
-        {"when", "question", "prompt", "expected", "generated", "rule", "correct"}
+        {"when", "source", "question", "prompt", "expected", "generated", "rule", "correct"}
     ] * 16
     assert results["answers"] == 8
     assert results["samples"] == [

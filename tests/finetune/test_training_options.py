@@ -6,6 +6,8 @@ trained with another; a packed or best run that is not bitwise the same after a 
 """
 
 import json
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grass import ConfigError, GrassConfig
+from grass.cli import main
+from grass.errors import ModelError
 from grass.finetune import training
 from grass.finetune.job import resume_run, start_run
 from grass.finetune.options import FinetuneOptions
@@ -23,6 +27,7 @@ from grass.finetune.recording import Recorder
 from grass.finetune.run_folder import read_rows
 from grass.finetune.screen import Screen, quiet_libraries
 from grass.finetune.stopping import Stopped
+from grass.finetune.summary import format_table
 
 CONFIG = GrassConfig(active_layers=1, probe_steps=2, sample_interval=2, update_interval=4, seed=5)
 
@@ -198,3 +203,115 @@ def test_long_texts_are_told_and_learnt(options, tmp_path, capsys):
     assert (
         "1 of 1 training texts (100.0%) are longer than 16 tokens and are divided" in capsys.readouterr().err
     )
+
+
+def test_loggers_change_nothing(options, tmp_path):
+    best = replace(options, **BEST)
+    config = replace(CONFIG, probe_steps=6)
+    without = start_run(best, config, Screen())
+    logged = replace(best, report_to="tensorboard", output=str(tmp_path / "logged"))
+    assert start_run(logged, config, Screen())["best_step"] == without["best_step"]
+    assert equal(weights(tmp_path / "run" / "model"), weights(tmp_path / "logged" / "model"))
+
+
+def test_ctrl_c_long_after_the_best_keeps_the_newest_checkpoint(options, tmp_path, monkeypatch):
+    begin = Recorder.on_step_end
+
+    def stop(self, args, state, control, **context):
+        self.stop.requested = state.global_step == 11
+        return begin(self, args, state, control, **context)
+
+    monkeypatch.setattr(Recorder, "on_step_end", stop)
+    with pytest.raises(Stopped):
+        start_run(replace(options, **{**BEST, "save_steps": 2}), CONFIG, Screen())
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert "checkpoint-11" in kept
+    assert len(kept) == 2
+
+
+def test_generation_stops_where_a_reply_ends(options, tmp_path, tiny_model, capsys):
+    """A base model whose template ends replies by another token than its EOS."""
+    folder = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<unk>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }} {% if m.role == 'assistant' %}<unk>{% endif %}{% endfor %}"
+    )
+    tokenizer.save_pretrained(folder)
+    start_run(replace(options, model=str(folder), template="auto", steps=3), CONFIG, Screen())
+    assert "generation stops at <unk>, which ends a reply" in capsys.readouterr().err
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").generation_config.eos_token_id
+    assert set(saved) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<unk>")}
+
+
+def test_accuracy_is_told_by_file(options, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(Path(options.eval).read_text().splitlines()[0] + "\n")
+    results = start_run(replace(options, eval=(options.eval, str(other)), eval_answers=200), CONFIG, Screen())
+    assert results["accuracy_by_source_after"].keys() == {options.eval, str(other)}
+    rows = [row for row in read_rows(tmp_path / "run" / "answers.jsonl") if row["when"] == "after"]
+    for source, accuracy in results["accuracy_by_source_after"].items():
+        correct = [row["correct"] for row in rows if row["source"] == source]
+        assert accuracy == sum(correct) / len(correct)
+    assert str(other)[-20:] in format_table(results)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "says"),
+    [
+        ({"revision": "v2"}, ConfigError, "is a folder: only models on the hub"),
+        ({"eval_limit": 3, "eval": ""}, ConfigError, "--eval-limit needs held-out records"),
+    ],
+)
+def test_options_that_would_have_no_effect_are_refused(options, wrong, error, says):
+    with pytest.raises(error, match=says):
+        prepare(replace(options, **wrong), CONFIG, Screen())
+
+
+def test_options_without_effect_are_told(options, tmp_path, capsys):
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": "1 + 1 = 2"}) + "\n")
+    prepare(replace(options, data=str(path), eval="", rounding="stochastic"), CONFIG, Screen())
+    shown = capsys.readouterr().err
+    assert "all records are plain texts: --template has no effect" in shown
+    assert "no weights are bfloat16: --rounding has no effect" in shown
+
+
+def test_a_model_without_tokenizer_is_told(options, tmp_path, tiny_model):
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(tmp_path / "bare")
+    with pytest.raises(ModelError, match="no tokenizer in the folder"):
+        prepare(replace(options, model=str(tmp_path / "bare")), CONFIG, Screen())
+
+
+def test_code_of_a_model_is_run_only_where_it_is_trusted(options, tmp_path, tiny_model, monkeypatch, capsys):
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    folder = shutil.copytree(tiny_model, tmp_path / "own")
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    options = replace(options, model=str(folder), steps=3)
+    with pytest.raises(ModelError, match="code of its own: pass --trust-remote-code if you trust it"):
+        start_run(options, CONFIG, Screen())
+    trusting = replace(options, trust_remote_code=True)
+
+    def stop(*args, **how):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("grass.finetune.job.samples", stop)  # trained, and not yet finished
+        with pytest.raises(Stopped):
+            start_run(trusting, CONFIG, Screen())
+    resume_run(tmp_path / "run", Screen())
+    assert main(["chat", str(tmp_path / "run"), "--prompt", "Ada", "--max-new-tokens", "2"]) == 0
+    assert main(["chat", str(tmp_path / "run" / "model"), "--prompt", "Ada"]) == 1
+    assert "--trust-remote-code" in capsys.readouterr().err
