@@ -31,7 +31,7 @@ def asked(monkeypatch):
         raise ConnectionError("Name or service not known")
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda _name, _file: None)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda _name, _file, **_: None)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", get_hf_file_metadata)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", pytest.fail)
     return names
@@ -56,7 +56,7 @@ def test_every_command_asks_first(asked, command, capsys):
 def test_what_is_on_the_disk_or_offline_is_not_asked_for(asked, monkeypatch, tmp_path):
     check_hub(str(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(huggingface_hub, "try_to_load_from_cache", lambda _name, _file: "config.json")
+        patch.setattr(huggingface_hub, "try_to_load_from_cache", lambda _name, _file, **_: "config.json")
         check_hub("some/model")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     check_hub("some/model")

@@ -5,6 +5,7 @@ is lost, or raised inside an update; a thread that outlives its store.
 """
 
 import ctypes
+import errno
 import gc
 import mmap
 import multiprocessing
@@ -309,14 +310,20 @@ def is_mapped(address: int) -> bool:
     return any(int(first, 16) <= address < int(end, 16) for first, end in ranges)
 
 
-def place(address: int, size: int) -> ctypes.Array:
-    """Map new memory where pinned memory was in the parent, as later allocations of a child may be."""
+def place(address: int, size: int) -> ctypes.Array | None:
+    """Map new memory where pinned memory was in the parent, as later allocations of a child may be.
+
+    Returns:
+        The memory; None if an allocation of the child is there already.
+    """
     function = ctypes.CDLL(None, use_errno=True).mmap
     function.restype = ctypes.c_void_p
     function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
     no_replace = 0x100000
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_replace
-    assert function(address, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) == address
+    if function(address, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) != address:
+        assert ctypes.get_errno() == errno.EEXIST
+        return None
     memory = (ctypes.c_char * size).from_address(address)
     memory[:] = b"x" * size
     return memory
@@ -324,12 +331,14 @@ def place(address: int, size: int) -> ctypes.Array:
 
 def drop_in_child(held: list[Any], pinned: dict[int, int]) -> list[str]:
     """Drop what is held, and return the errors; memory of the child must stay."""
+    gc.collect()  # what others have left
     errors: list[str] = []
     sys.unraisablehook = lambda event: errors.append(repr(event.exc_value))
     placed = [(place(address, size), size) for address, size in pinned.items()]
     held.clear()
     gc.collect()
-    assert all(memory[:] == b"x" * size for memory, size in placed)
+    assert all(memory[:] == b"x" * size for memory, size in placed if memory is not None)
+    assert all(map(is_mapped, pinned))
     return errors
 
 
