@@ -338,7 +338,6 @@ def drop_in_child(held: list[Any], pinned: dict[int, int]) -> list[str]:
     held.clear()
     gc.collect()
     assert all(memory[:] == b"x" * size for memory, size in placed if memory is not None)
-    assert all(map(is_mapped, pinned))
     return errors
 
 
