@@ -1,0 +1,190 @@
+"""One run of the study: a base model, a method, a learning rate, an order of the data."""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bench.quality.tasks import IGNORED, Data, Problem, base_texts, encode, token_ids
+
+BASE_STEPS, BASE_BATCH, BASE_LR = 800, 64, 3e-3
+ANSWER_TOKENS = 7  # longest answer, with its end
+LAYERS = 8
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What all methods have in common.
+
+    Args:
+        steps: number of steps, the probe included.
+        batch: number of problems in a step.
+        train: number of training problems.
+        heldout: number of held-out problems.
+    """
+
+    steps: int = 400
+    batch: int = 16
+    train: int = 4000
+    heldout: int = 200
+
+
+def make_model(seed: int) -> LlamaForCausalLM:
+    """Return a Llama of eight layers and 0.75 million parameters, initialized by a seed."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(token_ids()),
+        hidden_size=88,
+        intermediate_size=236,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def loss_of(model: nn.Module, ids: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """Return the cross-entropy of the next token, over all targets of a batch. Padding is on the right."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction=reduction
+    )
+
+
+def base_model(seed: int, folder: Path) -> LlamaForCausalLM:
+    """Return the base model of a seed, trained the first time and then kept in a folder."""
+    model = make_model(seed)
+    path = folder / f"base-{seed}.pt"
+    if path.exists():
+        model.load_state_dict(torch.load(path))
+        return model
+    data = Data([Problem(text, "") for text in base_texts(seed)], whole=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=BASE_LR, weight_decay=0.0)
+    for step, batch in enumerate(data.batches(BASE_BATCH, BASE_STEPS, seed)):
+        set_lr(optimizer, BASE_LR * schedule(step, BASE_STEPS))
+        loss_of(model, *batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    temporary = path.with_suffix(f".{random.getrandbits(32)}")
+    torch.save(model.state_dict(), temporary)
+    temporary.rename(path)
+    return model
+
+
+def schedule(step: int, steps: int, warmup: float = 0.05) -> float:
+    """Return the factor of the learning rate: a linear rise over a share of the steps, and a linear fall to zero."""
+    rise = max(1, round(warmup * steps))
+    return min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Set the learning rate of all groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Data, size: int = 100) -> tuple[float, float]:
+    """Return the log-loss of the answers, a mean over their tokens in nats, and the share of exact answers."""
+    model.eval()
+    total, count, exact = 0.0, 0, 0
+    for indices in torch.arange(len(data)).split(size):
+        ids, labels = data.batch(indices)
+        total += float(loss_of(model, ids, labels, reduction="sum"))
+        count += int((labels[:, 1:] != IGNORED).sum())
+        exact += sum(_answers(model, [data.problems[i] for i in indices.tolist()]))
+    model.train()
+    return total / count, exact / len(data)
+
+
+def _answers(model: nn.Module, problems: Sequence[Problem]) -> list[bool]:
+    """Return for each problem whether the most likely continuation is its answer, with the end."""
+    right = [False] * len(problems)
+    by_length: dict[int, list[int]] = {}
+    for i, problem in enumerate(problems):
+        by_length.setdefault(len(problem.prompt.split()), []).append(i)
+    for indices in by_length.values():
+        ids = torch.tensor([encode(f"<s> {problems[i].prompt}") for i in indices])
+        length = ids.shape[1]
+        for _ in range(ANSWER_TOKENS):
+            ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+        for i, row in zip(indices, ids[:, length:].tolist(), strict=True):
+            expected = encode(f"{problems[i].answer} </s>")
+            right[i] = row[: len(expected)] == expected
+    return right
+
+
+@dataclass
+class Trained:
+    """Result of a run.
+
+    Attributes:
+        log_loss: held-out loss of the answers, nats a token.
+        exact: share of exact answers.
+        curve: training loss, a mean over every tenth of the steps.
+        trained_share: share of the parameters that a step trains, a mean over all steps.
+        layers: share of the steps in which each layer trained; empty if not known.
+    """
+
+    log_loss: float
+    exact: float
+    curve: list[float]
+    trained_share: float
+    layers: list[float]
+
+
+def fine_tune(
+    model: nn.Module,
+    optimizer: Optimizer,
+    train: Data,
+    heldout: Data,
+    lr: float,
+    order: int,
+    budget: Budget,
+) -> Trained:
+    """Train on a task, and evaluate.
+
+    Args:
+        model: trained in place.
+        optimizer: of the method.
+        train, heldout: problems.
+        lr: maximum learning rate.
+        order: seed of the order of the data.
+        budget: what all methods have in common.
+    """
+    losses: list[float] = []
+    num_params = sum(p.numel() for p in model.parameters())
+    trained, active = 0, [0] * LAYERS
+    for step, batch in enumerate(train.batches(budget.batch, budget.steps, order)):
+        set_lr(optimizer, lr * schedule(step, budget.steps))
+        loss = loss_of(model, *batch)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            return Trained(math.inf, 0.0, losses, 0.0, [])
+        is_probe = getattr(optimizer, "phase", "adapt") == "probe"
+        updated = [] if is_probe else [p for p in model.parameters() if p.grad is not None]
+        trained += sum(p.numel() for p in updated)
+        for layer in getattr(optimizer, "active_layers", ()):
+            if layer < LAYERS:
+                active[layer] += 1
+        optimizer.step()
+        optimizer.zero_grad()
+    release: Any = getattr(optimizer, "release", None)
+    if release is not None:
+        release()
+    log_loss, exact = evaluate(model, heldout)
+    tenth = max(1, budget.steps // 10)
+    curve = [sum(losses[i : i + tenth]) / len(losses[i : i + tenth]) for i in range(0, len(losses), tenth)]
+    layers = [count / budget.steps for count in active] if any(active) else []
+    return Trained(log_loss, exact, curve, trained / (budget.steps * num_params), layers)

@@ -1,0 +1,256 @@
+"""The study of samplers.
+
+Would catch: an answer that is wrong, or known from training; a loss on the prompt; an exact match that is not; methods
+of different budgets; a study that runs what it has, or chooses rates on what it reports; statistics that find what is
+not there, or miss what is.
+"""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from bench.quality import study
+from bench.quality.methods import METHODS, PERIOD, make
+from bench.quality.statistics import contrast, holm, sign_flip, verdict
+from bench.quality.study import KEY, RATES, VALIDATION_BASES, Design, Job, chosen_rate, read_rows
+from bench.quality.tasks import IGNORED, TASKS, Data, Problem, base_texts, encode
+from bench.quality.training import Budget, evaluate, fine_tune, loss_of, make_model, schedule
+
+BUDGET = Budget(steps=4, batch=4, train=32, heldout=8)
+
+
+def solve(problem):
+    """The answer by another way than the generator's."""
+    words = problem.prompt.split()
+    if "older" not in words:
+        a, sign, b, _, result = problem.answer.split()
+        numbers = [word for word in words if word.isdigit()]
+        assert [a, b] == numbers
+        return str(int(a) + int(b) if sign == "+" else int(a) - int(b)) == result
+    above = {words[i - 2]: words[i + 2] for i, word in enumerate(words) if word == "older"}
+    people = set(above) | set(above.values())
+    (oldest,), (youngest,) = people - set(above.values()), people - set(above)
+    asked = oldest if "oldest" in words else youngest
+    options = {words[i + 2]: word for i, word in enumerate(words) if word.startswith("option")}
+    return problem.answer == f"{asked} : {options[asked]}"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_answers_are_right_and_not_known_from_training(task):
+    train, heldout = TASKS[task](300, 60, seed=3)
+    assert (len(train), len(heldout)) == (300, 60)
+    assert all(map(solve, train + heldout))
+    facts = [{p.prompt.split(" option1 ")[0] for p in part} for part in (train, heldout)]
+    assert not facts[0] & facts[1]
+    assert TASKS[task](300, 60, seed=3) == (train, heldout)
+    assert TASKS[task](300, 60, seed=4)[0] != train
+    assert all(encode(text) for text in base_texts(0)[::50])  # no unknown word
+
+
+def test_the_loss_is_that_of_answer_tokens():
+    model = make_model(0)
+    problems = [Problem("1 + 1 =", "2"), Problem("Ada", "3 + 4 = 7")]
+    log_loss, _ = evaluate(model, Data(problems))
+    terms = []
+    for problem in problems:
+        prompt, answer = encode(f"<s> {problem.prompt}"), encode(f"{problem.answer} </s>")
+        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1).detach()
+        terms += [-float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(answer)]
+    assert log_loss == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+
+
+def test_an_answer_is_exact_only_as_a_whole():
+    problems = [Problem("Ada", "3 + 4 = 7"), Problem("Ben", "3 + 4 = 8"), Problem("Cleo has", "3")]
+    says = encode("3 + 4 = 7 </s> </s>")
+
+    class Parrot(torch.nn.Module):
+        def forward(self, input_ids, use_cache):
+            lengths = [
+                1 + (2 if row[1] != encode("Ada")[0] and row[1] != encode("Ben")[0] else 1)
+                for row in input_ids
+            ]
+            logits = torch.zeros(*input_ids.shape, 200)
+            for i, length in enumerate(lengths):
+                logits[i, -1, says[min(input_ids.shape[1] - length, 6)]] = 9.0
+            return type("Out", (), {"logits": logits})
+
+    assert evaluate(Parrot(), Data(problems))[1] == pytest.approx(1 / 3)
+
+
+def test_batches_are_every_problem_once_an_epoch():
+    data = Data([Problem(str(i), "1") for i in range(10)])
+    seen = [int(ids[i, 1]) for ids, _ in data.batches(5, 4, seed=1) for i in range(5)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(encode(" ".join(map(str, range(10)))))
+    assert seen[:10] != seen[10:]
+    _, labels = data.batch(torch.tensor([0]))
+    assert labels[0, :2].tolist() == [IGNORED, IGNORED]
+
+
+def test_the_rate_rises_and_falls_to_zero():
+    factors = [schedule(step, 100) for step in range(101)]
+    assert factors[4] == max(factors) == 1
+    assert factors[100] == 0
+    assert factors[0] == pytest.approx(0.2)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # in peft
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains(name):
+    train, heldout = (Data(part) for part in TASKS["arithmetic"](32, 8, 0))
+    made = make(name, make_model(0), train, seed=1)
+    before = {key: value.clone() for key, value in made.model.state_dict().items()}
+    budget = replace(BUDGET, steps=24)
+    trained = fine_tune(made.model, made.optimizer, train, heldout, 1e-2, 0, budget)
+    assert math.isfinite(trained.log_loss)
+    assert any(not torch.equal(value, before[key]) for key, value in made.model.state_dict().items())
+    if name not in ("full",) and "lora" not in name and "dora" not in name:
+        blocks = sum(p.numel() for p in made.model.model.layers.parameters())
+        total = sum(p.numel() for p in made.model.parameters())
+        outside = 0 if "inside" in name or "modules" in name else total - blocks
+        share = (blocks / 4 + outside) / total
+        probed = 20 / 24 if made.optimizer._scheduler.sampler.probes else 0
+        assert trained.trained_share == pytest.approx(
+            share * (1 - probed), rel=0.35 if "modules" in name else 1e-6
+        )
+
+
+def test_rules_choose_by_the_true_norms():
+    """The gradients of one layer are a hundred times as large."""
+    train = Data(TASKS["arithmetic"](32, 8, 0)[0])
+    counts = {}
+    for name in ("top", "oracle-2", "oracle-inverse", "lowest"):
+        made = make(name, make_model(0), train, seed=0)
+        for p in made.model.model.layers[5].parameters():
+            trained = p.requires_grad
+            p.requires_grad_(True).register_hook(lambda grad: 100 * grad)
+            p.requires_grad_(trained)
+        picked = []
+        for ids, labels in train.batches(4, 100, 0):
+            loss_of(made.model, ids, labels).backward()
+            made.optimizer.step()
+            made.optimizer.zero_grad()
+            picked.append(5 in made.optimizer.active_layers)
+        counts[name] = sum(picked[PERIOD:]) / len(picked[PERIOD:])  # the first draw is before the hooks
+    assert counts["lowest"] == 0
+    assert counts["top"] == counts["oracle-2"] == 1
+    assert counts["oracle-inverse"] == 0
+
+
+# -- the study -----------------------------------------------------------------------------------------
+
+
+def row(job, log_loss=1.0):
+    return {**vars(job), "log_loss": log_loss}
+
+
+DESIGN = Design(
+    bases=2, orders=3, other_orders=1, second_orders=1, budget=BUDGET, methods=("grass", "uniform", "top")
+)
+
+
+def test_rates_are_chosen_on_bases_of_their_own_and_then_pairs_are_run():
+    jobs = DESIGN.jobs([])
+    assert {job.base for job in jobs} == set(VALIDATION_BASES)
+    assert len(jobs) == len(RATES) * 2 * (3 + 2)  # three methods on the first task, two on the second
+    rows = [row(job, 1.0 + (job.lr != RATES[1])) for job in jobs]
+    jobs = DESIGN.jobs(rows)
+    assert {job.lr for job in jobs} == {RATES[1]}
+    assert not {job.base for job in jobs} & set(VALIDATION_BASES)
+    pairs = {(job.task, job.method): 0 for job in jobs}
+    for job in jobs:
+        pairs[job.task, job.method] += 1
+    assert pairs == {
+        ("arithmetic", "grass"): 6,
+        ("arithmetic", "uniform"): 6,
+        ("arithmetic", "top"): 2,
+        ("relations", "grass"): 2,
+        ("relations", "uniform"): 2,
+    }
+    assert set(KEY) <= set(METHODS)
+    assert DESIGN.jobs(rows + [row(job) for job in jobs]) == []
+
+
+def test_a_rate_that_diverges_is_not_chosen():
+    rows = [
+        row(Job("arithmetic", "grass", lr, base, 0), None if lr == RATES[0] and base == 101 else lr)
+        for lr in RATES
+        for base in VALIDATION_BASES
+    ]
+    assert chosen_rate(rows, "arithmetic", "grass") == RATES[1]
+    assert chosen_rate(rows[:-1], "arithmetic", "grass") is None
+
+
+@pytest.mark.slow
+def test_a_stopped_study_goes_on(tmp_path, monkeypatch):
+    design = replace(DESIGN, methods=("uniform",), bases=1, orders=1, second_orders=0)
+    monkeypatch.setattr(study, "VALIDATION_BASES", VALIDATION_BASES)
+    path, kwargs = tmp_path / "rows.jsonl", {"folder": tmp_path / "bases", "workers": 1}
+    for base in (0, *VALIDATION_BASES):
+        (tmp_path / "bases").mkdir(exist_ok=True)
+        torch.save(make_model(base).state_dict(), tmp_path / "bases" / f"base-{base}.pt")
+    assert list(study.run(design, path, seconds=0, **kwargs)) == []
+    for _, left in study.run(design, path, seconds=1000, **kwargs):
+        if left == 3:
+            break
+    assert len(read_rows(path)) >= 3
+    list(study.run(design, path, seconds=1000, **kwargs))
+    rows = read_rows(path)
+    assert len(rows) == len({json.dumps([r[k] for k in ("lr", "base", "order")]) for r in rows}) == 7
+    again = study.run_job(
+        Job("arithmetic", "uniform", rows[0]["lr"], rows[0]["base"], 0), BUDGET, kwargs["folder"]
+    )
+    assert again["log_loss"] == rows[0]["log_loss"]  # a run is what its row says
+
+
+# -- statistics ------------------------------------------------------------------------------------------
+
+
+def test_a_clear_difference_is_found_and_noise_is_undecided():
+    rng = np.random.default_rng(0)
+    clear = contrast(-1 + 0.1 * rng.standard_normal(16))
+    assert clear.low < -0.9
+    assert clear.high < 0
+    assert verdict(clear, clear.p_value) == "better"
+    assert verdict(clear, clear.p_value, lower_is_better=False) == "worse"
+    values = rng.standard_normal(16)
+    noise = contrast(values - values.mean() + 0.01)
+    assert verdict(noise, noise.p_value) == "undecided"
+    with pytest.raises(ValueError, match="at least two pairs"):
+        contrast([1.0])
+
+
+def test_the_permutation_test_counts_signs():
+    assert sign_flip(np.array([1.0, 1.0, 1.0]), np.random.default_rng(0)) == 2 / 8
+    assert sign_flip(np.array([1.0, -1.0]), np.random.default_rng(0)) == 1.0
+    many = np.full(20, 1.0)
+    assert sign_flip(many, np.random.default_rng(0)) < 0.001
+
+
+def test_false_alarms_and_misses_are_as_rare_as_stated():
+    rng = np.random.default_rng(1)
+    alarms = [sign_flip(rng.standard_normal(10), rng) < 0.05 for _ in range(400)]
+    assert 0.01 < np.mean(alarms) < 0.09
+    found = []
+    for _ in range(300):
+        values = rng.standard_normal(16)
+        shift = contrast(values).detectable
+        found.append(sign_flip(rng.standard_normal(16) + shift, rng) < 0.05)
+    assert 0.7 < np.mean(found) < 0.9
+
+
+def test_intervals_hold_the_truth_as_often_as_stated():
+    rng = np.random.default_rng(2)
+    hits = []
+    for seed in range(200):
+        found = contrast(0.3 + rng.standard_normal(32), seed=seed)
+        hits.append(found.low <= 0.3 <= found.high)
+    assert 0.89 < np.mean(hits) <= 1.0
+
+
+def test_holm_multiplies_by_what_is_left_and_never_falls():
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+    assert holm({"a": 0.9, "b": 0.8}) == {"b": 1.0, "a": 1.0}
