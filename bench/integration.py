@@ -136,7 +136,7 @@ def _make_clock() -> Any:
 
 
 def measure(size: Size, seconds: float, environment: Mapping[str, Any]) -> Iterator[Row]:
-    """Let both sides take turns.
+    """Time both sides in alternating turns.
 
     Args:
         size: the model and its batches.

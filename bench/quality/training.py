@@ -22,7 +22,7 @@ LAYERS = 8
 
 @dataclass(frozen=True)
 class Budget:
-    """What all methods have in common.
+    """Size of a run, the same for all methods.
 
     Args:
         steps: number of steps, the probe included.
@@ -160,7 +160,7 @@ def fine_tune(
         train, heldout: problems.
         lr: maximum learning rate.
         order: seed of the order of the data.
-        budget: what all methods have in common.
+        budget: size of the run.
     """
     losses: list[float] = []
     num_params = sum(p.numel() for p in model.parameters())
