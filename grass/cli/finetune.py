@@ -66,10 +66,8 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         if arguments.resume is not None:
             raise UsageError("--resume continues with the saved settings; leave out --config")
         in_file = _parse_config(Path(arguments.config), parser)
-        for one, other in (
-            ("steps", "epochs"),
-            ("eval", "eval_fraction"),
-        ):  # the command line has the last word
+        # The command line has the last word, also where an option excludes another.
+        for one, other in (("steps", "epochs"), ("eval", "eval_fraction")):
             if given.keys() & {one, other}:
                 in_file = {name: value for name, value in in_file.items() if name not in (one, other)}
         fields = {field.name for field in dataclasses.fields(GrassConfig)}

@@ -143,7 +143,7 @@ def check_packing(model: PreTrainedModel) -> None:
     model.eval()
     try:
         alone, packed, other = (last_logits(*first, ids[7:]) for first in ([], [ids[:4]], [ids[3:7]]))
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"the model takes no packed texts ({first_line(error)}): leave out --packing"
         ) from error

@@ -5,11 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from grass.finetune.arithmetic import word_problems
 from grass.finetune.demo import demo_tokenizer
+from tests.support.saved_model import save_tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -24,27 +23,6 @@ def llm_adapters():
     folder = Path(os.environ.get("GRASS_LLM_ADAPTERS") or beside)
     if not folder.is_dir():
         pytest.skip(f"{folder} is missing: set GRASS_LLM_ADAPTERS to the folder of LLM-Adapters' data sets")
-    return folder
-
-
-def save_tiny_model(folder: Path, tokenizer, num_layers: int = 4) -> Path:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=num_layers,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return folder
 
 
