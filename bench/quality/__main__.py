@@ -5,13 +5,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.quality.study import Design, Row, run
+from bench.quality.study import Design, RunJob
+from bench.quality.tasks import TASKS
 from bench.quality.training import Budget
 from grass.cli import Parser, run_command
 from grass.cli.values import count, positive
+from grass.reproduce.study import Row, run_missing
 
 ROWS = Path(__file__).parents[1] / "results" / "quality" / "rows.jsonl"
-SMALL = Design(bases=2, orders=2, other_orders=1, second_orders=1, budget=Budget(steps=60))
+SMALL = Design(
+    bases=2, orders=2, other_orders=1, second_orders=1, budgets={task: Budget(steps=60) for task in TASKS}
+)
 
 
 def make_parser() -> Parser:
@@ -34,7 +38,10 @@ def make_parser() -> Parser:
 
 def _run(arguments: argparse.Namespace) -> int:
     design = SMALL if arguments.small else Design()
-    for row, left in run(design, arguments.rows, arguments.bases, arguments.workers, 60 * arguments.minutes):
+    arguments.bases.mkdir(parents=True, exist_ok=True)
+    run_job = RunJob(design.budgets, arguments.bases)
+    seconds = 60 * arguments.minutes
+    for row, left in run_missing(design.jobs, run_job, arguments.rows, arguments.workers, seconds):
         print(_line(row, left), flush=True)
     return 0
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,63 +12,19 @@ from torch.optim import Optimizer
 import grass
 from bench.quality.tasks import Data
 from bench.quality.training import LAYERS, loss_of
+from grass.reproduce import methods
+from grass.reproduce.methods import Made, Method
 from grass.sampling import Sampler
 
 ACTIVE = LAYERS // 4
-PERIOD, WINDOW, PROBE = 10, 20, 20  # T_s, T_u, T_p for runs of 400 to 800 steps
-MEASURED = 64  # problems of an oracle's measurement
+PERIOD = 10
+MEASURED = 32  # problems of a rule's measurement
 
 
-@dataclass
-class Made:
-    """A model with the optimizer that trains it.
-
-    Attributes:
-        model: the base model, possibly wrapped.
-        optimizer: its optimizer; learning rates are set from outside.
-    """
-
-    model: nn.Module
-    optimizer: Optimizer
-
-
-Method = Callable[[nn.Module, Data, int], Made]
-"""From a base model, the training problems and a seed to what is trained."""
-
-
-def _grass(**settings: Any) -> Method:
-    values = {
-        "active_layers": ACTIVE,
-        "probe_steps": PROBE,
-        "sample_interval": PERIOD,
-        "update_interval": WINDOW,
-    }
-
-    def make(model: nn.Module, train: Data, seed: int) -> Made:
-        pattern = settings.get("pattern")
-        config = grass.GrassConfig(
-            **{**values, "seed": seed, **{k: v for k, v in settings.items() if k != "pattern"}}
-        )
-        return Made(model, grass.GrassAdamW(model, config=config, pattern=pattern, weight_decay=0.0))
-
-    return make
-
-
-def _full(model: nn.Module, train: Data, seed: int) -> Made:
-    return Made(model, torch.optim.AdamW(model.parameters(), weight_decay=0.0))
-
-
-def _lora(rank: int, **options: Any) -> Method:
-    def make(model: nn.Module, train: Data, seed: int) -> Made:
-        import peft
-
-        torch.manual_seed(seed)
-        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", **options)
-        wrapped = peft.get_peft_model(model, config)
-        params = [p for p in wrapped.parameters() if p.requires_grad]
-        return Made(wrapped, torch.optim.AdamW(params, weight_decay=0.0))
-
-    return make
+CONFIG = grass.GrassConfig(
+    active_layers=ACTIVE, probe_steps=20, sample_interval=PERIOD, update_interval=2 * PERIOD
+)
+"""Sampling in runs of a few hundred steps."""
 
 
 class RuleSampler(Sampler):
@@ -97,108 +53,255 @@ class RuleSampler(Sampler):
         return tuple(sorted(self.rule()))
 
 
-Scores = Callable[[nn.Module, Data, torch.Generator], Tensor]
+@dataclass
+class View:
+    """What a rule may look at. It knows more than any practical method does: gradients of all layers, at any time.
+
+    Attributes:
+        model: the model in training.
+        optimizer: its optimizer.
+        data: training problems.
+        generator: random state of the rule.
+        unseen: for each layer, number of periods since it was trained last.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    data: Data
+    generator: torch.Generator
+    unseen: Tensor = field(default_factory=lambda: torch.zeros(LAYERS, dtype=torch.float64))
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Modules of the layers."""
+        decoder: Any = self.model.get_submodule("model")
+        return list(decoder.layers)
+
+    def batch(self, size: int) -> tuple[Tensor, Tensor]:
+        """Return random problems."""
+        return self.data.batch(torch.randperm(len(self.data), generator=self.generator)[:size])
+
+    @torch.enable_grad()
+    def gradients(self, batch: tuple[Tensor, Tensor]) -> list[list[Tensor]]:
+        """Return the gradients of each layer's parameters."""
+        params = [list(block.parameters()) for block in self.blocks]
+        flat = [p for layer in params for p in layer]
+        flags = [p.requires_grad for p in flat]
+        for p in flat:
+            p.requires_grad_(True)
+        grads = iter(torch.autograd.grad(loss_of(self.model, *batch), flat))
+        for p, flag in zip(flat, flags, strict=True):
+            p.requires_grad_(flag)
+        return [[next(grads) for _ in layer] for layer in params]
+
+
+Scores = Callable[[View], Tensor]
 """A score of each layer at the current weights, [L]."""
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    decoder: Any = model.get_submodule("model")
-    return list(decoder.layers)
+def _rms(layers: list[list[Tensor]]) -> Tensor:
+    return torch.stack([torch.cat([t.flatten() for t in layer]).square().mean().sqrt() for layer in layers])
+
+
+def signal(view: View) -> Tensor:
+    """Return the root mean square of each layer's mean gradient over `MEASURED` problems, which has little noise."""
+    return _rms(view.gradients(view.batch(MEASURED)))
+
+
+def noisy(view: View) -> Tensor:
+    """Return the same of the gradient of a few problems, which is mostly noise, as in a training step."""
+    return _rms(view.gradients(view.batch(MEASURED // 16)))
+
+
+def absolute(view: View) -> Tensor:
+    """Return the mean absolute gradient: the decrease of the loss by a small step in the direction of the signs."""
+    layers = view.gradients(view.batch(MEASURED))
+    return torch.stack([torch.cat([t.flatten() for t in layer]).abs().mean() for layer in layers])
+
+
+def relative(view: View) -> Tensor:
+    """Return `signal` over the root mean square of the weights: the gradient of a relative change."""
+    weights = [[p.detach() for p in block.parameters()] for block in view.blocks]
+    return signal(view) / _rms(weights)
+
+
+def progress(view: View) -> Tensor:
+    """Return the sum of gradient times AdamW's direction, from moments that do not contain this gradient.
+
+    Parameters without moments count with the sign of the gradient, which is AdamW's first direction.
+    """
+    scores = []
+    for block, grads in zip(view.blocks, view.gradients(view.batch(MEASURED)), strict=True):
+        total = torch.zeros(())
+        for p, grad in zip(block.parameters(), grads, strict=True):
+            state = view.optimizer.state.get(p, {})
+            steps = int(state["step"]) if "step" in state else 0
+            if steps:
+                mean = state["exp_avg"] / (1 - 0.9**steps)
+                square = state["exp_avg_sq"] / (1 - 0.999**steps)
+                total += (grad * mean / (square.sqrt() + 1e-8)).sum()
+            else:
+                total += grad.abs().sum()
+        scores.append(total)
+    return torch.stack(scores).clamp_min(1e-12)
+
+
+@torch.no_grad()
+def decrease(view: View) -> Tensor:
+    """Return the decrease of the loss by a step of each layer alone, in the direction of the signs, at half the rate.
+
+    Gradients and decrease are of different problems.
+    """
+    half = view.optimizer.param_groups[0]["lr"] / 2
+    batch = view.batch(MEASURED)
+    before = loss_of(view.model, *batch)
+    scores = []
+    for block, grads in zip(view.blocks, view.gradients(view.batch(MEASURED)), strict=True):
+        for p, grad in zip(block.parameters(), grads, strict=True):
+            p.sub_(half * grad.sign())
+        scores.append(before - loss_of(view.model, *batch))
+        for p, grad in zip(block.parameters(), grads, strict=True):
+            p.add_(half * grad.sign())
+    return torch.stack(scores).clamp_min(1e-12)
 
 
 @torch.enable_grad()
-def mean_gradient_norms(model: nn.Module, data: Data, generator: torch.Generator) -> Tensor:
-    """Return the root mean square of each layer's gradient, of the mean over `MEASURED` problems: the signal itself."""
-    chosen = torch.randperm(len(data), generator=generator)[:MEASURED]
-    blocks = _blocks(model)
-    params = [p for block in blocks for p in block.parameters()]
-    flags = [p.requires_grad for p in params]
-    for p in params:
-        p.requires_grad_(True)
-    loss = loss_of(model, *data.batch(chosen))
-    grads = iter(torch.autograd.grad(loss, params))
-    for p, flag in zip(params, flags, strict=True):
-        p.requires_grad_(flag)
-    layers = [torch.cat([next(grads).flatten() for _ in block.parameters()]) for block in blocks]
-    return torch.stack([grad.square().mean().sqrt() for grad in layers])
+def activations(view: View) -> Tensor:
+    """Return the root mean square gradient of each layer's output, which costs no gradient of a weight."""
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if not hidden.requires_grad:
+            hidden = hidden.requires_grad_()
+        outputs.append(hidden)
+
+    hooks = [block.register_forward_hook(keep) for block in view.blocks]
+    loss = loss_of(view.model, *view.batch(MEASURED))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack([grad.square().mean().sqrt() for grad in torch.autograd.grad(loss, outputs)])
 
 
-def by_rule(scores: Scores | None, choose: Callable[[Tensor, torch.Generator], Sequence[int]]) -> Method:
-    """Return a method whose layers are chosen by their scores at the beginning of each period.
+def hopeful(view: View) -> Tensor:
+    """Return `signal` times 1 + the number of periods in which a layer was not trained: optimism for the unseen."""
+    return signal(view) * (1 + view.unseen)
 
-    Args:
-        scores: measures the layers with gradients of problems that are not part of the step; None for no scores.
-        choose: the layers to train, from their scores.
-    """
 
-    def make(model: nn.Module, train: Data, seed: int) -> Made:
-        generator = torch.Generator().manual_seed(seed)
-        config = grass.GrassConfig(
-            active_layers=ACTIVE, sample_interval=PERIOD, update_interval=PERIOD, sampler="uniform", seed=seed
-        )
+def nothing(view: View) -> Tensor:
+    """Return ones."""
+    return torch.ones(LAYERS)
+
+
+Choice = Callable[[View, Tensor], Sequence[int]]
+"""The layers to train, from a view and the scores."""
+
+
+Rule = Callable[[nn.Module, grass.GrassConfig, Data], Made]
+
+
+def by_rule(scores: Scores, choose: Choice) -> Rule:
+    """Return a method whose layers are chosen by their scores at the beginning of each period."""
+
+    def make(model: nn.Module, config: grass.GrassConfig, train: Data) -> Made:
+        config = replace(config, sampler="uniform", update_interval=config.sample_interval)
+        optimizer = grass.GrassAdamW(model, config=config, weight_decay=0.0)
+        view = View(model, optimizer, train, torch.Generator().manual_seed(config.seed))
 
         def rule() -> Sequence[int]:
-            measured = torch.ones(LAYERS) if scores is None else scores(model, train, generator)
-            return choose(measured, generator)
+            chosen = choose(view, scores(view).double())
+            view.unseen += 1
+            view.unseen[list(chosen)] = 0
+            return chosen
 
-        optimizer = grass.GrassAdamW(model, config=config, weight_decay=0.0)
         optimizer._scheduler.sampler = RuleSampler(config, [True] * LAYERS, rule)
-        optimizer._apply_change(
-            optimizer._scheduler.draw_at_once()
-        )  # in place of what was drawn at construction
+        # In place of what was drawn at construction.
+        optimizer._apply_change(optimizer._scheduler.draw_at_once())
         return Made(model, optimizer)
 
     return make
 
 
-def largest(scores: Tensor, generator: torch.Generator) -> Sequence[int]:
+def largest(view: View, scores: Tensor) -> Sequence[int]:
     """Return the layers with the largest scores: not sampling at all."""
     return scores.topk(ACTIVE).indices.tolist()
 
 
-def drawn(power: float) -> Callable[[Tensor, torch.Generator], Sequence[int]]:
+def drawn(power: float) -> Choice:
     """Return a choice that draws layers in proportion to a power of their scores."""
 
-    def choose(scores: Tensor, generator: torch.Generator) -> Sequence[int]:
-        weights = scores.double().pow(power)
-        return torch.multinomial(weights / weights.sum(), ACTIVE, generator=generator).tolist()
+    def choose(view: View, scores: Tensor) -> Sequence[int]:
+        weights = scores.pow(power)
+        return torch.multinomial(weights / weights.sum(), ACTIVE, generator=view.generator).tolist()
 
     return choose
 
 
-def lowest(scores: Tensor, generator: torch.Generator) -> Sequence[int]:
-    """Return the layers nearest to the input."""
-    return range(ACTIVE)
+def longest_unseen(view: View, scores: Tensor) -> Sequence[int]:
+    """Return the layers that were not trained for longest; of equals, random ones."""
+    noise = torch.rand(LAYERS, generator=view.generator)
+    return (view.unseen + noise).topk(ACTIVE).indices.tolist()
 
 
-UNITS = ["model.layers.*.self_attn", "model.layers.*.mlp"]
+def always(*layers: int) -> Choice:
+    """Return a choice of the same layers in every period."""
+    return lambda view, scores: layers
+
 
 METHODS: dict[str, Method] = {
-    "full": _full,
-    "lora-r8": _lora(8),
-    "lora-r32": _lora(32),
-    "dora-r32": _lora(32, use_dora=True),
-    "uniform-reset": _grass(sampler="uniform", moments="reset"),
-    "uniform": _grass(sampler="uniform"),
-    "weight-norm": _grass(sampler="weight_norm"),
-    "cyclic": _grass(sampler="cyclic"),
-    "cyclic-reset": _grass(sampler="cyclic", moments="reset"),
-    "static": _grass(sampler="static"),
-    "grass": _grass(),
-    "shuffled": _grass(sampler="shuffled"),
-    "grass-floor": _grass(min_probability=0.5 / LAYERS),
-    "modules-uniform": _grass(pattern=UNITS, active_layers=2 * ACTIVE, sampler="uniform"),
-    "modules-grass": _grass(pattern=UNITS, active_layers=2 * ACTIVE),
-    "uniform-inside": _grass(sampler="uniform", always_active="none"),
-    "grass-inside": _grass(always_active="none"),
-    "top": by_rule(mean_gradient_norms, largest),
-    "oracle": by_rule(mean_gradient_norms, drawn(1.0)),
-    "oracle-2": by_rule(mean_gradient_norms, drawn(2.0)),
-    "oracle-inverse": by_rule(mean_gradient_norms, drawn(-1.0)),
-    "lowest": by_rule(None, lowest),
+    **{name: method for name, method in methods.METHODS.items() if "128" not in name and name != "galore"},
+    "lora-r32": methods.low_rank(32),
+    "dora-r32": methods.low_rank(32, use_dora=True),
+    "galore": methods.galore(32),
 }
+"""Methods that a user can choose; low ranks are for a width of 88."""
+
+RULES: dict[str, Rule] = {
+    "lowest": by_rule(nothing, always(*range(ACTIVE))),
+    "highest": by_rule(nothing, always(*range(LAYERS - ACTIVE, LAYERS))),
+    "unseen": by_rule(nothing, longest_unseen),
+    "signal-top": by_rule(signal, largest),
+    "signal": by_rule(signal, drawn(1.0)),
+    "signal-squared": by_rule(signal, drawn(2.0)),
+    "signal-inverse": by_rule(signal, drawn(-1.0)),
+    "noisy": by_rule(noisy, drawn(1.0)),
+    "absolute": by_rule(absolute, drawn(1.0)),
+    "relative": by_rule(relative, drawn(1.0)),
+    "progress": by_rule(progress, drawn(1.0)),
+    "progress-top": by_rule(progress, largest),
+    "decrease": by_rule(decrease, drawn(1.0)),
+    "decrease-top": by_rule(decrease, largest),
+    "activations": by_rule(activations, drawn(1.0)),
+    "hopeful": by_rule(hopeful, drawn(1.0)),
+}
+"""Rules of the oracle study."""
+
+SETTINGS: dict[str, Method] = {
+    "period-5": methods.sampled(sample_interval=5),
+    "period-20": methods.sampled(sample_interval=20),
+    "period-40": methods.sampled(sample_interval=40, update_interval=40),
+    "window-10": methods.sampled(update_interval=10),
+    "window-80": methods.sampled(update_interval=80),
+    "probe-0": methods.sampled(probe_steps=0),
+    "probe-5": methods.sampled(probe_steps=5),
+    "ema-0.1": methods.sampled(ema=0.1),
+    "ema-1": methods.sampled(ema=1.0),
+    "tau-0.25": methods.sampled(temperature=0.25),
+    "tau-0.5": methods.sampled(temperature=0.5),
+    "tau-2": methods.sampled(temperature=2.0),
+    "scale-mean": methods.sampled(importance_scale="mean"),
+    "scale-zscore": methods.sampled(importance_scale="zscore"),
+    "scale-none": methods.sampled(importance_scale="none"),
+    "reset": methods.sampled(moments="reset"),
+}
+"""GRASS with one setting changed. Their learning rate is that of ``grass``."""
+
+NAMES = (*METHODS, *RULES, *SETTINGS)
 
 
 def make(name: str, model: nn.Module, train: Data, seed: int) -> Made:
     """Return a copy of a base model with the optimizer of a method."""
-    return METHODS[name](copy.deepcopy(model), train, seed)
+    model, config = copy.deepcopy(model), replace(CONFIG, seed=seed)
+    if name in RULES:
+        return RULES[name](model, config, train)
+    return (METHODS | SETTINGS)[name](model, config)

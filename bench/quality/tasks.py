@@ -1,6 +1,6 @@
 """Tasks of the study: texts for the base model, and two tasks that it does not know.
 
-* Base: plain sums, and facts about who is older, with a look-up among options; generated from the base's seed.
+* Base: plain sums, look-ups of options, and easy problems about ages; generated from the base's seed.
 * ``arithmetic``: word problems whose sums the base knows, with the working as the answer.
 * ``relations``: two facts about ages, options, and a question for the oldest or the youngest of three.
 
@@ -69,16 +69,23 @@ def _fact(older: str, younger: str) -> str:
 
 
 def base_texts(seed: int) -> list[str]:
-    """Return the texts that the base model learns: every plain sum, and as many facts with a look-up of an option."""
+    """Return the texts that the base model learns.
+
+    They are every plain sum, and half as many each of look-ups of all options of a list, and of the easiest problems
+    about ages: facts in order, and a question for the oldest.
+    """
     rng = random.Random(seed)
     sums = [record["text"] for record in plain_sums()]
-    lookups = []
-    for _ in sums:
-        people = rng.sample(NAMES, PEOPLE)
-        facts = [_fact(a, b) for a, b in itertools.pairwise(rng.sample(NAMES, PEOPLE))]
-        chosen = rng.randrange(PEOPLE)
-        lookups.append(f"{rng.choice(facts)} {_options(people)} {people[chosen]} : option{chosen + 1}")
-    return sums + lookups
+    half = len(sums) // 2
+    lookups = [_lookups(rng.sample(NAMES, PEOPLE), rng) for _ in range(half)]
+    easy = [_relation(rng, rng.sample(NAMES, PEOPLE), is_easy=True) for _ in range(half)]
+    return sums + lookups + [f"{problem.prompt} {problem.answer}" for problem in easy]
+
+
+def _lookups(people: Sequence[str], rng: random.Random) -> str:
+    asked = [f"{name} : option{i}" for i, name in enumerate(people, start=1)]
+    rng.shuffle(asked)
+    return f"{_options(people)} . {' . '.join(asked)}"
 
 
 def _options(people: Sequence[str]) -> str:
@@ -98,15 +105,22 @@ def relations(num_train: int, num_heldout: int, seed: int) -> tuple[list[Problem
     rng = random.Random(seed)
     orders = list(itertools.permutations(NAMES, PEOPLE))
     rng.shuffle(orders)
-    problems = [_relation(rng, order) for order in orders[: num_train + num_heldout]]
-    return problems[num_heldout:], problems[:num_heldout]
+    heldout = [_relation(rng, order) for order in orders[:num_heldout]]
+    return [_relation(rng, rng.choice(orders[num_heldout:])) for _ in range(num_train)], heldout
 
 
-def _relation(rng: random.Random, order: Sequence[str]) -> Problem:
-    """Ask for an end of an order of people, given by its neighbours in random order."""
+def _relation(rng: random.Random, order: Sequence[str], *, is_easy: bool = False) -> Problem:
+    """Return a question for an end of an order of people, given by its neighbours.
+
+    Args:
+        rng: chooses what is free.
+        order: the people, the oldest first.
+        is_easy: facts are in order, and the question is for the oldest; otherwise both are random.
+    """
     facts = [_fact(a, b) for a, b in itertools.pairwise(order)]
-    rng.shuffle(facts)
-    oldest = rng.random() < 0.5
+    oldest = is_easy or rng.random() < 0.5
+    if not is_easy:
+        rng.shuffle(facts)
     options = rng.sample(order, len(order))
     asked = order[0] if oldest else order[-1]
     question = f"Who is the {'oldest' if oldest else 'youngest'} ?"

@@ -1,11 +1,11 @@
 """One run of the study: a base model, a method, a learning rate, an order of the data."""
 
+import hashlib
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.quality.tasks import IGNORED, Data, Problem, base_texts, encode, token_ids
+from grass import GrassAdamW
 
-BASE_STEPS, BASE_BATCH, BASE_LR = 800, 64, 3e-3
+BASE_STEPS, BASE_BATCH, BASE_LR = 3200, 16, 2e-3
 ANSWER_TOKENS = 7  # longest answer, with its end
 LAYERS = 8
 
@@ -81,6 +82,14 @@ def base_model(seed: int, folder: Path) -> LlamaForCausalLM:
     return model
 
 
+def digest(model: nn.Module) -> str:
+    """Return twelve digits that tell the weights of one model from those of another."""
+    content = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        content.update(tensor.numpy().tobytes())
+    return content.hexdigest()[:12]
+
+
 def schedule(step: int, steps: int, warmup: float = 0.05) -> float:
     """Return the factor of the learning rate: a linear rise over a share of the steps, and a linear fall to zero."""
     rise = max(1, round(warmup * steps))
@@ -134,13 +143,17 @@ class Trained:
         curve: training loss, a mean over every tenth of the steps.
         trained_share: share of the parameters that a step trains, a mean over all steps.
         layers: share of the steps in which each layer trained; empty if not known.
+        longest_wait: largest number of steps in a row in which a layer did not train.
+        probabilities: of the layers at the end.
     """
 
     log_loss: float
     exact: float
     curve: list[float]
     trained_share: float
-    layers: list[float]
+    layers: list[float] = field(default_factory=list)
+    longest_wait: int = 0
+    probabilities: list[float] = field(default_factory=list)
 
 
 def fine_tune(
@@ -164,27 +177,40 @@ def fine_tune(
     """
     losses: list[float] = []
     num_params = sum(p.numel() for p in model.parameters())
-    trained, active = 0, [0] * LAYERS
+    sampled = optimizer if isinstance(optimizer, GrassAdamW) else None
+    num_layers = len(sampled.layers.names) if sampled else 0
+    trained, longest_wait, active, waits = 0, 0, [0] * num_layers, [0] * num_layers
     for step, batch in enumerate(train.batches(budget.batch, budget.steps, order)):
         set_lr(optimizer, lr * schedule(step, budget.steps))
         loss = loss_of(model, *batch)
         loss.backward()
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
-            return Trained(math.inf, 0.0, losses, 0.0, [])
-        is_probe = getattr(optimizer, "phase", "adapt") == "probe"
-        updated = [] if is_probe else [p for p in model.parameters() if p.grad is not None]
+            return Trained(math.inf, 0.0, losses, 0.0)
+        updated = (
+            []
+            if sampled and sampled.phase == "probe"
+            else [p for p in model.parameters() if p.grad is not None]
+        )
         trained += sum(p.numel() for p in updated)
-        for layer in getattr(optimizer, "active_layers", ()):
-            if layer < LAYERS:
-                active[layer] += 1
+        for layer in range(num_layers):
+            is_active = sampled is not None and layer in sampled.active_layers
+            active[layer] += is_active
+            waits[layer] = 0 if is_active else waits[layer] + 1
+            longest_wait = max(longest_wait, waits[layer])
         optimizer.step()
         optimizer.zero_grad()
-    release: Any = getattr(optimizer, "release", None)
-    if release is not None:
-        release()
+    if sampled:
+        sampled.release()
     log_loss, exact = evaluate(model, heldout)
     tenth = max(1, budget.steps // 10)
-    curve = [sum(losses[i : i + tenth]) / len(losses[i : i + tenth]) for i in range(0, len(losses), tenth)]
-    layers = [count / budget.steps for count in active] if any(active) else []
-    return Trained(log_loss, exact, curve, trained / (budget.steps * num_params), layers)
+    curve = [
+        round(sum(losses[i : i + tenth]) / len(losses[i : i + tenth]), 5)
+        for i in range(0, len(losses), tenth)
+    ]
+    share = trained / (budget.steps * num_params)
+    if not sampled:
+        return Trained(log_loss, exact, curve, share)
+    layers = [round(count / budget.steps, 4) for count in active]
+    probabilities = [round(p, 4) for p in sampled.probabilities.tolist()]
+    return Trained(log_loss, exact, curve, share, layers, longest_wait, probabilities)

@@ -5,20 +5,20 @@ of different budgets; a study that runs what it has, or chooses rates on what it
 not there, or miss what is.
 """
 
-import json
 import math
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from bench.quality import study
-from bench.quality.methods import METHODS, PERIOD, make
+from bench.quality.methods import METHODS, NAMES, PERIOD, make
 from bench.quality.statistics import contrast, holm, sign_flip, verdict
-from bench.quality.study import KEY, RATES, VALIDATION_BASES, Design, Job, chosen_rate, read_rows
+from bench.quality.study import KEY, SEARCH, Design, RunJob
 from bench.quality.tasks import IGNORED, TASKS, Data, Problem, base_texts, encode
 from bench.quality.training import Budget, evaluate, fine_tune, loss_of, make_model, schedule
+from grass.reproduce.study import Job
 
 BUDGET = Budget(steps=4, batch=4, train=32, heldout=8)
 
@@ -98,7 +98,7 @@ def test_the_rate_rises_and_falls_to_zero():
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # in peft
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_method_trains(name):
     train, heldout = (Data(part) for part in TASKS["arithmetic"](32, 8, 0))
     made = make(name, make_model(0), train, seed=1)
@@ -107,12 +107,13 @@ def test_every_method_trains(name):
     trained = fine_tune(made.model, made.optimizer, train, heldout, 1e-2, 0, budget)
     assert math.isfinite(trained.log_loss)
     assert any(not torch.equal(value, before[key]) for key, value in made.model.state_dict().items())
-    if name not in ("full",) and "lora" not in name and "dora" not in name:
+    if hasattr(made.optimizer, "active_layers"):
         blocks = sum(p.numel() for p in made.model.model.layers.parameters())
         total = sum(p.numel() for p in made.model.parameters())
         outside = 0 if "inside" in name or "modules" in name else total - blocks
         share = (blocks / 4 + outside) / total
-        probed = 20 / 24 if made.optimizer._scheduler.sampler.probes else 0
+        schedule = made.optimizer._scheduler.schedule
+        probed = schedule.probe_steps / 24
         assert trained.trained_share == pytest.approx(
             share * (1 - probed), rel=0.35 if "modules" in name else 1e-6
         )
@@ -122,7 +123,7 @@ def test_rules_choose_by_the_true_norms():
     """The gradients of one layer are a hundred times as large."""
     train = Data(TASKS["arithmetic"](32, 8, 0)[0])
     counts = {}
-    for name in ("top", "oracle-2", "oracle-inverse", "lowest"):
+    for name in ("signal-top", "signal-squared", "signal-inverse", "lowest"):
         made = make(name, make_model(0), train, seed=0)
         for p in made.model.model.layers[5].parameters():
             trained = p.requires_grad
@@ -136,8 +137,18 @@ def test_rules_choose_by_the_true_norms():
             picked.append(5 in made.optimizer.active_layers)
         counts[name] = sum(picked[PERIOD:]) / len(picked[PERIOD:])  # the first draw is before the hooks
     assert counts["lowest"] == 0
-    assert counts["top"] == counts["oracle-2"] == 1
-    assert counts["oracle-inverse"] == 0
+    assert counts["signal-top"] == counts["signal-squared"] == 1
+    assert counts["signal-inverse"] == 0
+
+
+def test_a_run_is_what_its_row_says(tmp_path):
+    """The same job gives the same row, and another order another one."""
+    torch.save(make_model(0).state_dict(), tmp_path / "base-0.pt")
+    run = RunJob({"relations": BUDGET}, tmp_path)
+    rows = [run(Job("relations", "uniform", 1e-3, 0, order)) for order in (0, 0, 1)]
+    assert rows[0]["log_loss"] == rows[1]["log_loss"] != rows[2]["log_loss"]
+    assert rows[0]["steps"] == BUDGET.steps
+    assert sum(rows[0]["layers"]) == pytest.approx(2)
 
 
 # -- the study -----------------------------------------------------------------------------------------
@@ -148,25 +159,29 @@ def row(job, log_loss=1.0):
 
 
 DESIGN = Design(
-    bases=2, orders=3, other_orders=1, second_orders=1, budget=BUDGET, methods=("grass", "uniform", "top")
+    bases=2,
+    orders=3,
+    other_orders=1,
+    second_orders=1,
+    methods=("grass", "uniform", "cyclic", "signal-top", "tau-2"),
 )
 
 
 def test_rates_are_chosen_on_bases_of_their_own_and_then_pairs_are_run():
     jobs = DESIGN.jobs([])
-    assert {job.base for job in jobs} == set(VALIDATION_BASES)
-    assert len(jobs) == len(RATES) * 2 * (3 + 2)  # three methods on the first task, two on the second
-    rows = [row(job, 1.0 + (job.lr != RATES[1])) for job in jobs]
+    assert {(job.base, job.order) for job in jobs} == set(SEARCH.pairs)
+    # Three methods have a rate of their own on the first task, two of them are run on the second.
+    assert len(jobs) == len(SEARCH.rates) * 2 * (3 + 2)
+    rows = [row(job, 1.0 + (job.lr != SEARCH.rates[1])) for job in jobs]
     jobs = DESIGN.jobs(rows)
-    assert {job.lr for job in jobs} == {RATES[1]}
-    assert not {job.base for job in jobs} & set(VALIDATION_BASES)
-    pairs = {(job.task, job.method): 0 for job in jobs}
-    for job in jobs:
-        pairs[job.task, job.method] += 1
-    assert pairs == {
+    assert {job.lr for job in jobs} == {SEARCH.rates[1]}
+    assert not {(job.base, job.order) for job in jobs} & set(SEARCH.pairs)
+    assert Counter((job.task, job.method) for job in jobs) == {
         ("arithmetic", "grass"): 6,
         ("arithmetic", "uniform"): 6,
-        ("arithmetic", "top"): 2,
+        ("arithmetic", "cyclic"): 2,
+        ("arithmetic", "signal-top"): 2,
+        ("arithmetic", "tau-2"): 2,
         ("relations", "grass"): 2,
         ("relations", "uniform"): 2,
     }
@@ -174,36 +189,10 @@ def test_rates_are_chosen_on_bases_of_their_own_and_then_pairs_are_run():
     assert DESIGN.jobs(rows + [row(job) for job in jobs]) == []
 
 
-def test_a_rate_that_diverges_is_not_chosen():
-    rows = [
-        row(Job("arithmetic", "grass", lr, base, 0), None if lr == RATES[0] and base == 101 else lr)
-        for lr in RATES
-        for base in VALIDATION_BASES
-    ]
-    assert chosen_rate(rows, "arithmetic", "grass") == RATES[1]
-    assert chosen_rate(rows[:-1], "arithmetic", "grass") is None
-
-
-@pytest.mark.slow
-def test_a_stopped_study_goes_on(tmp_path, monkeypatch):
-    design = replace(DESIGN, methods=("uniform",), bases=1, orders=1, second_orders=0)
-    monkeypatch.setattr(study, "VALIDATION_BASES", VALIDATION_BASES)
-    path, kwargs = tmp_path / "rows.jsonl", {"folder": tmp_path / "bases", "workers": 1}
-    for base in (0, *VALIDATION_BASES):
-        (tmp_path / "bases").mkdir(exist_ok=True)
-        torch.save(make_model(base).state_dict(), tmp_path / "bases" / f"base-{base}.pt")
-    assert list(study.run(design, path, seconds=0, **kwargs)) == []
-    for _, left in study.run(design, path, seconds=1000, **kwargs):
-        if left == 3:
-            break
-    assert len(read_rows(path)) >= 3
-    list(study.run(design, path, seconds=1000, **kwargs))
-    rows = read_rows(path)
-    assert len(rows) == len({json.dumps([r[k] for k in ("lr", "base", "order")]) for r in rows}) == 7
-    again = study.run_job(
-        Job("arithmetic", "uniform", rows[0]["lr"], rows[0]["base"], 0), BUDGET, kwargs["folder"]
-    )
-    assert again["log_loss"] == rows[0]["log_loss"]  # a run is what its row says
+def test_one_order_of_every_base_comes_first():
+    rows = [row(job, 1.0 + (job.lr != SEARCH.rates[1])) for job in DESIGN.jobs([])]
+    jobs = [job for job in DESIGN.jobs(rows) if job.task == "arithmetic" and job.method == "grass"]
+    assert [(job.base, job.order) for job in jobs] == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2)]
 
 
 # -- statistics ------------------------------------------------------------------------------------------

@@ -1,0 +1,170 @@
+"""Methods that are compared: each makes an optimizer for a model, and may wrap the model.
+
+All layer methods train the same share of parameters: `GrassConfig.active_layers` of the layers, and what is outside of
+them unless a method says otherwise.
+
+====================  =====================================================================================
+name                  method
+====================  =====================================================================================
+``full``              AdamW on all parameters
+``lora-r8``           LoRA of rank 8 on all linear layers, by peft
+``lora-r128``         the same of rank 128
+``dora-r128``         DoRA of rank 128, by peft
+``galore``            GaLore of rank 128, by galore-torch (if it is installed)
+``lisa``              layers drawn uniformly; moments restart, as in the experiments of LISA's authors
+``uniform``           the same, but moments are kept
+``weight-norm``       layers drawn by the norms of their weights, in the manner of OWS
+``cyclic``            layers in order, as in LIFT
+``badam``             the same, but moments restart, as in BAdam
+``static``            static GRASS: layers drawn by the norms of the probe
+``grass``             GRASS
+``shuffled``          the probabilities of GRASS, on other layers
+``grass-floor``       GRASS, each layer with at least half of its uniform probability
+``modules-uniform``   attention and MLP drawn uniformly, as many parameters as in the layers
+``modules-grass``     attention and MLP drawn by their gradient norms, in the manner of MISA
+``uniform-inside``    ``uniform``, nothing outside of the layers
+``grass-inside``      ``grass``, nothing outside of the layers
+====================  =====================================================================================
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from grass.config import GrassConfig
+from grass.errors import ConfigError
+from grass.layers import LayerMap
+from grass.optim import AdamW, GrassAdamW
+
+
+@dataclass
+class Made:
+    """A model with the optimizer that trains it.
+
+    Attributes:
+        model: the model, possibly wrapped.
+        optimizer: its optimizer; the learning rate is set from outside, in all groups.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+
+
+Method = Callable[[nn.Module, GrassConfig], Made]
+"""From a model, and the configuration of sampling (of which other methods use the seed only), to what is trained."""
+
+
+def full(model: nn.Module, config: GrassConfig) -> Made:
+    """Return AdamW on all parameters."""
+    return Made(model, AdamW(model.parameters(), weight_decay=0.0, master_weights=_is_low_precision(model)))
+
+
+def sampled(**changes: Any) -> Method:
+    """Return a method that samples layers, with changes of the configuration."""
+
+    def make(model: nn.Module, config: GrassConfig) -> Made:
+        return Made(model, _grass(model, replace(config, **changes), None))
+
+    return make
+
+
+def modules(**changes: Any) -> Method:
+    """Return a method that samples the large modules of layers, such as attention and MLP."""
+
+    def make(model: nn.Module, config: GrassConfig) -> Made:
+        layers = LayerMap.from_model(model)
+        block = layers.modules(model)[0]
+        size = sum(p.numel() for p in block.parameters())
+        names = [
+            name
+            for name, child in block.named_children()
+            if sum(p.numel() for p in child.parameters()) > size / 20
+        ]
+        stacks = dict.fromkeys(path.rpartition(".")[0] for path in layers.names)
+        patterns = [f"{stack}.*.{name}" for stack in stacks for name in names]
+        config = replace(config, active_layers=len(names) * config.active_layers, **changes)
+        return Made(model, _grass(model, config, patterns))
+
+    return make
+
+
+def floored(model: nn.Module, config: GrassConfig) -> Made:
+    """Return GRASS with at least half of the uniform probability for each layer."""
+    least = 0.5 / len(LayerMap.from_model(model))
+    return sampled(min_probability=least)(model, config)
+
+
+def low_rank(rank: int, **options: Any) -> Method:
+    """Return LoRA, or a variant of it that peft's configuration names, with alpha twice the rank."""
+
+    def make(model: nn.Module, config: GrassConfig) -> Made:
+        peft = _package("peft", "peft")
+        torch.manual_seed(config.seed)
+        wrapped = peft.get_peft_model(
+            model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", **options)
+        )
+        params = [p for p in wrapped.parameters() if p.requires_grad]
+        return Made(wrapped, torch.optim.AdamW(params, weight_decay=0.0))
+
+    return make
+
+
+def galore(rank: int) -> Method:
+    """Return GaLore on the matrices of the layers, with the settings of its authors for fine-tuning."""
+
+    def make(model: nn.Module, config: GrassConfig) -> Made:
+        package = _package("galore_torch", "galore-torch bitsandbytes")
+        blocks = LayerMap.from_model(model).modules(model)
+        matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
+        inside = set(map(id, matrices))
+        groups = [
+            {"params": [p for p in model.parameters() if id(p) not in inside]},
+            {"params": matrices, "rank": rank, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"},
+        ]
+        return Made(model, package.GaLoreAdamW(groups, eps=1e-8, no_deprecation_warning=True))
+
+    return make
+
+
+METHODS: dict[str, Method] = {
+    "full": full,
+    "lora-r8": low_rank(8),
+    "lora-r128": low_rank(128),
+    "dora-r128": low_rank(128, use_dora=True),
+    "galore": galore(128),
+    "lisa": sampled(sampler="uniform", moments="reset"),
+    "uniform": sampled(sampler="uniform"),
+    "weight-norm": sampled(sampler="weight_norm"),
+    "cyclic": sampled(sampler="cyclic"),
+    "badam": sampled(sampler="cyclic", moments="reset"),
+    "static": sampled(sampler="static"),
+    "grass": sampled(),
+    "shuffled": sampled(sampler="shuffled"),
+    "grass-floor": floored,
+    "modules-uniform": modules(sampler="uniform"),
+    "modules-grass": modules(),
+    "uniform-inside": sampled(sampler="uniform", always_active="none"),
+    "grass-inside": sampled(always_active="none"),
+}
+
+
+def _grass(model: nn.Module, config: GrassConfig, pattern: list[str] | None) -> GrassAdamW:
+    return GrassAdamW(
+        model, config=config, pattern=pattern, weight_decay=0.0, master_weights=_is_low_precision(model)
+    )
+
+
+def _is_low_precision(model: nn.Module) -> bool:
+    return any(p.dtype == torch.bfloat16 for p in model.parameters())
+
+
+def _package(name: str, requirement: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ConfigError(f"{error}; install with: pip install {requirement}") from error

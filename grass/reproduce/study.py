@@ -1,0 +1,140 @@
+"""A study: runs of several methods, each at its own best learning rate, on the same models and orders of the data.
+
+A row describes a finished run and is a line of a file. What is missing is found by reading the rows, so a study can be
+stopped at any time, and continued in any number of pieces.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from grass.finetune.run_folder import append_row, read_rows, write_rows
+
+Row = dict[str, Any]
+Pair = tuple[int | str, int]
+"""A base model and the seed of an order of the data. Methods are compared on the same pairs."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is asked for.
+
+    Args:
+        task: name of the task.
+        method: name of the method.
+        lr: maximum learning rate.
+        base: name or seed of the model that is fine-tuned.
+        order: seed of the order of the data and of the method's draws.
+    """
+
+    task: str
+    method: str
+    lr: float
+    base: int | str
+    order: int
+
+
+@dataclass(frozen=True)
+class Search:
+    """How the learning rate of a method is chosen.
+
+    Args:
+        rates: rates that are tried first, ascending, each twice the one before.
+        pairs: pairs of the search, which are not those of the results.
+        factor: if the best rate is the smallest or the largest, the next half or double is tried as well, up to this
+            factor below or above `rates`.
+    """
+
+    rates: Sequence[float]
+    pairs: Sequence[Pair]
+    factor: float = 8.0
+
+    def losses(self, rows: Iterable[Row], task: str, method: str) -> dict[float, float]:
+        """Return the mean log-loss of each rate that was run on all pairs; infinity for a run that diverged."""
+        values: dict[float, dict[Pair, float]] = {}
+        for row in rows:
+            if (row["task"], row["method"]) == (task, method) and (row["base"], row["order"]) in self.pairs:
+                loss = float("inf") if row["log_loss"] is None else row["log_loss"]
+                values.setdefault(row["lr"], {})[row["base"], row["order"]] = loss
+        return {
+            lr: sum(of.values()) / len(of) for lr, of in sorted(values.items()) if len(of) == len(self.pairs)
+        }
+
+    def next_rates(self, rows: Iterable[Row], task: str, method: str) -> tuple[float | None, list[float]]:
+        """Return the chosen rate and no others, or None and the rates that have to be tried before."""
+        losses = self.losses(rows, task, method)
+        missing = [lr for lr in self.rates if lr not in losses]
+        if missing:
+            return None, missing
+        best = min(losses, key=lambda lr: losses[lr])
+        if best == min(losses) and best > self.rates[0] / self.factor:
+            return None, [best / 2]
+        if best == max(losses) and best < self.rates[-1] * self.factor:
+            return None, [best * 2]
+        return best, []
+
+
+def missing_jobs(
+    rows: Sequence[Row],
+    search: Search,
+    wanted: Iterable[tuple[str, str, Iterable[Pair]]],
+    rate_of: Callable[[str], str] = lambda method: method,
+) -> list[Job]:
+    """Return the runs that are missing and can be run now: those of a method wait for its learning rate.
+
+    Args:
+        rows: finished runs.
+        search: how rates are chosen.
+        wanted: task, method and pairs.
+        rate_of: the method whose rate a method uses.
+    """
+    done = {Job(row["task"], row["method"], row["lr"], row["base"], row["order"]) for row in rows}
+    jobs: dict[Job, None] = {}  # a set in order
+    for task, method, pairs in wanted:
+        lr, rates = search.next_rates(rows, task, rate_of(method))
+        if lr is None:
+            jobs |= {Job(task, rate_of(method), rate, *pair): None for rate in rates for pair in search.pairs}
+        else:
+            jobs |= {Job(task, method, lr, *pair): None for pair in pairs}
+    return [job for job in jobs if job not in done]
+
+
+def run_missing(
+    jobs: Callable[[Sequence[Row]], Sequence[Job]],
+    run_job: Callable[[Job], Row],
+    path: Path,
+    workers: int = 1,
+    seconds: float = float("inf"),
+) -> Iterator[tuple[Row, int]]:
+    """Run what is missing, append each row to a file, and yield it with the number of runs known to be left.
+
+    Args:
+        jobs: returns what is missing, in the order in which it is to be run.
+        run_job: executes a run in a process of its own, and returns what to add to the row.
+        path: JSON lines.
+        workers: number of processes.
+        seconds: no run begins later.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows, end = read_rows(path), time.monotonic() + seconds
+    if rows:
+        write_rows(path, rows)  # without the beginning of a row that was being written when the process was killed
+    running: dict[Future[Row], Job] = {}
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        while True:
+            waiting = [job for job in jobs(rows) if job not in running.values()]
+            while waiting and len(running) < workers and time.monotonic() < end:
+                job = waiting.pop(0)
+                running[pool.submit(run_job, job)] = job
+            if not running:
+                return
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                row = asdict(running.pop(future)) | future.result()
+                rows.append(row)
+                append_row(path, row)
+                yield row, len(jobs(rows))
