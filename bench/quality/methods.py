@@ -1,6 +1,5 @@
 """Methods of the study. Each makes an optimizer for a base model; layer methods train a quarter of the layers."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +12,7 @@ import grass
 from bench.quality.tasks import Data
 from bench.quality.training import LAYERS, loss_of
 from grass.reproduce import methods
-from grass.reproduce.methods import Made, Method
+from grass.reproduce.methods import Method
 from grass.sampling import Sampler
 
 ACTIVE = LAYERS // 4
@@ -197,13 +196,13 @@ Choice = Callable[[View, Tensor], Sequence[int]]
 """The layers to train, from a view and the scores."""
 
 
-Rule = Callable[[nn.Module, grass.GrassConfig, Data], Made]
+Rule = Callable[[nn.Module, grass.GrassConfig, Data], Optimizer]
 
 
 def by_rule(scores: Scores, choose: Choice) -> Rule:
     """Return a method whose layers are chosen by their scores at the beginning of each period."""
 
-    def make(model: nn.Module, config: grass.GrassConfig, train: Data) -> Made:
+    def make(model: nn.Module, config: grass.GrassConfig, train: Data) -> Optimizer:
         config = replace(config, sampler="uniform", update_interval=config.sample_interval)
         optimizer = grass.GrassAdamW(model, config=config, weight_decay=0.0)
         view = View(model, optimizer, train, torch.Generator().manual_seed(config.seed))
@@ -217,7 +216,7 @@ def by_rule(scores: Scores, choose: Choice) -> Rule:
         optimizer._scheduler.sampler = RuleSampler(config, [True] * LAYERS, rule)
         # In place of what was drawn at construction.
         optimizer._apply_change(optimizer._scheduler.draw_at_once())
-        return Made(model, optimizer)
+        return optimizer
 
     return make
 
@@ -299,9 +298,16 @@ SETTINGS: dict[str, Method] = {
 NAMES = (*METHODS, *RULES, *SETTINGS)
 
 
-def make(name: str, model: nn.Module, train: Data, seed: int) -> Made:
-    """Return a copy of a base model with the optimizer of a method."""
-    model, config = copy.deepcopy(model), replace(CONFIG, seed=seed)
+def make(name: str, model: nn.Module, train: Data, seed: int) -> Optimizer:
+    """Return the optimizer of a method, which may change the model.
+
+    Args:
+        name: name of the method.
+        model: a copy of the base model.
+        train: training problems, which rules look at.
+        seed: seed of the method's draws.
+    """
+    config = replace(CONFIG, seed=seed)
     if name in RULES:
         return RULES[name](model, config, train)
     return (METHODS | SETTINGS)[name](model, config)

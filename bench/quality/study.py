@@ -92,8 +92,8 @@ class RunJob:
         start = time.process_time()
         train, heldout = (Data(part) for part in TASKS[job.task](budget.train, budget.heldout, seed=base))
         base_digest = digest(model)
-        made = make(job.method, model, train, seed=1000 * base + job.order)
-        trained = fine_tune(made.model, made.optimizer, train, heldout, job.lr, job.order, budget)
+        optimizer = make(job.method, model, train, seed=1000 * base + job.order)
+        trained = fine_tune(model, optimizer, train, heldout, job.lr, job.order, budget)
         environment = describe_environment(torch.device("cpu"))
         return {
             "base_digest": base_digest,

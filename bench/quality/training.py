@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.quality.tasks import IGNORED, Data, Problem, base_texts, encode, token_ids
 from grass import GrassAdamW
+from grass.reproduce.training import curve_of, schedule, set_lr
 
 BASE_STEPS, BASE_BATCH, BASE_LR = 3200, 16, 2e-3
 ANSWER_TOKENS = 7  # longest answer, with its end
@@ -88,18 +89,6 @@ def digest(model: nn.Module) -> str:
     for tensor in model.state_dict().values():
         content.update(tensor.numpy().tobytes())
     return content.hexdigest()[:12]
-
-
-def schedule(step: int, steps: int, warmup: float = 0.05) -> float:
-    """Return the factor of the learning rate: a linear rise over a share of the steps, and a linear fall to zero."""
-    rise = max(1, round(warmup * steps))
-    return min((step + 1) / rise, (steps - step) / max(1, steps - rise))
-
-
-def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate of all groups."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 @torch.no_grad()
@@ -203,11 +192,7 @@ def fine_tune(
     if sampled:
         sampled.release()
     log_loss, exact = evaluate(model, heldout)
-    tenth = max(1, budget.steps // 10)
-    curve = [
-        round(sum(losses[i : i + tenth]) / len(losses[i : i + tenth]), 5)
-        for i in range(0, len(losses), tenth)
-    ]
+    curve = curve_of(losses)
     share = trained / (budget.steps * num_params)
     if not sampled:
         return Trained(log_loss, exact, curve, share)

@@ -1,4 +1,4 @@
-"""Methods that are compared: each makes an optimizer for a model, and may wrap the model.
+"""Methods that are compared: each makes an optimizer for a model.
 
 All layer methods train the same share of parameters: `GrassConfig.active_layers` of the layers, and what is outside of
 them unless a method says otherwise.
@@ -28,7 +28,7 @@ name                  method
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -41,34 +41,21 @@ from grass.errors import ConfigError
 from grass.layers import LayerMap
 from grass.optim import AdamW, GrassAdamW
 
-
-@dataclass
-class Made:
-    """A model with the optimizer that trains it.
-
-    Attributes:
-        model: the model, possibly wrapped.
-        optimizer: its optimizer; the learning rate is set from outside, in all groups.
-    """
-
-    model: nn.Module
-    optimizer: Optimizer
+Method = Callable[[nn.Module, GrassConfig], Optimizer]
+"""From a model, which it may change, and the configuration of sampling (of which other methods use the seed only), to
+the optimizer. The learning rate is set from outside, in all groups."""
 
 
-Method = Callable[[nn.Module, GrassConfig], Made]
-"""From a model, and the configuration of sampling (of which other methods use the seed only), to what is trained."""
-
-
-def full(model: nn.Module, config: GrassConfig) -> Made:
+def full(model: nn.Module, config: GrassConfig) -> Optimizer:
     """Return AdamW on all parameters."""
-    return Made(model, AdamW(model.parameters(), weight_decay=0.0, master_weights=_is_low_precision(model)))
+    return AdamW(model.parameters(), weight_decay=0.0, master_weights=_is_low_precision(model))
 
 
 def sampled(**changes: Any) -> Method:
     """Return a method that samples layers, with changes of the configuration."""
 
-    def make(model: nn.Module, config: GrassConfig) -> Made:
-        return Made(model, _grass(model, replace(config, **changes), None))
+    def make(model: nn.Module, config: GrassConfig) -> Optimizer:
+        return _grass(model, replace(config, **changes), None)
 
     return make
 
@@ -76,7 +63,7 @@ def sampled(**changes: Any) -> Method:
 def modules(**changes: Any) -> Method:
     """Return a method that samples the large modules of layers, such as attention and MLP."""
 
-    def make(model: nn.Module, config: GrassConfig) -> Made:
+    def make(model: nn.Module, config: GrassConfig) -> Optimizer:
         layers = LayerMap.from_model(model)
         block = layers.modules(model)[0]
         size = sum(p.numel() for p in block.parameters())
@@ -88,12 +75,12 @@ def modules(**changes: Any) -> Method:
         stacks = dict.fromkeys(path.rpartition(".")[0] for path in layers.names)
         patterns = [f"{stack}.*.{name}" for stack in stacks for name in names]
         config = replace(config, active_layers=len(names) * config.active_layers, **changes)
-        return Made(model, _grass(model, config, patterns))
+        return _grass(model, config, patterns)
 
     return make
 
 
-def floored(model: nn.Module, config: GrassConfig) -> Made:
+def floored(model: nn.Module, config: GrassConfig) -> Optimizer:
     """Return GRASS with at least half of the uniform probability for each layer."""
     least = 0.5 / len(LayerMap.from_model(model))
     return sampled(min_probability=least)(model, config)
@@ -102,14 +89,13 @@ def floored(model: nn.Module, config: GrassConfig) -> Made:
 def low_rank(rank: int, **options: Any) -> Method:
     """Return LoRA, or a variant of it that peft's configuration names, with alpha twice the rank."""
 
-    def make(model: nn.Module, config: GrassConfig) -> Made:
+    def make(model: nn.Module, config: GrassConfig) -> Optimizer:
         peft = _package("peft", "peft")
         torch.manual_seed(config.seed)
-        wrapped = peft.get_peft_model(
-            model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", **options)
-        )
-        params = [p for p in wrapped.parameters() if p.requires_grad]
-        return Made(wrapped, torch.optim.AdamW(params, weight_decay=0.0))
+        settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", **options)
+        peft.inject_adapter_in_model(settings, model)
+        adapters = [p for p in model.parameters() if p.requires_grad]
+        return AdamW(adapters, weight_decay=0.0, master_weights=_is_low_precision(model))
 
     return make
 
@@ -117,7 +103,7 @@ def low_rank(rank: int, **options: Any) -> Method:
 def galore(rank: int) -> Method:
     """Return GaLore on the matrices of the layers, with the settings of its authors for fine-tuning."""
 
-    def make(model: nn.Module, config: GrassConfig) -> Made:
+    def make(model: nn.Module, config: GrassConfig) -> Optimizer:
         package = _package("galore_torch", "galore-torch bitsandbytes")
         blocks = LayerMap.from_model(model).modules(model)
         matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
@@ -126,7 +112,7 @@ def galore(rank: int) -> Method:
             {"params": [p for p in model.parameters() if id(p) not in inside]},
             {"params": matrices, "rank": rank, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"},
         ]
-        return Made(model, package.GaLoreAdamW(groups, eps=1e-8, no_deprecation_warning=True))
+        return package.GaLoreAdamW(groups, eps=1e-8, no_deprecation_warning=True)
 
     return make
 

@@ -122,7 +122,9 @@ def run_missing(
     path.parent.mkdir(parents=True, exist_ok=True)
     rows, end = read_rows(path), time.monotonic() + seconds
     if rows:
-        write_rows(path, rows)  # without the beginning of a row that was being written when the process was killed
+        write_rows(
+            path, rows
+        )  # without the beginning of a row that was being written when the process was killed
     running: dict[Future[Row], Job] = {}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         while True:

@@ -17,8 +17,9 @@ from bench.quality.methods import METHODS, NAMES, PERIOD, make
 from bench.quality.statistics import contrast, holm, sign_flip, verdict
 from bench.quality.study import KEY, SEARCH, Design, RunJob
 from bench.quality.tasks import IGNORED, TASKS, Data, Problem, base_texts, encode
-from bench.quality.training import Budget, evaluate, fine_tune, loss_of, make_model, schedule
+from bench.quality.training import Budget, evaluate, fine_tune, loss_of, make_model
 from grass.reproduce.study import Job
+from grass.reproduce.training import schedule
 
 BUDGET = Budget(steps=4, batch=4, train=32, heldout=8)
 
@@ -101,18 +102,19 @@ def test_the_rate_rises_and_falls_to_zero():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method_trains(name):
     train, heldout = (Data(part) for part in TASKS["arithmetic"](32, 8, 0))
-    made = make(name, make_model(0), train, seed=1)
-    before = {key: value.clone() for key, value in made.model.state_dict().items()}
+    model = make_model(0)
+    optimizer = make(name, model, train, seed=1)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
     budget = replace(BUDGET, steps=24)
-    trained = fine_tune(made.model, made.optimizer, train, heldout, 1e-2, 0, budget)
+    trained = fine_tune(model, optimizer, train, heldout, 1e-2, 0, budget)
     assert math.isfinite(trained.log_loss)
-    assert any(not torch.equal(value, before[key]) for key, value in made.model.state_dict().items())
-    if hasattr(made.optimizer, "active_layers"):
-        blocks = sum(p.numel() for p in made.model.model.layers.parameters())
-        total = sum(p.numel() for p in made.model.parameters())
+    assert any(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    if hasattr(optimizer, "active_layers"):
+        blocks = sum(p.numel() for p in model.model.layers.parameters())
+        total = sum(p.numel() for p in model.parameters())
         outside = 0 if "inside" in name or "modules" in name else total - blocks
         share = (blocks / 4 + outside) / total
-        schedule = made.optimizer._scheduler.schedule
+        schedule = optimizer._scheduler.schedule
         probed = schedule.probe_steps / 24
         assert trained.trained_share == pytest.approx(
             share * (1 - probed), rel=0.35 if "modules" in name else 1e-6
@@ -124,17 +126,18 @@ def test_rules_choose_by_the_true_norms():
     train = Data(TASKS["arithmetic"](32, 8, 0)[0])
     counts = {}
     for name in ("signal-top", "signal-squared", "signal-inverse", "lowest"):
-        made = make(name, make_model(0), train, seed=0)
-        for p in made.model.model.layers[5].parameters():
+        model = make_model(0)
+        optimizer = make(name, model, train, seed=0)
+        for p in model.model.layers[5].parameters():
             trained = p.requires_grad
             p.requires_grad_(True).register_hook(lambda grad: 100 * grad)
             p.requires_grad_(trained)
         picked = []
         for ids, labels in train.batches(4, 100, 0):
-            loss_of(made.model, ids, labels).backward()
-            made.optimizer.step()
-            made.optimizer.zero_grad()
-            picked.append(5 in made.optimizer.active_layers)
+            loss_of(model, ids, labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            picked.append(5 in optimizer.active_layers)
         counts[name] = sum(picked[PERIOD:]) / len(picked[PERIOD:])  # the first draw is before the hooks
     assert counts["lowest"] == 0
     assert counts["signal-top"] == counts["signal-squared"] == 1

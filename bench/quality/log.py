@@ -1,0 +1,94 @@
+"""docs/evidence-log.md: every rule that was tried, why, what was predicted before it ran, and what came out."""
+
+from typing import NamedTuple
+
+
+class Note(NamedTuple):
+    """Why an arm is run, and the prediction for its held-out log-loss, written before its first run."""
+
+    reason: str
+    prediction: str
+
+
+NOTES: dict[str, Note] = {
+    # Rules that know the gradients of all layers.
+    "lowest": Note(
+        "Layers near the input have the largest norms: is training them, always, as good as sampling?",
+        "worse than uniform by 0.1: three quarters of the layers never move",
+    ),
+    "highest": Note(
+        "The control of `lowest`: the layers nearest to the output, always.",
+        "worse than `lowest`: word problems need reading, which is done early",
+    ),
+    "unseen": Note(
+        "A random order without repetition: every layer is trained equally often, and none waits long.",
+        "equal to uniform within 0.02",
+    ),
+    "signal-top": Note(
+        "No sampling: the layers whose mean gradient is largest are where a step decreases the loss most.",
+        "better than uniform by 0.05 to 0.1, as in a first look; it may starve layers",
+    ),
+    "signal": Note(
+        "p proportional to the norm of the mean gradient: what MGN would be without noise.",
+        "better than uniform by 0.05",
+    ),
+    "signal-squared": Note(
+        "p proportional to the square, the decrease by a gradient step: between `signal` and `signal-top`.",
+        "better than `signal` by 0.01",
+    ),
+    "signal-inverse": Note("The control: p proportional to 1 / norm.", "worse than uniform by 0.1"),
+    "noisy": Note(
+        "p proportional to the norm of two problems' gradient, mostly noise. Equal to `signal` if noise has the same "
+        "order of layers as the signal.",
+        "between uniform and `signal`: the order is nearly the same",
+    ),
+    "absolute": Note(
+        "p proportional to the mean absolute gradient: AdamW's steps are nearly sign steps, whose decrease is the l1 "
+        "norm, not the l2 norm.",
+        "better than `signal` by 0.01",
+    ),
+    "relative": Note(
+        "p proportional to norm over weight norm: large weights need large steps, and AdamW's are of one size.",
+        "equal to `signal`: weights of all layers are of one size here",
+    ),
+    "progress": Note(
+        "p proportional to the gradient times AdamW's direction: the expected decrease by a unit of learning rate.",
+        "better than `signal` by 0.02",
+    ),
+    "progress-top": Note("The same without sampling.", "better than `progress`, equal to `signal-top`"),
+    "decrease": Note(
+        "p proportional to the measured decrease of the loss by a sign step of each layer alone: the greedy optimum.",
+        "the best of the drawn rules",
+    ),
+    "decrease-top": Note("The same without sampling.", "the best of all rules"),
+    "activations": Note(
+        "p proportional to the gradient of the layer's output, which frozen layers have as well.",
+        "equal to uniform: it hardly differs between layers",
+    ),
+    "hopeful": Note(
+        "`signal` times 1 + periods without training: optimism for what was not measured for long, and diminishing "
+        "returns for what was just trained.",
+        "between uniform and `signal`",
+    ),
+    # Settings of GRASS.
+    "period-5": Note("T_s of 5: the paper found it poor.", "worse than 10 by 0.01"),
+    "period-20": Note("T_s of 20.", "equal"),
+    "period-40": Note("T_s of 40: 9 sets in a run.", "equal in the mean, larger deviation"),
+    "window-10": Note("T_u of 10: importance after each period.", "equal"),
+    "window-80": Note("T_u of 80.", "equal"),
+    "probe-0": Note("No probe: 20 more steps train; importance starts at ones.", "better by 0.02"),
+    "probe-5": Note("T_p of 5.", "better by 0.015: five steps order the layers well enough"),
+    "ema-0.1": Note("alpha of 0.1: importance hardly moves.", "equal"),
+    "ema-1": Note("alpha of 1: importance is the last window's.", "equal"),
+    "tau-0.25": Note(
+        "p proportional to m^4: nearly the layers with the largest importance, always.",
+        "better by 0.03 if `signal-top` is better",
+    ),
+    "tau-0.5": Note("p proportional to m^2.", "better by 0.02"),
+    "tau-2": Note("p proportional to the root of m: half way to uniform.", "worse by 0.01"),
+    "scale-mean": Note("softmax(m / mean(m)), the paper's normalised figures.", "equal"),
+    "scale-zscore": Note("softmax of standardized importance.", "equal"),
+    "scale-none": Note("The formula to the letter: norms near 0.1 make it uniform.", "equal to uniform"),
+    "reset": Note("Moments restart when a layer is drawn again.", "worse by 0.02"),
+    "grass-floor": Note("Each layer has at least half of its uniform probability.", "equal"),
+}
