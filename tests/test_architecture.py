@@ -24,6 +24,7 @@ FLOORS = [
     {"grass.optim", "grass.activation_checkpointing"},
     {"grass.integrations"},
     {"grass.finetune"},
+    {"grass.reproduce"},
     {"grass.plan"},
     {"grass.cli"},
     {"grass.__main__"},

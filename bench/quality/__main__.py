@@ -3,19 +3,18 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from bench.quality.study import Design, RunJob
-from bench.quality.tasks import TASKS
-from bench.quality.training import Budget
+from bench.quality.stability import measure
+from bench.quality.study import BUDGETS, SMALL, STUDY, RunJob
 from grass.cli import Parser, run_command
 from grass.cli.values import count, positive
+from grass.finetune.run_folder import write_rows
 from grass.reproduce.study import Row, run_missing
 
-ROWS = Path(__file__).parents[1] / "results" / "quality" / "rows.jsonl"
-SMALL = Design(
-    bases=2, orders=2, other_orders=1, second_orders=1, budgets={task: Budget(steps=60) for task in TASKS}
-)
+RESULTS = Path(__file__).parents[1] / "results" / "quality"
+ROWS, STABILITY = RESULTS / "rows.jsonl", RESULTS / "stability.jsonl"
 
 
 def make_parser() -> Parser:
@@ -31,18 +30,47 @@ def make_parser() -> Parser:
         "--workers", type=count, default=2, metavar="N", help="processes, one thread each [2]"
     )
     parser_run.add_argument("--minutes", type=positive, default=1e6, metavar="X", help="no run begins later")
+    parser_run.add_argument(
+        "--part", choices=tuple(STUDY.parts), metavar="NAME", help=f"run one of {', '.join(STUDY.parts)}"
+    )
     parser_run.add_argument("--small", action="store_true", help="few and short runs, to try the study")
     parser_run.set_defaults(run=_run)
+    parser_stability = commands.add_parser(
+        "stability", help="measure the norms of layers along a run of GRASS"
+    )
+    parser_stability.add_argument(
+        "--lr", type=positive, default=4e-3, metavar="X", help="learning rate [0.004]"
+    )
+    for option in ("--rows", "--bases"):
+        default = STABILITY if option == "--rows" else Path("runs/quality")
+        parser_stability.add_argument(option, type=Path, default=default, metavar="PATH", help=f"[{default}]")
+    parser_stability.set_defaults(run=_stability)
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    design = SMALL if arguments.small else Design()
+    design = SMALL if arguments.small else STUDY
+    if arguments.part:
+        design = replace(design, parts={arguments.part: design.parts[arguments.part]})
     arguments.bases.mkdir(parents=True, exist_ok=True)
     run_job = RunJob(design.budgets, arguments.bases)
     seconds = 60 * arguments.minutes
     for row, left in run_missing(design.jobs, run_job, arguments.rows, arguments.workers, seconds):
         print(_line(row, left), flush=True)
+    return 0
+
+
+def _stability(arguments: argparse.Namespace) -> int:
+    arguments.bases.mkdir(parents=True, exist_ok=True)
+    arguments.rows.parent.mkdir(parents=True, exist_ok=True)
+    budget = BUDGETS["arithmetic"]
+    rows = [
+        row
+        for base in STUDY.parts["key"].bases
+        for row in measure(base, arguments.lr, budget, arguments.bases)
+    ]
+    write_rows(arguments.rows, rows)
+    print(f"{len(rows)} rows: {arguments.rows}")
     return 0
 
 

@@ -298,7 +298,7 @@ SETTINGS: dict[str, Method] = {
 NAMES = (*METHODS, *RULES, *SETTINGS)
 
 
-def make(name: str, model: nn.Module, train: Data, seed: int) -> Optimizer:
+def make(name: str, model: nn.Module, train: Data, seed: int) -> Any:
     """Return the optimizer of a method, which may change the model.
 
     Args:

@@ -9,7 +9,7 @@ import torch
 
 import grass
 from bench.kernels.rows import describe_environment
-from bench.quality.methods import NAMES, RULES, SETTINGS, make
+from bench.quality.methods import METHODS, RULES, SETTINGS, make
 from bench.quality.tasks import TASKS, Data
 from bench.quality.training import Budget, base_model, digest, fine_tune
 from grass.reproduce.study import Job, Pair, Row, Search, missing_jobs
@@ -28,48 +28,65 @@ def rate_of(method: str) -> str:
 
 
 @dataclass(frozen=True)
-class Design:
-    """Size of the study.
+class Part:
+    """Methods that are compared with each other, all on the same bases and orders.
+
+    Bases are trained on the machine that runs a part, so a part is run by one machine.
 
     Args:
-        bases: number of base models.
-        orders: number of data orders on each base, for the methods of the key contrast.
-        other_orders: the same for all other methods.
-        second_orders: the same for the key contrast on the second task, on which no other method is run.
-        budgets: steps, batch and data of a run of each task.
-        methods: names of the methods.
+        task: name in `TASKS`.
+        methods: names in `NAMES`.
+        bases: seeds of the base models.
+        orders: number of data orders on each base.
     """
 
-    bases: int = 4
-    orders: int = 8
-    other_orders: int = 2
-    second_orders: int = 2
-    budgets: Mapping[str, Budget] = field(default_factory=lambda: BUDGETS)
-    methods: Sequence[str] = NAMES
+    task: str
+    methods: Sequence[str]
+    bases: Sequence[int]
+    orders: int
 
-    def pairs(self, task: str, method: str) -> list[Pair]:
-        """Return base and order of each run of a method, first one order of every base."""
-        if task == "arithmetic":
-            orders = self.orders if method in KEY else self.other_orders
-        else:
-            orders = self.second_orders if method in KEY else 0
-        return [(base, order) for order in range(orders) for base in range(self.bases)]
+    @property
+    def pairs(self) -> list[Pair]:
+        """Base and order of each run of a method, first one order of every base."""
+        return [(base, order) for order in range(self.orders) for base in self.bases]
+
+
+@dataclass(frozen=True)
+class Design:
+    """The study.
+
+    Args:
+        parts: what is compared, the most decisive first.
+        budgets: steps, batch and data of a run of each task.
+    """
+
+    parts: Mapping[str, Part]
+    budgets: Mapping[str, Budget] = field(default_factory=lambda: BUDGETS)
 
     def jobs(self, rows: Sequence[Row]) -> list[Job]:
-        """Return the runs that are missing and can be run, the most decisive ones first."""
-        wanted = [
-            (task, method, pairs)
-            for task in TASKS
-            for method in self.methods
-            if (pairs := self.pairs(task, method))
-        ]
-        jobs = missing_jobs(rows, SEARCH, wanted, rate_of)
-        return sorted(jobs, key=self._rank)
+        """Return the runs that are missing and can be run."""
+        wanted = [(part.task, method, part.pairs) for part in self.parts.values() for method in part.methods]
+        return missing_jobs(rows, SEARCH, wanted, rate_of)
 
-    def _rank(self, job: Job) -> tuple[bool, ...]:
-        is_key = job.method in KEY
-        is_late = job.order >= self.other_orders
-        return is_late, not is_key, job.task != "arithmetic", job.method in RULES or job.method in SETTINGS
+
+OTHERS = tuple(name for name in METHODS if name not in KEY)
+STUDY = Design(
+    {
+        "key": Part("arithmetic", KEY, range(4), orders=8),
+        "methods": Part("arithmetic", OTHERS, range(4), orders=2),
+        "relations": Part("relations", KEY, range(4), orders=2),
+        "rules": Part("arithmetic", ("uniform", "grass", *RULES, *SETTINGS), range(10, 14), orders=2),
+    }
+)
+"""Methods of "methods" are compared with those of "key" on the pairs that both have."""
+SMALL = Design(
+    {
+        "key": Part("arithmetic", KEY, range(2), orders=2),
+        "rules": Part("arithmetic", ("cyclic", "signal-top", "tau-2"), range(2), orders=1),
+    },
+    {"arithmetic": Budget(steps=60)},
+)
+"""A study of ten minutes, too small to decide anything."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from grass.config import GrassConfig
 from grass.errors import ConfigError, did_you_mean
 from grass.finetune.model import check_model
@@ -28,7 +31,7 @@ def reproduce(options: ReproduceOptions, config: GrassConfig, screen: Screen) ->
         screen: shows progress.
 
     Raises:
-        ConfigError: a method is unknown or needs a package, or the model is no folder of one.
+        ConfigError: a method is unknown, needs a package, or does not fit the model, or the model is no folder of one.
         DataError: a file is missing or malformed.
     """
     methods = as_tuple(options.methods)
@@ -38,6 +41,7 @@ def reproduce(options: ReproduceOptions, config: GrassConfig, screen: Screen) ->
                 f"there is no method {method!r}{did_you_mean(method, METHODS)}; there are {', '.join(METHODS)}"
             )
     check_model(options.model)
+    _check_methods(methods, options, config)
     data = read_table(Path(options.data_dir), options.table, as_tuple(options.tasks), options.validation)
     screen.say(f"{len(data.train):,} records to train on, {len(data.validation):,} to choose learning rates")
     if data.num_skipped:
@@ -59,6 +63,14 @@ def reproduce(options: ReproduceOptions, config: GrassConfig, screen: Screen) ->
     for row, left in run_missing(jobs, run, path, options.workers, 60 * options.minutes):
         screen.say(_line(row, left))
     return make_report(read_rows(path), options)
+
+
+def _check_methods(methods: Sequence[str], options: ReproduceOptions, config: GrassConfig) -> None:
+    """Make each optimizer for the model without its weights, so that what cannot work is known before the first run."""
+    for method in methods:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model))
+        METHODS[method](model, config.for_run(options.steps))
 
 
 def _line(row: Row, left: int) -> str:

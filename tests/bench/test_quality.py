@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench.quality.methods import METHODS, NAMES, PERIOD, make
+from bench.quality.methods import NAMES, PERIOD, make
 from bench.quality.statistics import contrast, holm, sign_flip, verdict
-from bench.quality.study import KEY, SEARCH, Design, RunJob
+from bench.quality.study import SEARCH, STUDY, Design, Part, RunJob
 from bench.quality.tasks import IGNORED, TASKS, Data, Problem, base_texts, encode
 from bench.quality.training import Budget, evaluate, fine_tune, loss_of, make_model
 from grass.reproduce.study import Job
@@ -162,11 +162,11 @@ def row(job, log_loss=1.0):
 
 
 DESIGN = Design(
-    bases=2,
-    orders=3,
-    other_orders=1,
-    second_orders=1,
-    methods=("grass", "uniform", "cyclic", "signal-top", "tau-2"),
+    {
+        "first": Part("arithmetic", ("grass", "uniform"), range(2), orders=3),
+        "second": Part("arithmetic", ("cyclic", "signal-top", "tau-2"), range(2), orders=1),
+        "third": Part("relations", ("grass", "uniform"), range(2), orders=1),
+    }
 )
 
 
@@ -178,7 +178,6 @@ def test_rates_are_chosen_on_bases_of_their_own_and_then_pairs_are_run():
     rows = [row(job, 1.0 + (job.lr != SEARCH.rates[1])) for job in jobs]
     jobs = DESIGN.jobs(rows)
     assert {job.lr for job in jobs} == {SEARCH.rates[1]}
-    assert not {(job.base, job.order) for job in jobs} & set(SEARCH.pairs)
     assert Counter((job.task, job.method) for job in jobs) == {
         ("arithmetic", "grass"): 6,
         ("arithmetic", "uniform"): 6,
@@ -188,14 +187,20 @@ def test_rates_are_chosen_on_bases_of_their_own_and_then_pairs_are_run():
         ("relations", "grass"): 2,
         ("relations", "uniform"): 2,
     }
-    assert set(KEY) <= set(METHODS)
     assert DESIGN.jobs(rows + [row(job) for job in jobs]) == []
+    own = [(job.base, job.order) for job in jobs if job.task == "arithmetic" and job.method == "grass"]
+    assert own == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2)]
 
 
-def test_one_order_of_every_base_comes_first():
-    rows = [row(job, 1.0 + (job.lr != SEARCH.rates[1])) for job in DESIGN.jobs([])]
-    jobs = [job for job in DESIGN.jobs(rows) if job.task == "arithmetic" and job.method == "grass"]
-    assert [(job.base, job.order) for job in jobs] == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2)]
+def test_the_study_has_the_pairs_that_it_needs():
+    parts = STUDY.parts
+    assert len(parts["key"].pairs) >= 32
+    assert all(len(part.pairs) >= 8 for part in parts.values())
+    assert set(parts["methods"].pairs) <= set(parts["key"].pairs)
+    for part in parts.values():
+        assert set(part.methods) <= set(NAMES)
+        assert not set(part.pairs) & set(SEARCH.pairs)
+    assert set(NAMES) == {name for part in parts.values() for name in part.methods}
 
 
 # -- statistics ------------------------------------------------------------------------------------------
