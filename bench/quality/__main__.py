@@ -4,16 +4,22 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from difflib import unified_diff
 from pathlib import Path
 
+from bench.quality.evidence import written_pages
+from bench.quality.real import CONFIG, TASKS, options_for
 from bench.quality.stability import measure
 from bench.quality.study import BUDGETS, SMALL, STUDY, RunJob
 from grass.cli import Parser, run_command
 from grass.cli.values import count, positive
+from grass.errors import GrassError
 from grass.finetune.run_folder import write_rows
 from grass.reproduce.study import Row, run_missing
 
-RESULTS = Path(__file__).parents[1] / "results" / "quality"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "bench" / "results" / "quality"
+FIGURES = ROOT / "docs" / "evidence"
 ROWS, STABILITY = RESULTS / "rows.jsonl", RESULTS / "stability.jsonl"
 
 
@@ -45,6 +51,37 @@ def make_parser() -> Parser:
         default = STABILITY if option == "--rows" else Path("runs/quality")
         parser_stability.add_argument(option, type=Path, default=default, metavar="PATH", help=f"[{default}]")
     parser_stability.set_defaults(run=_stability)
+    parser_verify = commands.add_parser(
+        "verify", help="compare the pages with the rows that they are written from"
+    )
+    parser_verify.add_argument("--write", action="store_true", help="write the pages")
+    parser_verify.set_defaults(run=_verify)
+    parser_figures = commands.add_parser("figures", help="draw the paper's figures from the rows")
+    parser_figures.add_argument(
+        "--output", type=Path, default=FIGURES, metavar="DIR", help="folder of the figures"
+    )
+    parser_figures.set_defaults(run=_figures)
+    parser_real = commands.add_parser("real", help="run what is missing of study B, on a real model")
+    parser_real.add_argument(
+        "--table", choices=tuple(TASKS), required=True, help="which of the paper's tables"
+    )
+    parser_real.add_argument(
+        "--workers", type=count, default=2, metavar="N", help="processes, one thread each [2]"
+    )
+    parser_real.add_argument("--minutes", type=positive, default=1e6, metavar="X", help="no run begins later")
+    parser_real.set_defaults(run=_real)
+    parser_norms = commands.add_parser(
+        "norms", help="measure the norms of a real model's layers, by task and stage"
+    )
+    for parser_of_model in (parser_real, parser_norms):
+        parser_of_model.add_argument(
+            "--model", required=True, metavar="DIR", help="folder of SmolLM2-135M-Instruct"
+        )
+        parser_of_model.add_argument(
+            "--data-dir", required=True, metavar="DIR", help="folder of LLM-Adapters' files"
+        )
+    parser_norms.add_argument("--lr", type=positive, default=2e-4, metavar="X", help="learning rate [0.0002]")
+    parser_norms.set_defaults(run=_norms)
     return parser
 
 
@@ -71,6 +108,61 @@ def _stability(arguments: argparse.Namespace) -> int:
     ]
     write_rows(arguments.rows, rows)
     print(f"{len(rows)} rows: {arguments.rows}")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    pages = written_pages(RESULTS, ROOT)
+    if arguments.write:
+        for path, text in pages.items():
+            path.write_text(text, encoding="utf-8")
+        return 0
+    for path, text in pages.items():
+        lines = list(
+            unified_diff(path.read_text(encoding="utf-8").splitlines(), text.splitlines(), lineterm="", n=0)
+        )
+        if lines:
+            raise GrassError(f"{path.name} is not what the rows say: {' '.join(lines[3:5])}")
+        print(f"{path.name}: as the rows say")
+    return 0
+
+
+def _figures(arguments: argparse.Namespace) -> int:
+    from bench.quality.figures import draw_all
+
+    for path in draw_all(RESULTS, arguments.output):
+        print(path)
+    return 0
+
+
+def _real(arguments: argparse.Namespace) -> int:
+    from grass.finetune.screen import Screen, quiet_libraries
+    from grass.reproduce.job import reproduce
+    from grass.reproduce.report import format_report
+
+    options = options_for(
+        arguments.table,
+        arguments.model,
+        arguments.data_dir,
+        str(RESULTS),
+        arguments.workers,
+        arguments.minutes,
+    )
+    with quiet_libraries():
+        print(format_report(reproduce(options, CONFIG, Screen())))
+    return 0
+
+
+def _norms(arguments: argparse.Namespace) -> int:
+    from bench.quality.norms import measure as measure_norms
+    from grass.finetune.screen import quiet_libraries
+
+    rows = []
+    with quiet_libraries():
+        for row in measure_norms(arguments.model, arguments.data_dir, arguments.lr):
+            print(row["panel"], row["name"], flush=True)
+            rows.append(row)
+    write_rows(RESULTS / "norms.jsonl", rows)
     return 0
 
 

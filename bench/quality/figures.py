@@ -1,0 +1,179 @@
+"""The paper's figures from stored rows and from what can be computed without a GPU, and our own of the differences."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bench.__main__ import main as bench
+from bench.quality.comparison import Compared, compare_all, results
+from bench.quality.study import KEY, STUDY
+from grass.cli import main as grass
+from grass.errors import GrassError
+from grass.finetune.run_folder import read_rows
+from grass.reproduce.study import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_INK, _PALE = "#333333", "#e6e6e6"
+COLORS = {  # of Okabe and Ito's palette for colour-blind readers
+    "full": "#777777",
+    "uniform": "#d55e00",
+    "static": "#009e73",
+    "grass": "#0072b2",
+    "shuffled": "#cc79a7",
+}
+
+
+def draw_all(results_folder: Path, output: Path) -> list[Path]:
+    """Draw every figure for which there are rows; return the paths.
+
+    Args:
+        results_folder: folder of the rows.
+        output: folder of the PNGs.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    rows = read_rows(results_folder / "rows.jsonl")
+    stability = read_rows(results_folder / "stability.jsonl")
+    norms = read_rows(results_folder / "norms.jsonl")
+    figures: list[tuple[str, Callable[[Path], Any]]] = [
+        ("timeline.png", _timeline),
+        ("memory.png", _memory),
+    ]
+    if any(results(rows, STUDY.parts["key"], method) for method in KEY):
+        figures.append(("losses.png", lambda path: draw_losses(rows, path)))
+        figures.append(("differences.png", lambda path: draw_differences(rows, path)))
+    if stability:
+        figures.append(("norms-small.png", lambda path: draw_norms(_small_norms(stability), path)))
+    if norms:
+        figures.append(("norms.png", lambda path: draw_norms(_real_norms(norms), path)))
+    for name, draw in figures:
+        draw(output / name)
+    return [output / name for name, _ in figures]
+
+
+def _timeline(path: Path) -> None:
+    """Figure 3: copies and compute in a step of a 7B, one after another and overlapped (simulated without a GPU)."""
+    _run(bench, ["offload", "--plot", str(path)])
+
+
+def _memory(path: Path) -> None:
+    """Figure 4: predicted peak memory of LLaMA2-7B against sequence length, by method."""
+    _run(
+        grass,
+        ["plan", "--model", "llama2-7b", "--batch-size", "4", "--plot", str(path), "--plot-points", "5"],
+    )
+
+
+def _run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> None:
+    code = command(arguments)
+    if code:
+        raise GrassError(f"{' '.join(arguments)} failed with exit code {code}")
+
+
+def draw_losses(rows: Sequence[Row], path: Path) -> None:
+    """Figure 7: training loss by method, mean over pairs, with a band of one standard deviation within bases."""
+    figure, axes = _figure(1, (8, 4.5))
+    part = STUDY.parts["key"]
+    for method in KEY:
+        of = results(rows, part, method)
+        if len(of) < 2:
+            continue
+        curves = np.array([row["curve"] for row in of.values()])
+        bases = np.array([pair[0] for pair in of])
+        within = np.sqrt(np.mean([curves[bases == base].var(axis=0) for base in set(bases)], axis=0))
+        steps = (np.arange(curves.shape[1]) + 0.5) * next(iter(of.values()))["steps"] / curves.shape[1]
+        mean = curves.mean(axis=0)
+        axes[0].plot(steps, mean, color=COLORS[method], lw=1.6, label=f"{method} ({len(curves)} runs)")
+        axes[0].fill_between(steps, mean - within, mean + within, color=COLORS[method], alpha=0.15, lw=0)
+    axes[0].set(xlabel="step", ylabel="training loss, nats a token", yscale="log")
+    axes[0].set_yticks([0.5, 0.7, 1.0, 1.5, 2.0], labels=["0.5", "0.7", "1", "1.5", "2"])
+    axes[0].minorticks_off()
+    axes[0].legend(frameon=False, fontsize=8, labelcolor=_INK)
+    _save(figure, path, "Arithmetic, 0.77 million parameters: training loss")
+
+
+def draw_differences(rows: Sequence[Row], path: Path) -> None:
+    """Draw the difference of each method from uniform sampling with its interval."""
+    part = STUDY.parts["key"]
+    methods = [*KEY, *STUDY.parts["methods"].methods]
+    found = compare_all(rows, part, [(method, "uniform") for method in methods if method != "uniform"])
+    lines: Mapping[str, Compared] = {
+        method: of for (method, _), of in sorted(found.items(), key=lambda item: item[1].log_loss.mean)
+    }
+    figure, (axes,) = _figure(1, (8, 1.2 + 0.28 * max(1, len(lines))))
+    for place, (method, of) in enumerate(lines.items()):
+        color = COLORS.get(method, _INK)
+        axes.plot([of.log_loss.low, of.log_loss.high], [place, place], color=color, lw=1.6)
+        axes.plot([of.log_loss.mean], [place], color=color, marker="o", ms=4)
+    axes.axvline(0, color=_INK, lw=0.8, ls=(0, (4, 3)))
+    axes.set_yticks(
+        range(len(lines)),
+        labels=[f"{method} ({of.log_loss.num_pairs} pairs)" for method, of in lines.items()],
+    )
+    axes.invert_yaxis()
+    axes.set_xlabel("held-out log-loss, difference from uniform sampling (left is better)", color=_INK)
+    _save(figure, path, "Arithmetic: every method against uniform sampling, 95 % intervals")
+
+
+def draw_norms(panels: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> None:
+    """Figures 1 and 6: norms of the layers over their mean, a panel of lines each.
+
+    Args:
+        panels: title of a panel -> name of a line -> norms, [L].
+        path: of the PNG.
+    """
+    figure, grid = _figure(len(panels), (4.2 * len(panels), 3.8))
+    palette = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#777777")
+    for axes, (title, lines) in zip(grid, panels.items(), strict=True):
+        for index, (name, norms) in enumerate(lines.items()):
+            style = "-" if index < len(palette) else "--"
+            axes.plot(norms / norms.mean(), style, color=palette[index % len(palette)], lw=1.4, label=name)
+        axes.set_title(title, loc="left", fontsize=10, color=_INK)
+        axes.set(xlabel="layer", yscale="log")
+        axes.axhline(1, color=_PALE, lw=0.8, zorder=0)
+        axes.legend(frameon=False, fontsize=7, labelcolor=_INK)
+    grid[0].set_ylabel("mean gradient norm / mean over layers", color=_INK)
+    _save(figure, path, "Mean gradient norm by layer")
+
+
+def _small_norms(rows: Sequence[Row]) -> dict[str, dict[str, np.ndarray]]:
+    steps = sorted({row["step"] for row in rows if row["kind"] == "norms"})
+    return {
+        f"base {base}": {
+            f"step {step}": np.array(row["norms"]).mean(axis=0)
+            for step in steps
+            for row in rows
+            if row["kind"] == "norms" and (row["base"], row["step"], row["size"]) == (base, step, 16)
+        }
+        for base in sorted({row["base"] for row in rows})
+    }
+
+
+def _real_norms(rows: Sequence[Row]) -> dict[str, dict[str, np.ndarray]]:
+    panels: dict[str, dict[str, np.ndarray]] = {}
+    for row in rows:
+        panels.setdefault(row["panel"], {})[row["name"]] = np.array(row["norms"])
+    return panels
+
+
+def _figure(columns: int, size: tuple[float, float]) -> tuple[Any, "list[Axes]"]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = list(figure.subplots(1, columns, squeeze=False, sharey=True)[0])
+    for axes in grid:
+        axes.tick_params(labelsize=8, colors=_INK)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=_PALE, lw=0.6)
+        axes.set_axisbelow(True)
+    return figure, grid
+
+
+def _save(figure: Any, path: Path, title: str) -> None:
+    figure.suptitle(title, color=_INK, fontsize=11)
+    figure.savefig(path, dpi=130, format="png", metadata={"Software": None})

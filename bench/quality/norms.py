@@ -1,0 +1,94 @@
+"""Gradient norms of a real model's layers: by task, and along a fine-tuning run (the paper's Figures 1 and 6)."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from bench.quality.real import CONFIG, options_for
+from grass.finetune.encoding import Encoder, Example
+from grass.finetune.model import load_model, pad_token_id
+from grass.finetune.options import as_tuple
+from grass.finetune.records import Conversation
+from grass.layers import LayerMap
+from grass.reproduce.methods import METHODS
+from grass.reproduce.study import Row
+from grass.reproduce.tables import TABLES, read_table
+from grass.reproduce.training import batches, encode, schedule, set_lr, train_step
+
+BATCH, BATCHES = 8, 6
+STAGES = (0, 30, 60, 90)
+
+
+def measure(model_dir: str, data_dir: str, lr: float) -> Iterator[Row]:
+    """Yield a row for each task whose test.json is there, and each stage of a run of uniform sampling on arithmetic.
+
+    Args:
+        model_dir: folder of the model.
+        data_dir: folder with LLM-Adapters' files.
+        lr: maximum learning rate of the run.
+    """
+    torch.set_num_threads(2)
+    options = options_for("arithmetic", model_dir, data_dir, "", 1, 1e6)
+    model, tokenizer = load_model(options.model, options.dtype)
+    encoder = Encoder(tokenizer, options.template, options.context)
+    for name, table in TABLES.items():
+        tasks = [task for task in table.tasks if (Path(data_dir) / task / "test.json").is_file()]
+        for task in tasks:
+            records = read_table(Path(data_dir), name, [task], validation=1).tests[task]  # type: ignore[arg-type]
+            if any(record.has_target for record in records):
+                yield _row(name, task, layer_norms(model, _examples(encoder, records)), model)
+    data = read_table(Path(data_dir), "arithmetic", as_tuple(options.tasks), options.validation)
+    fixed = _examples(encoder, data.validation)
+    examples = [
+        example for example in encode(encoder, data.train) if len(example.input_ids) <= options.context
+    ]
+    optimizer = METHODS["uniform"](model, replace(CONFIG, seed=0))
+    steps, pad = options.steps, pad_token_id(tokenizer)
+    for step, batch in enumerate(batches(examples, options.batch_size, max(STAGES) + 1, seed=0)):
+        if step in STAGES:
+            yield _row("arithmetic, while training", f"step {step}", layer_norms(model, fixed), model)
+        set_lr(optimizer, lr * schedule(step, steps))
+        train_step(model, optimizer, batch, options, pad, chunked=False)
+
+
+def layer_norms(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
+    """Return the mean over batches of the root mean square gradient of each layer, float64 [L]."""
+    layers = [list(module.parameters()) for module in LayerMap.from_model(model).modules(model)]
+    params = [p for layer in layers for p in layer]
+    flags = [p.requires_grad for p in params]
+    for p in params:
+        p.requires_grad_(True)
+    collate = DataCollatorForLanguageModeling(0)
+    norms = []
+    for i in range(0, len(examples), BATCH):
+        loss = model(**collate([e._asdict() for e in examples[i : i + BATCH]]), use_cache=False).loss
+        grads = iter(torch.autograd.grad(loss, params))
+        squares = [sum(float(next(grads).double().square().sum()) for _ in layer) for layer in layers]
+        sizes = [sum(p.numel() for p in layer) for layer in layers]
+        norms.append([(square / size) ** 0.5 for square, size in zip(squares, sizes, strict=True)])
+    for p, flag in zip(params, flags, strict=True):
+        p.requires_grad_(flag)
+    return torch.tensor(norms, dtype=torch.float64).mean(dim=0)
+
+
+def _examples(encoder: Encoder, records: Sequence[Conversation]) -> list[Example]:
+    """Return as many short examples as are measured, the same ones each time."""
+    found = [e for e in encode(encoder, [r for r in records if r.has_target]) if len(e.input_ids) <= 160]
+    return random.Random(0).sample(found, min(len(found), BATCH * BATCHES))
+
+
+def _row(panel: str, name: str, norms: Tensor, model: PreTrainedModel) -> Row:
+    return {
+        "panel": panel,
+        "name": name,
+        "model": Path(str(model.config.name_or_path)).name,
+        "batches": BATCHES,
+        "batch_size": BATCH,
+        "norms": [float(f"{norm:.4g}") for norm in norms.tolist()],
+    }

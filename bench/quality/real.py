@@ -1,0 +1,40 @@
+"""Study B: `grass reproduce` on SmolLM2-135M-Instruct, small enough for a CPU."""
+
+from grass.config import GrassConfig
+from grass.reproduce.options import ReproduceOptions, TableName
+
+METHODS = ("full", "lora-r8", "uniform", "static", "grass", "shuffled")
+TASKS: dict[TableName, tuple[str, ...]] = {
+    "arithmetic": ("MultiArith", "AddSub", "SingleEq", "SVAMP"),
+    "commonsense": ("ARC-Easy", "openbookqa"),
+}
+CONFIG = GrassConfig(active_layers=6, probe_steps=10, sample_interval=10, update_interval=20)
+"""A fifth of 30 layers, intervals as in study A."""
+
+
+def options_for(
+    table: TableName, model: str, data_dir: str, output: str, workers: int, minutes: float
+) -> ReproduceOptions:
+    """Return the options of study B."""
+    return ReproduceOptions(
+        model=model,
+        data_dir=data_dir,
+        table=table,
+        tasks=TASKS[table],
+        methods=METHODS,
+        seeds=3,
+        rates=("1e-4", "2e-4", "4e-4"),
+        steps=120,
+        search_steps=60,
+        batch_size=8,
+        context=96,
+        template="plain",
+        dtype="float32",
+        validation=100,
+        eval_limit=50,
+        max_new_tokens=96 if table == "arithmetic" else 16,
+        workers=workers,
+        threads=1,
+        minutes=minutes,
+        output=output,
+    )

@@ -1,0 +1,311 @@
+"""The page of evidence and its figures.
+
+Would catch: a verdict that the rows do not give; pairs that are not pairs; a number of the page changed by hand, or
+left behind by new rows; an arm without reason and prediction; a figure that fails on what the study writes.
+"""
+
+import random
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+
+from bench.quality import __main__ as command
+from bench.quality import figures, stability
+from bench.quality.comparison import compare, compare_all, results, summarize
+from bench.quality.evidence import BEGIN, END, TITLES, findings, page, written_pages
+from bench.quality.log import NOTES
+from bench.quality.methods import CONFIG, RULES, SETTINGS
+from bench.quality.stability import measure
+from bench.quality.study import KEY, OTHERS, SEARCH, STUDY
+from bench.quality.training import Budget, make_model
+from grass import GrassConfig
+from grass.errors import GrassError
+from grass.finetune.run_folder import write_rows
+from grass.reproduce.study import Job
+
+PART = STUDY.parts["key"]
+
+
+def row(job, log_loss, **changes):
+    values = {
+        "base_digest": f"digest {job.base}",
+        "log_loss": log_loss,
+        "exact": 0.5,
+        "steps": 400,
+        "curve": [2.0, 1.5, 1.2, 1.0, 0.9, 0.8, 0.7, 0.65, 0.6, 0.55],
+        "trained_share": 0.25,
+        "longest_wait": 30,
+    }
+    return asdict(job) | values | changes
+
+
+def rows_of(method, shift, noise=0.0, pairs=PART.pairs, task="arithmetic", seed=0):
+    """Rows of a method whose log-loss is 0.5, a term of the pair, and a shift."""
+    rng = random.Random(f"{method} {seed}")
+    best = SEARCH.rates[1]
+    found = [
+        row(Job(task, method, lr, *pair), 1.0 + (lr != best)) for lr in SEARCH.rates for pair in SEARCH.pairs
+    ]
+    for base, order in pairs:
+        of_pair = random.Random(100 * base + order).gauss(0, 0.05)
+        loss = 0.5 + of_pair + shift + rng.gauss(0, noise)
+        found.append(row(Job(task, method, best, base, order), loss, exact=0.6 - shift))
+    return found
+
+
+@pytest.fixture
+def rows():
+    """GRASS better than uniform by 0.03, as good as static with noise, worse than full."""
+    values = {"full": (-0.1, 0.005), "uniform": (0.03, 0.005), "static": (0.0, 0.02), "grass": (0.0, 0.005)}
+    return [r for method, (shift, noise) in values.items() for r in rows_of(method, shift, noise)]
+
+
+def test_a_difference_is_that_of_the_rows(rows):
+    found = compare(rows, PART, "grass", "uniform")
+    a, b = (results(rows, PART, method) for method in ("grass", "uniform"))
+    expected = np.mean([a[pair]["log_loss"] - b[pair]["log_loss"] for pair in PART.pairs])
+    assert found.log_loss.mean == pytest.approx(expected)
+    assert found.log_loss.low < -0.03 < found.log_loss.high
+    assert found.exact.mean == pytest.approx(3.0)
+    assert found.verdict == "better"
+    assert set(found.bases) == set(PART.bases)
+    assert found.log_loss.deviation < 0.01  # pairs share what is theirs, of deviation 0.05
+    assert compare(rows, PART, "uniform", "grass").verdict == "worse"
+
+
+def test_verdicts_are_corrected_for_the_number_of_comparisons():
+    """One of many comparisons with p of about 0.03 is no finding."""
+    pairs = PART.pairs[:8]
+    names = ["a", *(f"b{i}" for i in range(9))]
+    many = [r for name in names for r in rows_of(name, 0.0, 0.01, pairs)]
+    many += rows_of("other", 0.006, 0.01, pairs, seed=7)
+    alone = compare_all(many, PART, [("a", "other")])[("a", "other")]
+    among = compare_all(many, PART, [(name, "other") for name in names])[("a", "other")]
+    assert among.p_value > alone.p_value
+
+
+def test_only_pairs_that_both_have_are_compared_and_diverged_runs_are_not(rows):
+    fewer = [r for r in rows if r["method"] != "uniform" or r["order"] < 2]
+    assert compare(fewer, PART, "grass", "uniform").log_loss.num_pairs == 8
+    for r in fewer:
+        if r["method"] == "uniform" and (r["base"], r["order"]) == (0, 0):
+            r["log_loss"] = None
+    assert compare(fewer, PART, "grass", "uniform").log_loss.num_pairs == 7
+    assert compare(rows, PART, "grass", "cyclic") is None
+    other_rate = [r | {"lr": 99.0} for r in rows if r["method"] == "grass"]
+    assert compare([*rows, *other_rate], PART, "grass", "uniform") == compare(rows, PART, "grass", "uniform")
+
+
+def test_runs_that_began_with_different_weights_are_no_pair(rows):
+    for r in rows:
+        if r["method"] == "grass" and (r["base"], r["order"]) == (2, 3):
+            r["base_digest"] = "another"
+    with pytest.raises(GrassError, match="grass and uniform began with different weights on base 2"):
+        compare(rows, PART, "grass", "uniform")
+
+
+def test_a_summary_is_of_the_chosen_rate(rows):
+    of = summarize(rows, PART, "full")
+    own = [r for r in rows if r["method"] == "full" and r["base"] in PART.bases]
+    assert of.lr == SEARCH.rates[1]
+    assert of.runs == 32
+    assert of.log_loss == pytest.approx(np.mean([r["log_loss"] for r in own]))
+    assert of.log_loss_deviation == pytest.approx(np.std([r["log_loss"] for r in own], ddof=1))
+    assert of.exact == pytest.approx(70.0)
+
+
+def test_findings_say_better_worse_undecided_and_not_run(rows):
+    lines = findings(rows)
+    assert lines[0].startswith("GRASS is **better** than uniform sampling (-0.03")
+    assert "4 of 4 bases agree" in lines[0]
+    assert lines[1] == "GRASS against its own probabilities on other layers: not run yet."
+    assert "static GRASS: **undecided**" in lines[2]
+    assert "detectable: 0.0" in lines[2]
+    assert lines[3].startswith("GRASS is **worse** than full fine-tuning (+0.1")
+    assert lines[-1] == "Rules that know all gradients: not run yet."
+
+
+def test_rules_that_win_are_named(rows):
+    part = STUDY.parts["rules"]
+    more = rows_of("signal", -0.05, 0.002, part.pairs) + rows_of("unseen", 0.0, 0.02, part.pairs)
+    uniform = [r for r in rows_of("uniform", 0.0, 0.002, part.pairs) if r["base"] in part.bases]
+    (line,) = [line for line in findings([*rows, *more, *uniform]) if "rules" in line]
+    assert line.startswith("Of 16 rules that know all gradients, 1 beat uniform sampling: `signal` -0.05")
+
+
+def test_every_arm_has_a_title_or_a_reason_and_a_prediction():
+    assert set(TITLES) >= {*KEY, *OTHERS}
+    assert set(NOTES) == {*RULES, *SETTINGS, "grass-floor"}
+    assert all(note.reason.endswith((".", "?")) and note.prediction for note in NOTES.values())
+
+
+@pytest.fixture
+def project(tmp_path, rows, monkeypatch):
+    """A folder with rows, their pages, and a README."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "results").mkdir()
+    write_rows(tmp_path / "results" / "rows.jsonl", rows)
+    (tmp_path / "README.md").write_text(f"Before\n{BEGIN}\nold\n{END}\nAfter\n")
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    assert command.main(["verify", "--write"]) == 0
+    return tmp_path
+
+
+def test_pages_that_were_written_are_as_the_rows_say(project, capsys):
+    assert command.main(["verify"]) == 0
+    assert capsys.readouterr().out.count("as the rows say") == 3
+    readme = (project / "README.md").read_text()
+    assert readme.startswith("Before\n")
+    assert readme.endswith("After\n")
+    assert "GRASS is **better** than uniform sampling" in readme
+    assert "old" not in readme
+
+
+@pytest.mark.parametrize("name", ["docs/evidence.md", "docs/evidence-log.md", "README.md"])
+def test_a_change_by_hand_is_found(project, name, capsys):
+    path = project / name
+    text = path.read_text()
+    changed = (
+        text.replace("**better**", "**best**") if "better**" in text else text.replace("equal", "better", 1)
+    )
+    assert changed != text
+    path.write_text(changed)
+    assert command.main(["verify"]) == 1
+    assert f"{path.name} is not what the rows say" in capsys.readouterr().err
+
+
+def test_a_changed_row_is_found(project, rows, capsys):
+    changed = next(r for r in rows if r["method"] == "grass" and r["base"] == 0)
+    changed["log_loss"] += 0.05
+    write_rows(project / "results" / "rows.jsonl", rows)
+    assert command.main(["verify"]) == 1
+    assert "is not what the rows say" in capsys.readouterr().err
+
+
+def test_a_readme_without_its_part_is_refused(project):
+    (project / "README.md").write_text("nothing")
+    with pytest.raises(GrassError, match=r"README\.md has no part between"):
+        written_pages(project / "results", project)
+
+
+# -- stability -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    torch.save(make_model(0).state_dict(), folder / "base-0.pt")
+    budget = Budget(steps=130, batch=2, train=40, heldout=2)
+    before = stability.BATCHES, stability.SIZES, stability.REFERENCE
+    stability.BATCHES, stability.SIZES, stability.REFERENCE = 4, (1, 4, 16, 64), 8
+    try:
+        return list(measure(0, 1e-3, budget, folder))
+    finally:
+        stability.BATCHES, stability.SIZES, stability.REFERENCE = before
+
+
+def test_a_run_is_measured_at_its_stages_and_at_every_step(measured):
+    assert {r["step"] for r in measured if r["kind"] == "norms"} == {0, CONFIG.probe_steps, 65, 129}
+    (trace,) = [r for r in measured if r["kind"] == "trace"]
+    assert np.array(trace["norms"]).shape == (130, 8)
+    assert all(layers == [] for layers in trace["active"][: CONFIG.probe_steps])
+    assert all(len(layers) == 2 for layers in trace["active"][CONFIG.probe_steps :])
+    assert stability.variation(measured, 64, 0) < stability.variation(measured, 1, 0)
+    assert all(np.isfinite(value) for value in stability.bias(measured))
+
+
+def known(norms, step=0, size=16, signal=(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)):
+    base = {"base": 0, "step": step}
+    return [
+        {"kind": "norms", "size": size, "norms": norms, **base},
+        {"kind": "signal", "size": 1024, "norms": [list(signal)], **base},
+    ]
+
+
+def test_measures_of_noise_on_known_norms():
+    order = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+    same = known([order] * 4)
+    assert stability.variation(same, 16, 0) == 0
+    assert stability.noise_share(same, 16, 0) == pytest.approx(0)
+    assert stability.repeatability(same, 16, 0, 1) == stability.agreement(same, 16, 0, 2) == pytest.approx(1)
+    doubled = known([[2 * m for m in order]] * 4)
+    assert stability.noise_share(doubled, 16, 0) == pytest.approx(0.75)
+    turned = known([order, order[::-1]] * 2)
+    assert stability.repeatability(turned, 16, 0, 1) == pytest.approx(-1)
+    later = known([order[::-1]] * 4, step=9)
+    assert stability.drift([*same, *later], 16, 0, 9) == pytest.approx(-1)
+
+
+def test_noise_of_probabilities_on_known_norms():
+    """With the log scale and tau 1, p is proportional to m: (1, ..., 1, 9) gives the last layer 9 / 16."""
+    a, b = [1.0] * 7 + [9.0], [9.0] + [1.0] * 7
+    noise, contrast = stability.probability_noise(known([a, b]), 16, 0, 1, GrassConfig())
+    assert noise == pytest.approx(8 / 16)
+    assert contrast == pytest.approx(2 * (5 / 16 - 1 / 8))
+    noise, contrast = stability.probability_noise(
+        known([a, b]), 16, 0, 1, GrassConfig(importance_scale="none", temperature=1e9)
+    )
+    assert noise == pytest.approx(0, abs=1e-6)
+    assert contrast == pytest.approx(0, abs=1e-6)
+
+
+def test_autocorrelation_and_bias_of_known_traces():
+    rng = np.random.default_rng(0)
+    steps = 2000
+    white = np.exp(0.1 * rng.standard_normal((steps, 8)))
+    trace = {
+        "kind": "trace",
+        "norms": white.tolist(),
+        "importance": np.full((steps, 8), 2.0).tolist(),
+        "active": [[0, 1]] * steps,
+    }
+    assert stability.autocorrelation([trace], 1) == pytest.approx(0, abs=0.05)
+    active, frozen = stability.bias([trace])
+    assert active == pytest.approx(np.log(2), abs=0.05)
+    assert frozen == pytest.approx(np.log(2), abs=0.05)
+    slow = np.repeat(white[:200], 10, axis=0)
+    assert stability.autocorrelation([trace | {"norms": slow.tolist()}], 1) > 0.7
+
+
+# -- figures ---------------------------------------------------------------------------------------------
+
+
+def test_every_figure_is_drawn_from_its_rows(tmp_path, rows, measured, monkeypatch):
+    pytest.importorskip("matplotlib", reason="figures are drawn by it")
+    for name in ("_timeline", "_memory"):
+        monkeypatch.setattr(figures, name, lambda path: path.write_bytes(b"drawn by another command"))
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    assert {path.name for path in figures.draw_all(folder, tmp_path / "none")} == {
+        "timeline.png",
+        "memory.png",
+    }
+    write_rows(folder / "rows.jsonl", rows)
+    write_rows(folder / "stability.jsonl", measured)
+    norms = [{"panel": "arithmetic", "name": name, "norms": [1.0, 2.0, 4.0]} for name in ("AddSub", "gsm8k")]
+    write_rows(folder / "norms.jsonl", norms)
+    paths = figures.draw_all(folder, tmp_path / "all")
+    names = {"timeline", "memory", "losses", "differences", "norms-small", "norms"}
+    assert {path.name for path in paths} == {f"{name}.png" for name in names}
+    assert all(path.stat().st_size > 0 for path in paths)
+
+
+def test_the_page_of_this_checkout_is_that_of_its_rows():
+    pages = written_pages(command.RESULTS, command.ROOT)
+    for path, text in pages.items():
+        assert path.read_text(encoding="utf-8") == text, (
+            f"run python -m bench.quality verify --write ({path})"
+        )
+    assert "evidence.md" in {path.name for path in pages}
+
+
+def test_the_page_is_written_with_all_rows(tmp_path, rows, measured):
+    write_rows(tmp_path / "rows.jsonl", rows)
+    enough = [r | {"norms": r["norms"] * 10} if r["kind"] == "norms" else r for r in measured]
+    write_rows(tmp_path / "stability.jsonl", enough)
+    text = page(tmp_path)
+    assert "Not run yet" not in text.split("## How noisy")[1].split("## Not tested")[0]
+    assert "nan" not in text
