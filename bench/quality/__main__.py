@@ -20,7 +20,7 @@ from grass.reproduce.study import Row, run_missing
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results" / "quality"
 FIGURES = ROOT / "docs" / "evidence"
-ROWS, STABILITY = RESULTS / "rows.jsonl", RESULTS / "stability.jsonl"
+ROWS, STABILITY = RESULTS / "study.jsonl", RESULTS / "stability.jsonl"
 
 
 def make_parser() -> Parser:

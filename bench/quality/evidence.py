@@ -123,7 +123,7 @@ def page(folder: Path) -> str:
     Args:
         folder: folder of the rows.
     """
-    rows = read_rows(folder / "rows.jsonl")
+    rows = read_rows(folder / "study.jsonl")
     budgets = {task: str(budget.steps) for task, budget in BUDGETS.items()}
     parts = [
         _HEAD,
@@ -363,7 +363,7 @@ def _limits(rows: Sequence[Row]) -> str:
 
 def log_page(folder: Path) -> str:
     """Return docs/evidence-log.md."""
-    rows = read_rows(folder / "rows.jsonl")
+    rows = read_rows(folder / "study.jsonl")
     part = STUDY.parts["rules"]
     rules = compare_all(rows, part, [(name, "uniform") for name in RULES])
     settings = compare_all(rows, part, [(name, "grass") for name in SETTINGS])
@@ -421,7 +421,7 @@ def written_pages(folder: Path, root: Path) -> dict[Path, str]:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise GrassError(f"README.md has no part between {BEGIN} and {END}")
-    lines = "\n".join(f"- {line}" for line in findings(read_rows(folder / "rows.jsonl")))
+    lines = "\n".join(f"- {line}" for line in findings(read_rows(folder / "study.jsonl")))
     return {
         root / "docs" / "evidence.md": page(folder),
         root / "docs" / "evidence-log.md": log_page(folder),

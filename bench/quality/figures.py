@@ -35,7 +35,7 @@ def draw_all(results_folder: Path, output: Path) -> list[Path]:
         output: folder of the PNGs.
     """
     output.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(results_folder / "rows.jsonl")
+    rows = read_rows(results_folder / "study.jsonl")
     stability = read_rows(results_folder / "stability.jsonl")
     norms = read_rows(results_folder / "norms.jsonl")
     figures: list[tuple[str, Callable[[Path], Any]]] = [

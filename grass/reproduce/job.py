@@ -1,6 +1,8 @@
 """A reproduction from beginning to end: check, run what is missing, report."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from grass.config import GrassConfig
 from grass.errors import ConfigError, did_you_mean
 from grass.finetune.model import check_model
 from grass.finetune.options import as_tuple
-from grass.finetune.run_folder import read_rows
+from grass.finetune.run_folder import read_rows, write_json
 from grass.finetune.screen import Screen
 from grass.reproduce.methods import METHODS
 from grass.reproduce.options import ReproduceOptions
@@ -31,7 +33,8 @@ def reproduce(options: ReproduceOptions, config: GrassConfig, screen: Screen) ->
         screen: shows progress.
 
     Raises:
-        ConfigError: a method is unknown, needs a package, or does not fit the model, or the model is no folder of one.
+        ConfigError: a method is unknown, needs a package, or does not fit the model; the model is no folder of one; or
+            the output has runs with other settings.
         DataError: a file is missing or malformed.
     """
     methods = as_tuple(options.methods)
@@ -53,6 +56,7 @@ def reproduce(options: ReproduceOptions, config: GrassConfig, screen: Screen) ->
     if data.absent:
         screen.say(f"tasks of the paper without files: {', '.join(data.absent)}")
     path = Path(options.output) / f"{options.table}.jsonl"
+    _check_settings(path.with_suffix(".settings.json"), options, config)
 
     def jobs(rows: Sequence[Row]) -> list[Job]:
         return missing_jobs(
@@ -71,6 +75,41 @@ def _check_methods(methods: Sequence[str], options: ReproduceOptions, config: Gr
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model))
         METHODS[method](model, config.for_run(options.steps))
+
+
+_FREE = (
+    "methods",
+    "seeds",
+    "workers",
+    "threads",
+    "minutes",
+    "micro_batch_size",
+    "output",
+    "model",
+    "data_dir",
+)
+"""Options that may differ between pieces of a reproduction; rows have the name of the model."""
+
+
+def _check_settings(path: Path, options: ReproduceOptions, config: GrassConfig) -> None:
+    """Write the settings beside the rows; rows of other settings are not comparable.
+
+    Raises:
+        ConfigError: the rows that are there were made with other settings.
+    """
+    settings = {k: v for k, v in asdict(options).items() if k not in _FREE} | asdict(config)
+    settings = json.loads(json.dumps(settings))  # tuples become lists
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in settings.items():
+            if before.get(name, value) != value:
+                raise ConfigError(
+                    f"{path.parent} has runs with --{name.replace('_', '-')} {before[name]}, not {value}: pass another "
+                    "--output"
+                )
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)
 
 
 def _line(row: Row, left: int) -> str:

@@ -146,7 +146,7 @@ def project(tmp_path, rows, monkeypatch):
     """A folder with rows, their pages, and a README."""
     (tmp_path / "docs").mkdir()
     (tmp_path / "results").mkdir()
-    write_rows(tmp_path / "results" / "rows.jsonl", rows)
+    write_rows(tmp_path / "results" / "study.jsonl", rows)
     (tmp_path / "README.md").write_text(f"Before\n{BEGIN}\nold\n{END}\nAfter\n")
     monkeypatch.setattr(command, "ROOT", tmp_path)
     monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
@@ -180,7 +180,7 @@ def test_a_change_by_hand_is_found(project, name, capsys):
 def test_a_changed_row_is_found(project, rows, capsys):
     changed = next(r for r in rows if r["method"] == "grass" and r["base"] == 0)
     changed["log_loss"] += 0.05
-    write_rows(project / "results" / "rows.jsonl", rows)
+    write_rows(project / "results" / "study.jsonl", rows)
     assert command.main(["verify"]) == 1
     assert "is not what the rows say" in capsys.readouterr().err
 
@@ -283,7 +283,7 @@ def test_every_figure_is_drawn_from_its_rows(tmp_path, rows, measured, monkeypat
         "timeline.png",
         "memory.png",
     }
-    write_rows(folder / "rows.jsonl", rows)
+    write_rows(folder / "study.jsonl", rows)
     write_rows(folder / "stability.jsonl", measured)
     norms = [{"panel": "arithmetic", "name": name, "norms": [1.0, 2.0, 4.0]} for name in ("AddSub", "gsm8k")]
     write_rows(folder / "norms.jsonl", norms)
@@ -303,7 +303,7 @@ def test_the_page_of_this_checkout_is_that_of_its_rows():
 
 
 def test_the_page_is_written_with_all_rows(tmp_path, rows, measured):
-    write_rows(tmp_path / "rows.jsonl", rows)
+    write_rows(tmp_path / "study.jsonl", rows)
     enough = [r | {"norms": r["norms"] * 10} if r["kind"] == "norms" else r for r in measured]
     write_rows(tmp_path / "stability.jsonl", enough)
     text = page(tmp_path)

@@ -186,6 +186,10 @@ def test_the_command_runs_all_and_goes_on(options, tmp_path, capsys):
     assert found["accuracy_deviation"] == pytest.approx(stdev(averages))
     assert main(command) == 0
     assert read_rows(tmp_path / "out" / "arithmetic.jsonl") == rows
+    capsys.readouterr()
+    assert main([*command, "--steps", "8"]) == 2
+    assert "out has runs with --steps 6, not 8: pass another --output" in capsys.readouterr().err
+    assert main([*command, "--methods", "full", "--minutes", "0"]) == 0
 
 
 def test_nothing_begins_after_the_given_minutes_and_the_table_says_what_is_missing(options, capsys):
