@@ -129,6 +129,8 @@ def read_table(folder: Path, name: TableName, tasks: Sequence[str], validation: 
         result.shared[task] = len(records) - len(result.tests[task])
         if not result.tests[task]:
             raise DataError(f"{path}: all of its records are among the training records")
+        if not any(record.has_target for record in result.tests[task]):
+            raise DataError(f"{path}: no record has an output, of which the log-loss is computed")
     return result
 
 

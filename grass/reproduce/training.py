@@ -166,7 +166,7 @@ def log_loss(
     chunked: bool,
 ) -> float:
     """Return the loss of records, a mean over the tokens of their outputs in nats."""
-    examples = encode(encoder, limited(records, options))
+    examples = encode(encoder, limited([record for record in records if record.has_target], options))
     pad = pad_token_id(encoder.tokenizer)
     return heldout_loss(model, examples, options.eval_batch_size, pad, chunked)
 

@@ -6,6 +6,7 @@ come after the first runs.
 """
 
 import json
+import math
 import re
 from dataclasses import replace
 from functools import partial
@@ -127,6 +128,15 @@ def test_a_run_is_repeated_bit_by_bit_and_a_search_sees_no_test_record(options):
     search = run(replace(job, order=SEARCH_SEED))
     assert "accuracies" not in search
     assert search["log_loss"] not in first["log_losses"].values()
+
+
+def test_records_without_an_output_count_for_the_accuracy_only(options, data_dir):
+    path = data_dir / "AddSub" / "test.json"
+    records = json.loads(path.read_text())
+    path.write_text(json.dumps([records[0], *(r | {"output": ""} for r in records[1:])]))
+    found = run_job(options, CONFIG, Job("arithmetic", "uniform", 1e-3, options.base, 0))
+    assert math.isfinite(found["log_losses"]["AddSub"])
+    assert 0 <= found["accuracies"]["AddSub"] <= 1
 
 
 def test_a_step_is_the_same_in_one_pass_or_several(tiny_model, options):

@@ -86,6 +86,13 @@ def test_a_task_of_training_records_only_is_refused(data_dir):
         read_table(data_dir, "arithmetic", (), 10)
 
 
+def test_a_task_without_outputs_is_refused(data_dir):
+    records = json.loads((data_dir / "AddSub" / "test.json").read_text())
+    write(data_dir / "AddSub" / "test.json", [record | {"output": ""} for record in records])
+    with pytest.raises(DataError, match=r"AddSub/test.json: no record has an output"):
+        read_table(data_dir, "arithmetic", (), 10)
+
+
 def test_paper_averages_keep_the_order_that_the_paper_reports():
     """The paper's headlines: GRASS is 4.38 points above LoRA r=128 on TinyLlama, and below full fine-tuning at 7B."""
     paper = TABLES["arithmetic"].paper

@@ -1,0 +1,76 @@
+"""Study B: its options, and the norms of a real model's layers, here of a tiny one.
+
+Would catch: a method or task that does not exist; norms of other layers, or not root mean squares; gradients or flags
+that are left behind.
+"""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench.quality import norms
+from bench.quality.real import CONFIG, METHODS, TASKS, options_for
+from grass.finetune.arithmetic import word_problems
+from grass.finetune.demo import demo_tokenizer
+from grass.finetune.encoding import Example
+from grass.finetune.model import load_model
+from grass.reproduce import methods
+from grass.reproduce.tables import TABLES
+from tests.support.saved_model import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny", demo_tokenizer())
+
+
+@pytest.mark.parametrize("table", TASKS)
+def test_the_study_names_methods_and_tasks_that_exist(table):
+    options = options_for(table, "model", "data", "out", 2, 60.0)
+    assert set(METHODS) <= set(methods.METHODS)
+    assert {"full", "lora-r8", "uniform", "static", "grass", "shuffled"} <= set(options.methods)
+    assert set(TASKS[table]) <= set(TABLES[table].tasks)
+    assert options.seeds >= 3
+    assert len(options.search.rates) >= 3
+    assert CONFIG.for_run(options.search_steps).probe_steps == CONFIG.probe_steps
+
+
+def test_norms_are_root_mean_squares_of_the_layers_gradients(tiny_model):
+    model, _ = load_model(str(tiny_model))
+    frozen = model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    ids = list(range(5, 15))
+    found = norms.layer_norms(model, [Example(ids, ids)])
+    assert not frozen.requires_grad
+    assert all(p.grad is None for p in model.parameters())
+    frozen.requires_grad_(True)
+    tokens = torch.tensor([ids])
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    for layer, norm in zip(model.model.layers, found, strict=True):
+        grads = torch.cat([p.grad.flatten() for p in layer.parameters()])
+        assert float(norm) == pytest.approx(float(grads.square().mean().sqrt()), rel=1e-5)
+
+
+def test_rows_are_of_tasks_and_of_stages(tiny_model, tmp_path, monkeypatch):
+    train, heldout = word_problems(40, 8, seed=0)
+    for task in ("AddSub", "gsm8k"):
+        (tmp_path / task).mkdir()
+        (tmp_path / task / "test.json").write_text(json.dumps([p.record for p in heldout]))
+    (tmp_path / "math_data.json").write_text(json.dumps([p.record for p in train]))
+    monkeypatch.setattr(norms, "STAGES", (0, 3))
+    monkeypatch.setattr(norms, "CONFIG", replace(CONFIG, active_layers=1))
+
+    def options(*arguments):
+        return replace(options_for(*arguments), tasks=("AddSub",), validation=8, context=64, steps=4)
+
+    monkeypatch.setattr(norms, "options_for", options)
+    rows = list(norms.measure(str(tiny_model), str(tmp_path), 1e-3))
+    assert [(row["panel"], row["name"]) for row in rows] == [
+        ("arithmetic", "gsm8k"),
+        ("arithmetic", "AddSub"),
+        ("arithmetic, while training", "step 0"),
+        ("arithmetic, while training", "step 3"),
+    ]
+    assert all(len(row["norms"]) == 4 and min(row["norms"]) > 0 for row in rows)
+    assert rows[2]["norms"] != rows[3]["norms"]
