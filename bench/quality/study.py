@@ -14,11 +14,11 @@ from bench.quality.tasks import TASKS, Data
 from bench.quality.training import Budget, base_model, digest, fine_tune
 from grass.reproduce.study import Job, Pair, Row, Search, missing_jobs
 
-BUDGETS = {"arithmetic": Budget(steps=400), "relations": Budget(steps=600)}
+BUDGETS = {"arithmetic": Budget(steps=500), "relations": Budget(steps=600)}
 """Budgets with which full fine-tuning answers 40 to 90 % exactly."""
 KEY = ("full", "uniform", "static", "grass", "shuffled")
 """Methods of the key contrast, of which most pairs are run."""
-SEARCH = Search(rates=(1e-3, 2e-3, 4e-3), pairs=((100, 0), (101, 0)))
+SEARCH = Search(rates=(2e-3, 4e-3, 8e-3), pairs=((100, 0), (101, 0)))
 """Learning rates are chosen on base models of their own; no result is of these."""
 
 
