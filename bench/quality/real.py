@@ -8,6 +8,7 @@ TASKS: dict[TableName, tuple[str, ...]] = {
     "arithmetic": ("MultiArith", "AddSub", "SingleEq", "SVAMP"),
     "commonsense": ("ARC-Easy", "openbookqa"),
 }
+STEPS, BATCH, CONTEXT = 120, 8, 96
 CONFIG = GrassConfig(active_layers=6, probe_steps=10, sample_interval=10, update_interval=20)
 """A fifth of 30 layers, intervals as in study A."""
 
@@ -24,10 +25,10 @@ def options_for(
         methods=METHODS,
         seeds=3,
         rates=("1e-4", "2e-4", "4e-4"),
-        steps=120,
+        steps=STEPS,
         search_steps=60,
-        batch_size=8,
-        context=96,
+        batch_size=BATCH,
+        context=CONTEXT,
         template="plain",
         dtype="float32",
         validation=100,

@@ -60,9 +60,9 @@ def format_report(report: dict[str, Any]) -> str:
                 method,
                 "" if of["lr"] is None else f"{of['lr']:g}",
                 str(of["runs"]) + (f" ({of['diverged']} diverged)" if of["diverged"] else ""),
-                _with_deviation(of["log_loss"], of["log_loss_deviation"], 4),
+                plus_minus(of["log_loss"], of["log_loss_deviation"], 4),
                 *(_percent(of["accuracies"].get(task)) for task in tasks),
-                _with_deviation(_scaled(of["accuracy"]), _scaled(of["accuracy_deviation"]), 2),
+                plus_minus(_scaled(of["accuracy"]), _scaled(of["accuracy_deviation"]), 2),
                 *(
                     "" if of["paper"] is None else f"{value:.2f}"
                     for value in (of["paper"] or dict.fromkeys(PAPER_MODELS)).values()
@@ -94,7 +94,8 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
 
-def _with_deviation(value: float | None, deviation: float | None, digits: int) -> str:
+def plus_minus(value: float | None, deviation: float | None, digits: int) -> str:
+    """Return a mean with its standard deviation; empty if there is no mean."""
     if value is None:
         return ""
     return f"{value:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
