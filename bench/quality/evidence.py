@@ -379,8 +379,8 @@ def _real(folder: Path) -> str:
         "## A real model\n\nSmolLM2-135M-Instruct on LLM-Adapters' files, by `python -m bench.quality real`: "
         f"{real.STEPS} steps of {real.BATCH} texts of at most {real.CONTEXT} tokens, {real.CONFIG.active_layers} of 30 "
         "layers at a time, rates chosen as above on held-out training records. Accuracy by LLM-Adapters' rules, on "
-        "test records that are not among the training records. *Difference*: GRASS - method, log-loss, mean over orders of "
-        "the data and their range; three orders decide nothing alone.\n"
+        "test records that are not among the training records. *Difference*: GRASS - method, log-loss, mean over "
+        "orders of the data and their range; three orders decide nothing alone.\n"
     ]
     for name in real.TASKS:
         rows = read_rows(folder / f"{name}.jsonl")
