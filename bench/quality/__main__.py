@@ -28,7 +28,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.quality", description=__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     parser_run = commands.add_parser("run", help="run what is missing of the study; a stopped one goes on")
-    parser_run.add_argument("--rows", type=Path, default=ROWS, metavar="FILE", help="rows of the study")
+    parser_run.add_argument("--rows", type=Path, metavar="FILE", help=f"rows of the study [{ROWS.name}]")
     parser_run.add_argument(
         "--bases", type=Path, default=Path("runs/quality"), metavar="DIR", help="keeps base models"
     )
@@ -92,7 +92,8 @@ def _run(arguments: argparse.Namespace) -> int:
     arguments.bases.mkdir(parents=True, exist_ok=True)
     run_job = RunJob(design.budgets, arguments.bases)
     seconds = 60 * arguments.minutes
-    for row, left in run_missing(design.jobs, run_job, arguments.rows, arguments.workers, seconds):
+    rows = arguments.rows or (ROWS.with_name("small.jsonl") if arguments.small else ROWS)
+    for row, left in run_missing(design.jobs, run_job, rows, arguments.workers, seconds):
         print(_line(row, left), flush=True)
     return 0
 

@@ -38,8 +38,8 @@ NOTES: dict[str, Note] = {
     ),
     "signal-inverse": Note("The control: p proportional to 1 / norm.", "worse than uniform by 0.1"),
     "noisy": Note(
-        "p proportional to the norm of two problems' gradient, mostly noise. Equal to `signal` if noise has the same "
-        "order of layers as the signal.",
+        "p proportional to the norm of one batch's gradient, mostly noise. Equal to `signal` if noise orders layers as "
+        "the signal does.",
         "between uniform and `signal`: the order is nearly the same",
     ),
     "absolute": Note(

@@ -17,7 +17,7 @@ from grass.sampling import Sampler
 
 ACTIVE = LAYERS // 4
 PERIOD = 10
-MEASURED = 32  # problems of a rule's measurement
+MEASURED = 128  # problems of a rule's measurement, as many as eight steps see
 
 
 CONFIG = grass.GrassConfig(
@@ -108,8 +108,8 @@ def signal(view: View) -> Tensor:
 
 
 def noisy(view: View) -> Tensor:
-    """Return the same of the gradient of a few problems, which is mostly noise, as in a training step."""
-    return _rms(view.gradients(view.batch(MEASURED // 16)))
+    """Return the same of the gradient of 16 problems, as in a training step."""
+    return _rms(view.gradients(view.batch(16)))
 
 
 def absolute(view: View) -> Tensor:

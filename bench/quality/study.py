@@ -18,13 +18,17 @@ BUDGETS = {"arithmetic": Budget(steps=500), "relations": Budget(steps=600)}
 """Budgets with which full fine-tuning answers 40 to 90 % exactly."""
 KEY = ("full", "uniform", "static", "grass", "shuffled")
 """Methods of the key contrast, of which most pairs are run."""
-SEARCH = Search(rates=(2e-3, 4e-3, 8e-3), pairs=((100, 0), (101, 0)))
-"""Learning rates are chosen on base models of their own; no result is of these."""
+FIXED = ("lowest", "highest", "signal-top", "progress-top", "decrease-top")
+"""Rules that may train the same layers for long, and so have learning rates of their own."""
+SEARCH = Search(rates=(2e-3, 4e-3, 8e-3), orders=(1000,))
+"""Learning rates are chosen for each base, since the largest stable one differs between bases."""
 
 
 def rate_of(method: str) -> str:
-    """Return the method whose learning rate a method uses: rules and settings change the choice of layers only."""
-    return "uniform" if method in RULES else "grass" if method in SETTINGS else method
+    """Return the method whose learning rate a method uses: its own, but for drawn rules and for settings."""
+    if method in RULES and method not in FIXED:
+        return "uniform"
+    return "grass" if method in SETTINGS else method
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,18 @@ class Design:
     parts: Mapping[str, Part]
     budgets: Mapping[str, Budget] = field(default_factory=lambda: BUDGETS)
 
+    def matching(self, rows: Sequence[Row]) -> list[Row]:
+        """Return the rows of runs with this study's budgets."""
+        budgets = {task: asdict(budget).items() for task, budget in self.budgets.items()}
+        return [
+            row
+            for row in rows
+            if row["task"] in budgets and all(row[k] == v for k, v in budgets[row["task"]])
+        ]
+
     def jobs(self, rows: Sequence[Row]) -> list[Job]:
-        """Return the runs that are missing and can be run."""
+        """Return the runs that are missing and can be run. Rows of other budgets do not count."""
+        rows = self.matching(rows)
         wanted = [(part.task, method, part.pairs) for part in self.parts.values() for method in part.methods]
         return missing_jobs(rows, SEARCH, wanted, rate_of)
 
@@ -73,12 +87,11 @@ OTHERS = tuple(name for name in METHODS if name not in KEY)
 STUDY = Design(
     {
         "key": Part("arithmetic", KEY, range(4), orders=8),
-        "methods": Part("arithmetic", OTHERS, range(4), orders=2),
         "relations": Part("relations", KEY, range(4), orders=2),
-        "rules": Part("arithmetic", ("uniform", "grass", *RULES, *SETTINGS), range(10, 14), orders=2),
+        "methods": Part("arithmetic", ("full", "uniform", "grass", *OTHERS), range(10, 12), orders=4),
+        "rules": Part("arithmetic", ("uniform", "grass", *RULES, *SETTINGS), range(20, 22), orders=4),
     }
 )
-"""Methods of "methods" are compared with those of "key" on the pairs that both have."""
 SMALL = Design(
     {
         "key": Part("arithmetic", KEY, range(2), orders=2),
@@ -87,6 +100,13 @@ SMALL = Design(
     {"arithmetic": Budget(steps=60)},
 )
 """A study of ten minutes, too small to decide anything."""
+
+
+def problems(task: str, budget: Budget, base: int, *, is_search: bool) -> tuple[Data, Data]:
+    """Return the training problems of a base, and its held-out ones: for a search others than for results."""
+    train, heldout = TASKS[task](budget.train, 2 * budget.heldout, seed=base)
+    part = heldout[budget.heldout :] if is_search else heldout[: budget.heldout]
+    return Data(train), Data(part)
 
 
 @dataclass(frozen=True)
@@ -107,7 +127,7 @@ class RunJob:
         base, budget = int(job.base), self.budgets[job.task]
         model = base_model(base, self.folder)
         start = time.process_time()
-        train, heldout = (Data(part) for part in TASKS[job.task](budget.train, budget.heldout, seed=base))
+        train, heldout = problems(job.task, budget, base, is_search=job.order in SEARCH.orders)
         base_digest = digest(model)
         optimizer = make(job.method, model, train, seed=1000 * base + job.order)
         trained = fine_tune(model, optimizer, train, heldout, job.lr, job.order, budget)

@@ -101,7 +101,7 @@ def arithmetic(num_train: int, num_heldout: int, seed: int) -> tuple[list[Proble
 
 
 def relations(num_train: int, num_heldout: int, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """Return training and held-out problems about ages; no order of people is in both."""
+    """Return training and held-out problems about ages; no order of people is in both, nor any text of the base."""
     rng = random.Random(seed)
     orders = list(itertools.permutations(NAMES, PEOPLE))
     rng.shuffle(orders)
@@ -115,12 +115,12 @@ def _relation(rng: random.Random, order: Sequence[str], *, is_easy: bool = False
     Args:
         rng: chooses what is free.
         order: the people, the oldest first.
-        is_easy: facts are in order, and the question is for the oldest; otherwise both are random.
+        is_easy: facts are in order, and the question is for the oldest; otherwise any other form.
     """
     facts = [_fact(a, b) for a, b in itertools.pairwise(order)]
-    oldest = is_easy or rng.random() < 0.5
-    if not is_easy:
-        rng.shuffle(facts)
+    oldest, in_order = (True, True) if is_easy else rng.choice([(True, False), (False, True), (False, False)])
+    if not in_order:
+        facts.reverse()
     options = rng.sample(order, len(order))
     asked = order[0] if oldest else order[-1]
     question = f"Who is the {'oldest' if oldest else 'youngest'} ?"

@@ -160,7 +160,7 @@ def fine_tune(
         model: trained in place.
         optimizer: of the method.
         train, heldout: problems.
-        lr: maximum learning rate.
+        lr: maximum learning rate. It rises from zero after the probe, if there is one.
         order: seed of the order of the data.
         budget: size of the run.
     """
@@ -168,9 +168,11 @@ def fine_tune(
     num_params = sum(p.numel() for p in model.parameters())
     sampled = optimizer if isinstance(optimizer, GrassAdamW) else None
     num_layers = len(sampled.layers.names) if sampled else 0
-    trained, longest_wait, active, waits = 0, 0, [0] * num_layers, [0] * num_layers
+    probed, trained, longest_wait, active, waits = 0, 0, 0, [0] * num_layers, [0] * num_layers
     for step, batch in enumerate(train.batches(budget.batch, budget.steps, order)):
-        set_lr(optimizer, lr * schedule(step, budget.steps))
+        is_probe = sampled is not None and sampled.phase == "probe"
+        probed += is_probe
+        set_lr(optimizer, lr * schedule(step - probed, budget.steps - probed))
         loss = loss_of(model, *batch)
         loss.backward()
         losses.append(float(loss.detach()))

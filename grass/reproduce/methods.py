@@ -101,18 +101,26 @@ def low_rank(rank: int, **options: Any) -> Method:
 
 
 def galore(rank: int) -> Method:
-    """Return GaLore on the matrices of the layers, with the settings of its authors for fine-tuning."""
+    """Return GaLore on the matrices of the layers, projected anew every 200 steps as by default.
+
+    With a scale of 1 all parameters have the same learning rate.
+    """
 
     def make(model: nn.Module, config: GrassConfig) -> Optimizer:
+        if _is_low_precision(model):
+            raise ConfigError(
+                "galore keeps no float32 copy of bfloat16 weights: pass --dtype float32, or leave it out"
+            )
         package = _package("galore_torch", "galore-torch bitsandbytes")
         blocks = LayerMap.from_model(model).modules(model)
         matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
         inside = set(map(id, matrices))
         groups = [
             {"params": [p for p in model.parameters() if id(p) not in inside]},
-            {"params": matrices, "rank": rank, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"},
+            {"params": matrices, "rank": rank, "update_proj_gap": 200, "scale": 1.0, "proj_type": "std"},
         ]
-        return package.GaLoreAdamW(groups, eps=1e-8, no_deprecation_warning=True)
+        optimizer: Optimizer = package.GaLoreAdamW(groups, eps=1e-8, no_deprecation_warning=True)
+        return optimizer
 
     return make
 

@@ -108,9 +108,8 @@ class ReproduceOptions:
     @property
     def search(self) -> Search:
         """How learning rates are chosen."""
-        orders = range(SEARCH_SEED, SEARCH_SEED + self.search_seeds)
         rates = [float(rate) for rate in as_tuple(self.rates)]
-        return Search(rates, [(self.base, order) for order in orders])
+        return Search(rates, range(SEARCH_SEED, SEARCH_SEED + self.search_seeds))
 
     @property
     def pairs(self) -> list[Pair]:

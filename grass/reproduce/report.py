@@ -24,7 +24,7 @@ def make_report(rows: Sequence[Row], options: ReproduceOptions) -> dict[str, Any
     """
     methods = {}
     for method in as_tuple(options.methods):
-        lr, _ = options.search.next_rates(rows, options.table, method)
+        lr, _ = options.search.next_rates(rows, options.table, method, options.base)
         own = [
             row
             for row in rows

@@ -40,33 +40,38 @@ class Job:
 
 @dataclass(frozen=True)
 class Search:
-    """How the learning rate of a method is chosen.
+    """How the learning rate of a method is chosen, for each base by itself.
 
     Args:
         rates: rates that are tried first, ascending, each twice the one before.
-        pairs: pairs of the search, which are not those of the results.
+        orders: seeds of orders of the data of the search, which no result uses. Such runs are evaluated on validation
+            records.
         factor: if the best rate is the smallest or the largest, the next half or double is tried as well, up to this
             factor below or above `rates`.
     """
 
     rates: Sequence[float]
-    pairs: Sequence[Pair]
+    orders: Sequence[int]
     factor: float = 8.0
 
-    def losses(self, rows: Iterable[Row], task: str, method: str) -> dict[float, float]:
-        """Return the mean log-loss of each rate that was run on all pairs; infinity for a run that diverged."""
-        values: dict[float, dict[Pair, float]] = {}
+    def losses(self, rows: Iterable[Row], task: str, method: str, base: int | str) -> dict[float, float]:
+        """Return the mean log-loss of each rate that was run on all orders; infinity if a run diverged."""
+        values: dict[float, dict[int, float]] = {}
         for row in rows:
-            if (row["task"], row["method"]) == (task, method) and (row["base"], row["order"]) in self.pairs:
+            if (row["task"], row["method"], row["base"]) == (task, method, base) and row[
+                "order"
+            ] in self.orders:
                 loss = float("inf") if row["log_loss"] is None else row["log_loss"]
-                values.setdefault(row["lr"], {})[row["base"], row["order"]] = loss
+                values.setdefault(row["lr"], {})[row["order"]] = loss
         return {
-            lr: sum(of.values()) / len(of) for lr, of in sorted(values.items()) if len(of) == len(self.pairs)
+            lr: sum(of.values()) / len(of) for lr, of in sorted(values.items()) if len(of) == len(self.orders)
         }
 
-    def next_rates(self, rows: Iterable[Row], task: str, method: str) -> tuple[float | None, list[float]]:
+    def next_rates(
+        self, rows: Iterable[Row], task: str, method: str, base: int | str
+    ) -> tuple[float | None, list[float]]:
         """Return the chosen rate and no others, or None and the rates that have to be tried before."""
-        losses = self.losses(rows, task, method)
+        losses = self.losses(rows, task, method, base)
         missing = [lr for lr in self.rates if lr not in losses]
         if missing:
             return None, missing
@@ -91,15 +96,23 @@ def missing_jobs(
         search: how rates are chosen.
         wanted: task, method and pairs.
         rate_of: the method whose rate a method uses.
+
+    Returns:
+        First the runs of searches, then one order of all methods and bases after the other.
     """
     done = {Job(row["task"], row["method"], row["lr"], row["base"], row["order"]) for row in rows}
-    jobs: dict[Job, None] = {}  # a set in order
+    searches: dict[Job, None] = {}  # sets in order
+    results: dict[Job, None] = {}
     for task, method, pairs in wanted:
-        lr, rates = search.next_rates(rows, task, rate_of(method))
-        if lr is None:
-            jobs |= {Job(task, rate_of(method), rate, *pair): None for rate in rates for pair in search.pairs}
-        else:
-            jobs |= {Job(task, method, lr, *pair): None for pair in pairs}
+        for base, order in pairs:
+            lr, rates = search.next_rates(rows, task, rate_of(method), base)
+            if lr is None:
+                searches |= {
+                    Job(task, rate_of(method), rate, base, o): None for rate in rates for o in search.orders
+                }
+            else:
+                results[Job(task, method, lr, base, order)] = None
+    jobs = [*searches, *sorted(results, key=lambda job: job.order)]
     return [job for job in jobs if job not in done]
 
 

@@ -67,7 +67,7 @@ def _run_job(options: ReproduceOptions, config: GrassConfig, job: Job) -> Row:
     start = time.monotonic()
     if options.threads:
         torch.set_num_threads(options.threads)
-    is_search = (job.base, job.order) in options.search.pairs
+    is_search = job.order in options.search.orders
     steps = (options.search_steps if is_search else None) or options.steps
     data = read_table(Path(options.data_dir), options.table, as_tuple(options.tasks), options.validation)
     model, tokenizer = load_model(options.model, options.dtype)
@@ -84,9 +84,10 @@ def _run_job(options: ReproduceOptions, config: GrassConfig, job: Job) -> Row:
         checkpoint_activations(model)
     chunked = use_chunked_loss(model, "auto", lambda line: None)
     optimizer = METHODS[job.method](model, replace(config.for_run(steps), seed=job.order))
-    losses = []
+    losses, probed = [], 0
     for step, batch in enumerate(batches(examples, options.batch_size, steps, job.order)):
-        set_lr(optimizer, job.lr * schedule(step, steps))
+        probed += getattr(optimizer, "phase", "adapt") == "probe"  # the rate rises from zero after the probe
+        set_lr(optimizer, job.lr * schedule(step - probed, steps - probed))
         losses.append(train_step(model, optimizer, batch, options, pad_token_id(tokenizer), chunked=chunked))
     row: Row = {
         "table": options.table,
