@@ -170,7 +170,7 @@ def _norms(arguments: argparse.Namespace) -> int:
 def _line(row: Row, left: int) -> str:
     loss = "diverged" if row["log_loss"] is None else f"{row['log_loss']:.4f}"
     return (
-        f"{row['task']:<11}{row['method']:<16}lr {row['lr']:<7g}base {row['base']:<4}order {row['order']:<3}"
+        f"{row['task']:<11}{row['method']:<16}lr {row['lr']:<7g}base {row['base']:<4}order {row['order']:<5}"
         f"log-loss {loss}  exact {row['exact']:.1%}  {row['processor_seconds']:.0f} s, {left} left"
     )
 

@@ -1,15 +1,18 @@
 """Comparisons of methods in the stored rows of study A."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from bench.quality.statistics import Contrast, contrast, holm, verdict
+import numpy as np
+
+from bench.quality.statistics import Contrast, contrast, corrected_p_values, verdict
 from bench.quality.study import SEARCH, Part, rate_of
 from grass.errors import GrassError
 from grass.reproduce.study import Pair, Row
 
-Value = Callable[[Row], float]
+Names = tuple[str, str]
+"""A method and the one it is compared with."""
 
 
 def log_loss(row: Row) -> float:
@@ -39,74 +42,79 @@ class Compared(NamedTuple):
     verdict: str
     bases: dict[int, float]
 
-
-def rate(rows: Sequence[Row], part: Part, method: str) -> float | None:
-    """Return the learning rate of a method; None if its search is not finished."""
-    return SEARCH.next_rates(rows, part.task, rate_of(method))[0]
+    @property
+    def agreement(self) -> str:
+        """How many bases have a difference of the same sign as the mean."""
+        same = sum((of < 0) == (self.log_loss.mean < 0) for of in self.bases.values())
+        return f"{same} of {len(self.bases)}"
 
 
 def results(rows: Sequence[Row], part: Part, method: str) -> dict[Pair, Row]:
-    """Return the rows of a method at its learning rate, by pair. Runs that diverged are left out."""
-    lr = rate(rows, part, method)
+    """Return the rows of a method by pair, each at the learning rate of its base; also those that diverged."""
     found = {}
+    rates = {base: SEARCH.next_rates(rows, part.task, rate_of(method), base)[0] for base in part.bases}
     for row in rows:
-        if (row["task"], row["method"], row["lr"]) == (part.task, method, lr):
-            pair = (row["base"], row["order"])
-            if pair in part.pairs and row["log_loss"] is not None:
-                found[pair] = row
+        pair = (row["base"], row["order"])
+        is_result = (row["task"], row["method"]) == (part.task, method) and pair in part.pairs
+        if is_result and row["lr"] == rates[row["base"]]:
+            found[pair] = row
     return found
 
 
-def compare(rows: Sequence[Row], part: Part, method: str, other: str) -> Compared | None:
-    """Compare two methods by the pairs that both have; not yet corrected for many comparisons.
-
-    Returns:
-        None with fewer than two pairs.
+def differences(
+    rows: Sequence[Row], part: Part, names: Names, value: Callable[[Row], float] = log_loss
+) -> dict[Pair, float]:
+    """Return the difference of each pair that both methods have; without those of which a run diverged.
 
     Raises:
         GrassError: the runs of a pair began with different weights.
     """
-    of_method, of_other = results(rows, part, method), results(rows, part, other)
-    pairs = [pair for pair in of_method if pair in of_other]
-    for pair in pairs:
-        if of_method[pair]["base_digest"] != of_other[pair]["base_digest"]:
+    of_method, of_other = (results(rows, part, name) for name in names)
+    found = {}
+    for pair in of_method.keys() & of_other.keys():
+        a, b = of_method[pair], of_other[pair]
+        if a["base_digest"] != b["base_digest"]:
             raise GrassError(
-                f"{method} and {other} began with different weights on base {pair[0]}: run the part on one machine"
+                f"{names[0]} and {names[1]} began with different weights on base {pair[0]}: run the part on one machine"
             )
-    if len(pairs) < 2:
-        return None
-
-    def differences(value: Value) -> list[float]:
-        return [value(of_method[pair]) - value(of_other[pair]) for pair in pairs]
-
-    losses = differences(log_loss)
-    found = contrast(losses)
-    bases = {
-        int(base): mean(loss for loss, pair in zip(losses, pairs, strict=True) if pair[0] == base)
-        for base in dict.fromkeys(pair[0] for pair in pairs)
-    }
-    return Compared(found, contrast(differences(exact)), found.p_value, verdict(found, found.p_value), bases)
+        if a["log_loss"] is not None and b["log_loss"] is not None:
+            found[pair] = value(a) - value(b)
+    return dict(sorted(found.items()))
 
 
-def compare_all(
-    rows: Sequence[Row], part: Part, pairs: Iterable[tuple[str, str]]
-) -> dict[tuple[str, str], Compared]:
-    """Compare pairs of methods, with p-values corrected for the number of comparisons (Holm)."""
-    found = {names: of for names in pairs if (of := compare(rows, part, *names)) is not None}
-    corrected = holm({f"{a} {b}": of.p_value for (a, b), of in found.items()})
-    return {
-        names: of._replace(
-            p_value=corrected[" ".join(names)], verdict=verdict(of.log_loss, corrected[" ".join(names)])
-        )
-        for names, of in found.items()
-    }
+def compare(rows: Sequence[Row], part: Part, family: Sequence[Names]) -> dict[Names, Compared]:
+    """Compare pairs of methods, corrected for their number; those with fewer than two pairs of runs are left out."""
+    losses = {names: of for names in family if len(of := differences(rows, part, names)) > 1}
+    if not losses:
+        return {}
+    p_values = corrected_p_values(losses)
+    found = {}
+    for names, of in losses.items():
+        bases = {
+            int(base): mean(loss for pair, loss in of.items() if pair[0] == base)
+            for base in dict.fromkeys(pair[0] for pair in of)
+        }
+        loss = contrast(list(of.values()), len(losses))
+        points = contrast(list(differences(rows, part, names, exact).values()), len(losses))
+        found[names] = Compared(loss, points, p_values[names], verdict(loss, p_values[names]), bases)
+    return found
 
 
 class Summary(NamedTuple):
-    """Mean and standard deviation of a method over its pairs."""
+    """Means of a method over its pairs, and standard deviations over orders of the data, within bases.
 
-    lr: float
+    Attributes:
+        rates: smallest and largest learning rate over bases.
+        runs, diverged: number of runs, and of those without a result.
+        log_loss, exact: means.
+        log_loss_deviation, exact_deviation: deviations within bases.
+        trained_share: share of the parameters that a step trains.
+        longest_wait: largest number of steps in a row in which a layer did not train.
+    """
+
+    rates: tuple[float, float]
     runs: int
+    diverged: int
     log_loss: float
     log_loss_deviation: float
     exact: float
@@ -116,24 +124,33 @@ class Summary(NamedTuple):
 
 
 def summarize(rows: Sequence[Row], part: Part, method: str) -> Summary | None:
-    """Return the summary of a method; None with fewer than two runs."""
-    of = list(results(rows, part, method).values())
-    lr = rate(rows, part, method)
-    if lr is None or len(of) < 2:
+    """Return the summary of a method; None if it has fewer than two results."""
+    everything = results(rows, part, method)
+    of = {pair: row for pair, row in everything.items() if row["log_loss"] is not None}
+    if len(of) < 2:
         return None
-    losses, exacts = [log_loss(row) for row in of], [exact(row) for row in of]
+    rates = [row["lr"] for row in of.values()]
+
+    def statistics(value: Callable[[Row], float]) -> tuple[float, float]:
+        by_base: dict[int | str, list[float]] = {}
+        for pair, row in of.items():
+            by_base.setdefault(pair[0], []).append(value(row))
+        deviations = [stdev(values) for values in by_base.values() if len(values) > 1]
+        return mean(value(row) for row in of.values()), float(
+            np.sqrt(np.mean(np.square(deviations or [0.0])))
+        )
+
     return Summary(
-        lr,
-        len(of),
-        mean(losses),
-        stdev(losses),
-        mean(exacts),
-        stdev(exacts),
-        mean(row["trained_share"] for row in of),
-        max(row["longest_wait"] for row in of),
+        (min(rates), max(rates)),
+        len(everything),
+        len(everything) - len(of),
+        *statistics(log_loss),
+        *statistics(exact),
+        mean(row["trained_share"] for row in of.values()),
+        max(row["longest_wait"] for row in of.values()),
     )
 
 
-def is_complete(rows: Sequence[Row], part: Part, methods: Mapping[str, object] | Sequence[str]) -> bool:
+def is_complete(rows: Sequence[Row], part: Part) -> bool:
     """Return True if every method has all of its pairs."""
-    return all(len(results(rows, part, method)) == len(part.pairs) for method in methods)
+    return all(len(results(rows, part, method)) == len(part.pairs) for method in part.methods)

@@ -1,24 +1,71 @@
 """docs/evidence.md and docs/evidence-log.md, written from the stored rows."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
 from bench.quality import real, stability
-from bench.quality.comparison import Compared, compare_all, is_complete, results, summarize
+from bench.quality.comparison import Compared, Names, compare, is_complete, summarize
 from bench.quality.log import NOTES
-from bench.quality.methods import CONFIG, RULES, SETTINGS
+from bench.quality.methods import CONFIG, MEASURED, RULES, SETTINGS
 from bench.quality.statistics import Contrast
-from bench.quality.study import BUDGETS, KEY, OTHERS, SEARCH, STUDY
+from bench.quality.study import BUDGETS, FIXED, KEY, OTHERS, SEARCH, STUDY
 from grass import GrassConfig
 from grass.errors import GrassError
 from grass.finetune.run_folder import read_rows
 from grass.reproduce.report import make_report, plus_minus
 from grass.reproduce.study import Row
 
-LAYERWISE = ("uniform", "lisa", "weight-norm", "cyclic", "badam", "static", "shuffled")
-"""Methods that GRASS is tested against, as they train the same share of parameters."""
+FAMILIES: dict[str, tuple[str, list[Names]]] = {
+    "key": ("key", [("grass", other) for other in KEY if other != "grass"]),
+    "relations": ("relations", [("grass", other) for other in KEY if other != "grass"]),
+    "methods": (
+        "methods",
+        [
+            *(("grass", other) for other in ("lisa", "weight-norm", "cyclic", "badam")),
+            *(("grass", other) for other in ("lora-r8", "lora-r32", "dora-r32", "galore")),
+            ("grass-floor", "grass"),
+            ("lisa", "uniform"),
+            ("badam", "cyclic"),
+            ("modules-grass", "modules-uniform"),
+            ("modules-uniform", "uniform"),
+            ("grass-inside", "uniform-inside"),
+            ("grass-inside", "grass"),
+        ],
+    ),
+    "rules": ("rules", [(name, "uniform") for name in RULES]),
+    "settings": ("rules", [(name, "grass") for name in SETTINGS]),
+}
+"""Name of a family of comparisons, which are corrected together -> part of the study, and comparisons."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the rows say.
+
+    Attributes:
+        rows: rows of study A with its budgets.
+        families: comparisons of each family.
+        norms: rows of the stability of norms.
+        folder: folder of the rows.
+    """
+
+    rows: list[Row]
+    families: dict[str, dict[Names, Compared]]
+    norms: list[Row]
+    folder: Path
+
+    @classmethod
+    def of(cls, folder: Path) -> "Found":
+        """Read the rows of a folder, and make each comparison once."""
+        rows = STUDY.matching(read_rows(folder / "study.jsonl"))
+        families = {
+            name: compare(rows, STUDY.parts[part], family) for name, (part, family) in FAMILIES.items()
+        }
+        return cls(rows, families, read_rows(folder / "stability.jsonl"), folder)
+
 
 TITLES = {
     "full": "full fine-tuning (AdamW)",
@@ -26,14 +73,14 @@ TITLES = {
     "lora-r32": "LoRA, rank 32",
     "dora-r32": "DoRA, rank 32",
     "galore": "GaLore, rank 32",
-    "lisa": "LISA: uniform, moments restart",
+    "lisa": "uniform, moments restart (LISA-like)",
     "uniform": "uniform, moments kept",
     "weight-norm": "weight norms (OWS-like)",
-    "cyclic": "in order (LIFT)",
-    "badam": "in order, moments restart (BAdam)",
+    "cyclic": "in order (LIFT-like)",
+    "badam": "in order, moments restart (BAdam-like)",
     "static": "static GRASS",
     "grass": "GRASS",
-    "shuffled": "GRASS's probabilities on other layers",
+    "shuffled": "GRASS's probabilities on permuted layers",
     "grass-floor": "GRASS with a floor",
     "modules-uniform": "attention and MLP, uniform",
     "modules-grass": "attention and MLP, by norms (MISA-like)",
@@ -49,8 +96,9 @@ _HEAD = """\
 Is the gradient norm worth anything? The paper's reviewers asked for spread, stability, and the experiment that would
 settle it: the same sampling with the norm replaced by chance. This page says what we found, for or against.
 *Log-loss* is that of the answers of held-out problems, in nats a token; lower is better. A difference has a 95 %
-bootstrap interval; *undecided* means that the interval or a permutation test corrected for the number of comparisons
-(Holm) includes no difference. *Detectable* is the difference that would have been found in four of five such studies.
+bootstrap interval. *Undecided* means that the interval includes 0, or p, corrected for the number of comparisons, is
+above 0.05. *Detectable* is the difference that would have been found in four of five such studies. All of it is about
+the few base models that were trained: *bases* says on how many of them the difference has the same sign.
 """
 
 _METHOD = """\
@@ -61,7 +109,8 @@ a *base*. It is then fine-tuned on what it does not know: **arithmetic** (word p
 **relations** (who of three is the oldest, answered by option, {relations} steps), 16 problems a step. Layer methods
 train two of eight layers at a time for {period} steps, and what is outside of the layers. A pair is a base and an order
 of the data; methods are compared on the same pairs. Each method has the best of at least three learning rates, chosen
-on two bases of their own. `python -m bench.quality run` repeats all of it; rows are in bench/results/quality.
+for each base on problems of their own; it rises from zero after the probe, whose steps count. `python -m bench.quality
+run` repeats all of it; rows are in bench/results/quality.
 """
 
 
@@ -81,209 +130,160 @@ def sentence(subject: str, other: str, found: Compared | None) -> str:
     if found is None:
         return f"{subject} against {other}: not run yet."
     loss = found.log_loss
-    numbers = f"{interval(loss)} nats, {loss.num_pairs} pairs"
-    agree = sum((mean < 0) == (loss.mean < 0) for mean in found.bases.values())
-    bases = f"{agree} of {len(found.bases)} bases agree"
+    numbers = f"{interval(loss)} nats, {loss.num_pairs} pairs, bases {found.agreement}"
     if found.verdict == "undecided":
         return f"{subject} against {other}: **undecided** ({numbers}; detectable: {loss.detectable:.3f})."
-    return f"{subject} is **{found.verdict}** than {other} ({numbers}; {bases})."
+    return f"{subject} is **{found.verdict}** than {other} ({numbers})."
 
 
-def findings(rows: Sequence[Row]) -> list[str]:
+def findings(found: Found) -> list[str]:
     """Return the findings that the README repeats, as sentences."""
-    key = STUDY.parts["key"]
-    found = compare_all(rows, key, [("grass", other) for other in (*LAYERWISE, "full", "lora-r32")])
-    best = sorted(
-        (of.log_loss.mean, name)
-        for (name, _), of in compare_all(
-            rows, STUDY.parts["rules"], [(name, "uniform") for name in RULES]
-        ).items()
-        if of.verdict == "better"
-    )
+    key, methods = found.families["key"], found.families["methods"]
     lines = [
-        sentence("GRASS", "uniform sampling", found.get(("grass", "uniform"))),
-        sentence("GRASS", "its own probabilities on other layers", found.get(("grass", "shuffled"))),
-        sentence("GRASS", "static GRASS", found.get(("grass", "static"))),
-        sentence("GRASS", "full fine-tuning", found.get(("grass", "full"))),
-        sentence("GRASS", "LoRA of rank 32", found.get(("grass", "lora-r32"))),
+        sentence("GRASS", "uniform sampling", key.get(("grass", "uniform"))),
+        sentence("GRASS", "its own probabilities on permuted layers", key.get(("grass", "shuffled"))),
+        sentence("GRASS", "static GRASS", key.get(("grass", "static"))),
+        sentence("GRASS", "full fine-tuning", key.get(("grass", "full"))),
+        sentence("GRASS", "LoRA of rank 32", methods.get(("grass", "lora-r32"))),
     ]
-    if not any(results(rows, STUDY.parts["rules"], name) for name in RULES):
-        lines.append("Rules that know all gradients: not run yet.")
-    elif best:
-        named = ", ".join(f"`{name}` {mean:+.3f}" for mean, name in best)
-        lines.append(
-            f"Of {len(RULES)} rules that know all gradients, {len(best)} beat uniform sampling: {named}."
-        )
-    else:
-        lines.append(f"Of {len(RULES)} rules that know all gradients, none beats uniform sampling.")
-    return lines
+    rules = found.families["rules"]
+    if not rules:
+        return [*lines, "Rules that see the gradients of all layers: not run yet."]
+    by_verdict = {
+        verdict: sorted((of.log_loss.mean, name) for (name, _), of in rules.items() if of.verdict == verdict)
+        for verdict in ("better", "worse", "undecided")
+    }
+    named = ", ".join(f"`{name}` {mean:+.3f}" for mean, name in by_verdict["better"])
+    counts = ", ".join(
+        f"{len(of)} {'are ' if verdict != 'undecided' else ''}{verdict}"
+        + (f" ({named})" if verdict == "better" and of else "")
+        for verdict, of in by_verdict.items()
+    )
+    return [
+        *lines,
+        f"Of {len(rules)} rules that see the gradients of all layers, against uniform sampling: {counts}.",
+    ]
 
 
-def page(folder: Path) -> str:
-    """Return docs/evidence.md.
-
-    Args:
-        folder: folder of the rows.
-    """
-    rows = read_rows(folder / "study.jsonl")
+def page(found: Found) -> str:
+    """Return docs/evidence.md."""
     budgets = {task: str(budget.steps) for task, budget in BUDGETS.items()}
     parts = [
         _HEAD,
-        _claims(rows, read_rows(folder / "stability.jsonl")),
+        _claims(found),
         _METHOD.format(**budgets, period=CONFIG.sample_interval),
-        _methods(rows),
-        _against(rows),
-        _relations(rows),
-        _defaults(rows),
-        _stability(read_rows(folder / "stability.jsonl")),
-        _real(folder),
-        _limits(rows),
+        _part("Arithmetic: the key contrast", found, "key", KEY),
+        _part("Relations", found, "relations", KEY),
+        _part("Arithmetic: other methods", found, "methods", ("full", "uniform", "grass", *OTHERS)),
+        _defaults(found),
+        _stability(found.norms),
+        _real(found.folder),
+        _limits(found),
     ]
     return "\n".join(parts)
 
 
-def _claims(rows: Sequence[Row], norms: Sequence[Row]) -> str:
+def _claims(found: Found) -> str:
     """Return each claim of the paper, or doubt of its reviewers, with what was found."""
-    uniform, shuffled, static, full, lora, rules = findings(rows)
-    settings = compare_all(rows, STUDY.parts["rules"], [(name, "grass") for name in SETTINGS])
-    of = summarize(rows, STUDY.parts["key"], "grass")
-    spread = "not run yet" if of is None else f"{of.exact_deviation:.1f} points over bases and orders"
-    drift = (
-        "not run yet"
-        if not norms
-        else f"Their order changes during a run: rank correlation of its start and end "
-        f"{stability.drift(norms, 16, 0, max(row['step'] for row in norms if row['kind'] == 'norms')):+.2f}"
+    uniform, shuffled, static, full, lora, rules = findings(found)
+    of = summarize(found.rows, STUDY.parts["key"], "grass")
+    spread = (
+        "not run yet." if of is None else f"{of.exact_deviation:.1f} points of exact match, within bases."
     )
+    drift = "not run yet."
+    if found.norms:
+        last = max(row["step"] for row in found.norms if row["kind"] == "norms")
+        correlation = stability.drift(found.norms, 16, 0, last)
+        drift = f"rank correlation of the layers, first with last step: {correlation:+.2f}."
     lines = [
         ("Sampling by gradient norms is better than uniform sampling (LISA).", uniform),
-        ("Doubt: fixed or random probabilities would do as well.", shuffled),
+        ("Doubt: the same probabilities would do as well without the norms.", shuffled),
         ("Adapting during training is better than the probe alone.", static),
         ("GRASS is close to full fine-tuning, or better.", full),
         ("GRASS is better than LoRA, by up to 4.38 points.", lora),
-        ("Gradient norms are a good rule.", rules),
-        ("T_s of 5 is poor.", sentence("T_s of 5", "10", settings.get(("period-5", "grass")))),
-        ("Norms differ between layers, and change.", drift),
-        ("The spread over seeds is 0.12 points.", f"Exact match of GRASS here: {spread}"),
+        ("Doubt: is there any rule that beats random layers?", rules),
+        (
+            "T_s of 5 is poor.",
+            sentence("T_s of 5", "10", found.families["settings"].get(("period-5", "grass"))),
+        ),
+        ("Norms change during training.", f"Here, {drift}"),
+        ("The deviation over seeds is 0.12 points.", f"Of GRASS here: {spread}"),
         (
             "Peak memory up to 19.97 % lower.",
-            "Predicted without a GPU, not measured: [performance](performance.md)",
+            "Predicted without a GPU, not measured: [performance](performance.md).",
         ),
-        ("Overlap gives 1.08x throughput; norms cost 2 to 6 %.", "Unmeasured: [performance](performance.md)"),
+        (
+            "Overlap gives 1.08x throughput; norms cost 2 to 6 %.",
+            "Unmeasured: [performance](performance.md).",
+        ),
     ]
-    rows_of_table = "\n".join(f"| {claim} | {found} |" for claim, found in lines)
+    rows_of_table = "\n".join(f"| {claim} | {text} |" for claim, text in lines)
     return (
         f"## The paper's claims\n\n| the paper, or its reviewers | here |\n| --- | --- |\n{rows_of_table}\n"
     )
 
 
-def _methods(rows: Sequence[Row]) -> str:
-    part = STUDY.parts["key"]
-    lines = []
-    for method in (*KEY, *OTHERS):
-        of = summarize(rows, part, method)
-        if of is None:
-            lines.append([TITLES[method], *["not run"] * 6])
-            continue
-        lines.append(
-            [
-                TITLES[method],
-                f"{of.log_loss:.3f} ± {of.log_loss_deviation:.3f}",
-                f"{of.exact:.1f} ± {of.exact_deviation:.1f}",
-                str(of.runs),
-                f"{of.lr:g}",
-                f"{of.trained_share:.0%}",
-                str(of.longest_wait) if of.longest_wait else "",
-            ]
-        )
-    header = ["method", "log-loss", "exact, %", "runs", "rate", "trained", "longest wait"]
-    return (
-        "## Arithmetic: all methods\n\nMean ± standard deviation over pairs, of which most is between bases. "
-        "*Trained*: share of the parameters that a step trains, a mean over all steps, the probe included. "
-        "*Longest wait*: most steps in which some layer did not train, in any run.\n\n"
-        + table(header, lines)
-        + "\n"
-    )
+_COLUMNS = ["log-loss", "exact, points", "pairs", "bases", "p", "detectable", "verdict"]
 
 
-def _line(name: str, found: Compared | None) -> list[str]:
+def _line(title: str, found: Compared | None) -> list[str]:
     if found is None:
-        return [name, *["not run"] * 6]
+        return [title, "not run", *[""] * (len(_COLUMNS) - 1)]
     return [
-        name,
+        title,
         interval(found.log_loss),
         interval(found.exact, 1),
         str(found.log_loss.num_pairs),
+        found.agreement,
         f"{found.p_value:.3f}",
         f"{found.log_loss.detectable:.3f}",
         found.verdict,
     ]
 
 
-_COLUMNS = ["log-loss", "exact, points", "pairs", "p", "detectable", "verdict"]
-
-
-def _against(rows: Sequence[Row]) -> str:
-    part = STUDY.parts["key"]
-    found = compare_all(rows, part, [("grass", other) for other in LAYERWISE])
-    other_pairs = [
-        ("grass", "full"),
-        ("grass", "lora-r8"),
-        ("grass", "lora-r32"),
-        ("grass", "dora-r32"),
-        ("grass", "galore"),
-        ("lisa", "uniform"),
-        ("badam", "cyclic"),
-        ("modules-grass", "modules-uniform"),
-        ("modules-uniform", "uniform"),
-        ("grass-inside", "uniform-inside"),
-    ]
-    others = compare_all(rows, part, other_pairs)
-    return (
-        "## GRASS against each layer method\n\nDifference of GRASS from the method: negative log-loss is better.\n\n"
-        + table(["GRASS - method", *_COLUMNS], [_line(TITLES[b], found.get(("grass", b))) for b in LAYERWISE])
-        + "\n\nOther differences, corrected among themselves:\n\n"
-        + table(
-            ["first - second", *_COLUMNS],
-            [_line(f"{TITLES[a]} - {TITLES[b]}", others.get((a, b))) for a, b in other_pairs],
+def _part(title: str, found: Found, family: str, methods: Sequence[str]) -> str:
+    name, names = FAMILIES[family]
+    lines = []
+    for method in methods:
+        of = summarize(found.rows, STUDY.parts[name], method)
+        if of is None:
+            lines.append([TITLES[method], "not run", *[""] * 5])
+            continue
+        low, high = of.rates
+        lines.append(
+            [
+                TITLES[method],
+                f"{of.log_loss:.3f} ± {of.log_loss_deviation:.3f}",
+                f"{of.exact:.1f} ± {of.exact_deviation:.1f}",
+                f"{of.runs}" + (f" ({of.diverged} diverged)" if of.diverged else ""),
+                f"{low:g}" if low == high else f"{low:g} to {high:g}",
+                f"{of.trained_share:.0%}",
+                str(of.longest_wait) if of.longest_wait else "",
+            ]
         )
-        + "\n"
+    header = ["method", "log-loss", "exact, %", "runs", "rate", "trained", "longest wait"]
+    notes = (
+        "Mean ± standard deviation within bases. *Trained*: share of the parameters that a step trains, a mean over "
+        "all steps, the probe included. *Longest wait*: most steps in which some layer did not train, in any run.\n\n"
+        if family == "key"
+        else ""
     )
-
-
-def _relations(rows: Sequence[Row]) -> str:
-    part = STUDY.parts["relations"]
-    lines = [
-        [TITLES[m], "not run", "not run"]
-        if (of := summarize(rows, part, m)) is None
-        else [
-            TITLES[m],
-            f"{of.log_loss:.3f} ± {of.log_loss_deviation:.3f}",
-            f"{of.exact:.1f} ± {of.exact_deviation:.1f}",
-        ]
-        for m in KEY
-    ]
-    pairs = [("grass", other) for other in KEY if other != "grass"]
-    found = compare_all(rows, part, pairs)
+    comparisons = [_line(f"{TITLES[a]} - {TITLES[b]}", found.families[family].get((a, b))) for a, b in names]
     return (
-        "## Relations\n\n"
-        + table(["method", "log-loss", "exact, %"], lines)
-        + "\n\n"
-        + table(["GRASS - method", *_COLUMNS], [_line(TITLES[b], found.get((a, b))) for a, b in pairs])
-        + "\n"
+        f"## {title}\n\n{notes}{table(header, lines)}\n\n"
+        f"{table(['difference (negative is better)', *_COLUMNS], comparisons)}\n"
     )
 
 
-def _defaults(rows: Sequence[Row]) -> str:
+def _defaults(found: Found) -> str:
     default = GrassConfig()
-    part = STUDY.parts["rules"]
-    pairs = [(name, "grass") for name in SETTINGS]
-    found = compare_all(rows, part, pairs)
-    key = compare_all(rows, STUDY.parts["key"], [("grass-floor", "grass"), ("uniform", "grass")])
 
     def differences(names: Sequence[str]) -> str:
         texts = []
         for name in names:
-            of = found.get((name, "grass")) or key.get((name, "grass"))
+            of = found.families["settings"].get((name, "grass")) or found.families["methods"].get(
+                (name, "grass")
+            )
             texts.append(f"{name} " + ("not run" if of is None else f"{interval(of.log_loss)} {of.verdict}"))
         return "; ".join(texts)
 
@@ -302,15 +302,15 @@ def _defaults(rows: Sequence[Row]) -> str:
             default.importance_scale,
             differences(["scale-mean", "scale-zscore", "scale-none"]),
         ],
-        ["`sampler`", default.sampler, differences(["uniform"])],
         ["`min_probability`", str(default.min_probability), differences(["grass-floor"])],
+        ["`always_active`", str(default.always_active), differences(["grass-inside"])],
         ["`moments`", default.moments, differences(["reset"])],
     ]
     return (
         f"## Defaults\n\nDifference from GRASS as it is run here (`probe_steps` {CONFIG.probe_steps}, "
         f"`sample_interval` {CONFIG.sample_interval}, `update_interval` {CONFIG.update_interval}, the rest as by "
-        "default): negative is better. Intervals are shorter than the defaults, as runs are short. Other defaults "
-        "change no result: offload modes and `draw_ahead` train the same bits, `active_layers` is what "
+        "default), at its learning rates: negative is better. Intervals are shorter than the defaults, as runs are "
+        "short. `sampler`: the key contrast. Modes of offloading train the same bits, and `active_layers` is what "
         "memory allows.\n\n"
         + "\n".join(["| option | default | alternatives |", "| --- | --- | --- |"])
         + "\n"
@@ -357,8 +357,9 @@ def _stability(rows: Sequence[Row]) -> str:
     return (
         head
         + "*Variation*: standard deviation of a layer's norm between batches, over its mean. *Noise*: share of the "
-        "mean squared norm that is not the mean gradient's. *Repeat*: rank correlation of the layers between two "
-        "disjoint windows at the same weights. *Signal*: rank correlation of MGN over 20 steps with the norm of the "
+        "mean squared norm that is not that of the mean gradient. *Repeat*: rank correlation of the layers between two "
+        "windows of batches drawn apart, at the same weights. *Signal*: rank correlation of MGN over 20 steps with the "
+        "norm of the "
         f"mean gradient of {stability.REFERENCE:,} problems.\n\n"
         + table(header, lines)
         + "\n\nProbabilities after the probe, 16 problems: total variation distance from uniform ones, and between two "
@@ -367,7 +368,8 @@ def _stability(rows: Sequence[Row]) -> str:
         + f"\n\nThe order of layers drifts: rank correlation of the start with the end is "
         f"{stability.drift(rows, 16, steps[0], steps[-1]):+.2f}, of the end of the probe with the end "
         f"{stability.drift(rows, 16, steps[1], steps[-1]):+.2f}. Without their trend norms of a layer are correlated "
-        f"between steps by {correlations}. Importance is that of the past: its mean ratio to the norms of the last 20 "
+        f"between steps by {correlations}. Importance is that of the past: its geometric mean ratio to the norms of "
+        f"the last 20 "
         f"steps is {math.exp(active):.2f} for layers that trained in them and {math.exp(frozen):.2f} for "
         "frozen ones.\n"
     )
@@ -429,50 +431,49 @@ def _real(folder: Path) -> str:
     return "\n".join(parts)
 
 
-def _limits(rows: Sequence[Row]) -> str:
-    edges = [
-        method
-        for part in STUDY.parts.values()
-        for method in part.methods
-        if (losses := SEARCH.losses(rows, part.task, method))
-        and min(losses, key=lambda lr: losses[lr]) in (min(losses), max(losses))
-        and SEARCH.next_rates(rows, part.task, method)[0] is not None
-    ]
-    missing = [name for name, part in STUDY.parts.items() if not is_complete(rows, part, part.methods)]
+def _limits(found: Found) -> str:
+    rows = found.rows
+    edges = sorted(
+        {
+            f"{method} ({part.task})"
+            for part in STUDY.parts.values()
+            for method in part.methods
+            for base in part.bases
+            if (losses := SEARCH.losses(rows, part.task, method, base))
+            and SEARCH.next_rates(rows, part.task, method, base)[0] in (min(losses), max(losses))
+        }
+    )
+    missing = [name for name, part in STUDY.parts.items() if not is_complete(rows, part)]
     lines = [
         "Models above 135 million parameters, and runs of thousands of steps.",
         "The paper's models and training sets. Their files can be passed to `grass reproduce`.",
         "Weight decay, clipping of gradients, other schedules of the learning rate.",
-        "Memory and throughput are in [performance.md](performance.md).",
+        "Memory and throughput on a GPU: [performance](performance.md).",
     ]
     if edges:
-        lines.append(f"The best rate lies at the edge of the search for {', '.join(dict.fromkeys(edges))}.")
+        lines.append(f"The best rate lies at the edge of the search for {', '.join(edges)}.")
     if missing:
         lines.append(f"Not run completely yet: {', '.join(missing)}.")
     return "## Not tested\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
 
 
-def log_page(folder: Path) -> str:
+def log_page(found: Found) -> str:
     """Return docs/evidence-log.md."""
-    rows = read_rows(folder / "study.jsonl")
-    part = STUDY.parts["rules"]
-    rules = compare_all(rows, part, [(name, "uniform") for name in RULES])
-    settings = compare_all(rows, part, [(name, "grass") for name in SETTINGS])
-    floor = compare_all(rows, STUDY.parts["key"], [("grass-floor", "grass")])
 
-    def lines(names: Iterable[str], found: dict[tuple[str, str], Compared], other: str) -> list[str]:
+    def lines(names: Iterable[str], of_family: Mapping[Names, Compared], other: str) -> list[str]:
         return [
             f"| `{name}` | {NOTES[name].reason} | {NOTES[name].prediction} | "
             + (
                 "not run"
-                if (of := found.get((name, other))) is None
-                else f"{interval(of.log_loss)} {of.verdict}"
+                if (of := of_family.get((name, other))) is None
+                else f"{interval(of.log_loss)} {of.verdict}, bases {of.agreement}"
             )
             + " |"
             for name in names
         ]
 
     header = ["| arm | reason | prediction | outcome |", "| --- | --- | --- | --- |"]
+    own_rates = ", ".join(f"`{name}`" for name in FIXED)
     return "\n".join(
         [
             "# Rules and settings that were tried\n",
@@ -480,14 +481,16 @@ def log_page(folder: Path) -> str:
             "Each arm with its reason, what was predicted before its first run, and its outcome: the difference of",
             "held-out log-loss on arithmetic, negative is better. [evidence.md](evidence.md) explains the study.\n",
             "## Rules, against uniform sampling\n",
-            "They know the gradients of all layers on other problems at the beginning of each period, which no method",
-            "that saves memory does: a rule that does not help here need not be built.\n",
+            f"They see gradients of all layers on {MEASURED} other problems at the beginning of each period, which no",
+            "method that saves memory does: a rule that does not help here need not be built. Learning rates are",
+            f"those of uniform sampling, but for {own_rates}, which have their own.\n",
             *header,
-            *lines(RULES, rules, "uniform"),
+            *lines(RULES, found.families["rules"], "uniform"),
             "\n## Settings, against GRASS\n",
+            "At the learning rates of GRASS.\n",
             *header,
-            *lines(SETTINGS, settings, "grass"),
-            *lines(["grass-floor"], floor, "grass"),
+            *lines(SETTINGS, found.families["settings"], "grass"),
+            *lines(["grass-floor"], found.families["methods"], "grass"),
             "",
         ]
     )
@@ -512,9 +515,10 @@ def written_pages(folder: Path, root: Path) -> dict[Path, str]:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise GrassError(f"README.md has no part between {BEGIN} and {END}")
-    lines = "\n".join(f"- {line}" for line in findings(read_rows(folder / "study.jsonl")))
+    found = Found.of(folder)
+    lines = "\n".join(f"- {line}" for line in findings(found))
     return {
-        root / "docs" / "evidence.md": page(folder),
-        root / "docs" / "evidence-log.md": log_page(folder),
+        root / "docs" / "evidence.md": page(found),
+        root / "docs" / "evidence-log.md": log_page(found),
         readme: f"{before}{BEGIN}\n\n{lines}\n\n{END}{after}",
     }

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bench.__main__ import main as bench
-from bench.quality.comparison import Compared, compare_all, results
-from bench.quality.study import KEY, STUDY
+from bench.quality.comparison import Compared, compare, results
+from bench.quality.study import KEY, OTHERS, STUDY
 from grass.cli import main as grass
 from grass.errors import GrassError
 from grass.finetune.run_folder import read_rows
@@ -35,7 +35,7 @@ def draw_all(results_folder: Path, output: Path) -> list[Path]:
         output: folder of the PNGs.
     """
     output.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(results_folder / "study.jsonl")
+    rows = STUDY.matching(read_rows(results_folder / "study.jsonl"))
     stability = read_rows(results_folder / "stability.jsonl")
     norms = read_rows(results_folder / "norms.jsonl")
     figures: list[tuple[str, Callable[[Path], Any]]] = [
@@ -78,7 +78,7 @@ def draw_losses(rows: Sequence[Row], path: Path) -> None:
     figure, axes = _figure(1, (8, 4.5))
     part = STUDY.parts["key"]
     for method in KEY:
-        of = results(rows, part, method)
+        of = {pair: row for pair, row in results(rows, part, method).items() if row["log_loss"] is not None}
         if len(of) < 2:
             continue
         curves = np.array([row["curve"] for row in of.values()])
@@ -97,9 +97,8 @@ def draw_losses(rows: Sequence[Row], path: Path) -> None:
 
 def draw_differences(rows: Sequence[Row], path: Path) -> None:
     """Draw the difference of each method from uniform sampling with its interval."""
-    part = STUDY.parts["key"]
-    methods = [*KEY, *STUDY.parts["methods"].methods]
-    found = compare_all(rows, part, [(method, "uniform") for method in methods if method != "uniform"])
+    found = compare(rows, STUDY.parts["key"], [(method, "uniform") for method in KEY if method != "uniform"])
+    found |= compare(rows, STUDY.parts["methods"], [(method, "uniform") for method in OTHERS])
     lines: Mapping[str, Compared] = {
         method: of for (method, _), of in sorted(found.items(), key=lambda item: item[1].log_loss.mean)
     }

@@ -156,11 +156,12 @@ def decrease(view: View) -> Tensor:
     before = loss_of(view.model, *batch)
     scores = []
     for block, grads in zip(view.blocks, view.gradients(view.batch(MEASURED)), strict=True):
+        kept = [p.clone() for p in block.parameters()]
         for p, grad in zip(block.parameters(), grads, strict=True):
             p.sub_(half * grad.sign())
         scores.append(before - loss_of(view.model, *batch))
-        for p, grad in zip(block.parameters(), grads, strict=True):
-            p.add_(half * grad.sign())
+        for p, saved in zip(block.parameters(), kept, strict=True):
+            p.copy_(saved)
     return torch.stack(scores).clamp_min(1e-12)
 
 

@@ -11,15 +11,17 @@ from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from bench.quality.real import CONFIG, options_for
+from grass.finetune.data import read_records
 from grass.finetune.encoding import Encoder, Example
 from grass.finetune.model import load_model, pad_token_id
 from grass.finetune.options import as_tuple
 from grass.finetune.records import Conversation
 from grass.layers import LayerMap
 from grass.reproduce.methods import METHODS
+from grass.reproduce.preparation import encode
 from grass.reproduce.study import Row
 from grass.reproduce.tables import TABLES, read_table
-from grass.reproduce.training import batches, encode, schedule, set_lr, train_step
+from grass.reproduce.training import batches, schedule, set_lr, train_step
 
 BATCH, BATCHES = 8, 6
 STAGES = (0, 30, 60, 90)
@@ -40,7 +42,8 @@ def measure(model_dir: str, data_dir: str, lr: float) -> Iterator[Row]:
     for name, table in TABLES.items():
         tasks = [task for task in table.tasks if (Path(data_dir) / task / "test.json").is_file()]
         for task in tasks:
-            records = read_table(Path(data_dir), name, [task], validation=1).tests[task]  # type: ignore[arg-type]
+            read = read_records(str(Path(data_dir) / task / "test.json"), evaluation=True).records
+            records = [record for record in read if isinstance(record, Conversation)]
             if any(record.has_target for record in records):
                 yield _row(name, task, layer_norms(model, _examples(encoder, records)), model)
     data = read_table(Path(data_dir), "arithmetic", as_tuple(options.tasks), options.validation)
@@ -50,6 +53,7 @@ def measure(model_dir: str, data_dir: str, lr: float) -> Iterator[Row]:
     ]
     optimizer = METHODS["uniform"](model, replace(CONFIG, seed=0))
     steps, pad = options.steps, pad_token_id(tokenizer)
+    model.train()
     for step, batch in enumerate(batches(examples, options.batch_size, max(STAGES) + 1, seed=0)):
         if step in STAGES:
             yield _row("arithmetic, while training", f"step {step}", layer_norms(model, fixed), model)

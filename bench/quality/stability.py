@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor
 
 from bench.quality.methods import CONFIG, View, make
-from bench.quality.tasks import TASKS, Data
+from bench.quality.study import problems
 from bench.quality.training import LAYERS, Budget, base_model, loss_of
 from grass import GrassConfig
 from grass.reproduce.study import Row
@@ -38,7 +38,7 @@ def measure(base: int, lr: float, budget: Budget, folder: Path) -> Iterator[Row]
     """
     torch.set_num_threads(1)
     model = base_model(base, folder)
-    train = Data(TASKS["arithmetic"](budget.train, budget.heldout, seed=base)[0])
+    train, _ = problems("arithmetic", budget, base, is_search=False)
     optimizer = make("grass", model, train, seed=base)
     view = View(model, optimizer, train, torch.Generator().manual_seed(base))
     stages = (0, CONFIG.probe_steps, budget.steps // 2, budget.steps - 1)
@@ -57,6 +57,7 @@ def measure(base: int, lr: float, budget: Budget, folder: Path) -> Iterator[Row]
     yield {
         "kind": "trace",
         "base": base,
+        "lr": lr,
         "norms": _short(norms),
         "importance": _short(importance),
         "active": active,
@@ -90,12 +91,20 @@ def variation(rows: Sequence[Row], size: int, step: int) -> float:
 
 
 def noise_share(rows: Sequence[Row], size: int, step: int) -> float:
-    """Return the share of the mean squared norm that is noise: 1 - |mean gradient|^2 / mean |gradient|^2."""
+    """Return the share of the mean squared norm that is noise.
+
+    With b problems in a batch the mean squared norm is |G|^2 + s^2 / b, where G is the mean gradient; norms of two
+    sizes give both terms.
+    """
     shares = []
     for row in _select(rows, "norms", size=size, step=step):
-        (signal,) = _select(rows, "signal", base=row["base"], step=step)
-        squares = np.square(np.array(row["norms"])).mean(axis=0)
-        shares.append(1 - np.square(np.array(signal["norms"][0])) / squares)
+        (large,) = _select(rows, "signal", base=row["base"], step=step)
+        squares, large_squares = (
+            np.square(np.array(row["norms"])).mean(axis=0),
+            np.square(np.array(large["norms"][0])),
+        )
+        signal = (large["size"] * large_squares - size * squares) / (large["size"] - size)
+        shares.append(1 - np.maximum(signal, 0) / squares)
     return float(np.mean(shares))
 
 
@@ -159,8 +168,8 @@ def autocorrelation(rows: Sequence[Row], lag: int, smooth: int = 50) -> float:
         norms = np.log(np.array(row["norms"]))
         kernel = np.ones(smooth) / smooth
         trend = np.stack([np.convolve(column, kernel, mode="same") for column in norms.T], axis=1)
-        rest = (norms - trend)[smooth:-smooth]
-        found += [np.corrcoef(column[:-lag], column[lag:])[0, 1] for column in rest.T]
+        rest = (norms - trend)[smooth:-smooth]  # a trend that contains the step itself: biased by -1 / smooth
+        found += [np.corrcoef(column[:-lag], column[lag:])[0, 1] + 1 / smooth for column in rest.T]
     return float(np.mean(found))
 
 

@@ -7,20 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from grass.config import GrassConfig
-from grass.errors import ConfigError, did_you_mean
-from grass.finetune.model import check_model
+from grass.errors import ConfigError
 from grass.finetune.options import as_tuple
 from grass.finetune.run_folder import read_rows, write_json
 from grass.finetune.screen import Screen
-from grass.reproduce.methods import METHODS
 from grass.reproduce.options import ReproduceOptions
+from grass.reproduce.preparation import check_methods, prepare
 from grass.reproduce.report import make_report
 from grass.reproduce.study import Job, Row, missing_jobs, run_missing
-from grass.reproduce.tables import read_table
 from grass.reproduce.training import run_job
 
 
@@ -37,26 +32,32 @@ def reproduce(options: ReproduceOptions, config: GrassConfig, screen: Screen) ->
             the output has runs with other settings.
         DataError: a file is missing or malformed.
     """
-    methods = as_tuple(options.methods)
-    for method in methods:
-        if method not in METHODS:
-            raise ConfigError(
-                f"there is no method {method!r}{did_you_mean(method, METHODS)}; there are {', '.join(METHODS)}"
-            )
-    check_model(options.model)
-    _check_methods(methods, options, config)
-    data = read_table(Path(options.data_dir), options.table, as_tuple(options.tasks), options.validation)
-    screen.say(f"{len(data.train):,} records to train on, {len(data.validation):,} to choose learning rates")
+    check_methods(options, config)
+    prepared = prepare(options)
+    data = prepared.data
+    screen.say(
+        f"{len(prepared.train):,} records to train on, {len(data.validation):,} to choose learning rates"
+    )
     if data.num_skipped:
         screen.say(f"{data.num_skipped:,} training records cannot be used and are left out")
+    if prepared.num_long:
+        screen.say(
+            f"{prepared.num_long:,} longer than {prepared.encoder.context} tokens are left out (--context)"
+        )
     for task, records in data.tests.items():
         shared = data.shared[task]
         note = f"; {shared:,} others are among the training records" if shared else ""
-        screen.say(f"{task}: {len(records):,} test records{note}")
+        limit = f", {options.eval_limit:,} are used" if len(records) > options.eval_limit else ""
+        screen.say(f"{task}: {len(records):,} test records{limit}{note}")
     if data.absent:
         screen.say(f"tasks of the paper without files: {', '.join(data.absent)}")
+    if prepared.num_cut:
+        screen.say(
+            f"the beginning of {prepared.num_cut:,} questions is cut, as the model has no more positions"
+        )
     path = Path(options.output) / f"{options.table}.jsonl"
-    _check_settings(path.with_suffix(".settings.json"), options, config)
+    _check_settings(path, options, config, data.digests)
+    methods = as_tuple(options.methods)
 
     def jobs(rows: Sequence[Row]) -> list[Job]:
         return missing_jobs(
@@ -69,47 +70,33 @@ def reproduce(options: ReproduceOptions, config: GrassConfig, screen: Screen) ->
     return make_report(read_rows(path), options)
 
 
-def _check_methods(methods: Sequence[str], options: ReproduceOptions, config: GrassConfig) -> None:
-    """Make each optimizer for the model without its weights, so that what cannot work is known before the first run."""
-    for method in methods:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model))
-        METHODS[method](model, config.for_run(options.steps))
+_FREE = ("methods", "seeds", "workers", "threads", "minutes", "micro_batch_size", "output", "data_dir")
+"""Options that may differ between pieces of a reproduction."""
 
 
-_FREE = (
-    "methods",
-    "seeds",
-    "workers",
-    "threads",
-    "minutes",
-    "micro_batch_size",
-    "output",
-    "model",
-    "data_dir",
-)
-"""Options that may differ between pieces of a reproduction; rows have the name of the model."""
-
-
-def _check_settings(path: Path, options: ReproduceOptions, config: GrassConfig) -> None:
+def _check_settings(
+    path: Path, options: ReproduceOptions, config: GrassConfig, digests: dict[str, str]
+) -> None:
     """Write the settings beside the rows; rows of other settings are not comparable.
 
     Raises:
-        ConfigError: the rows that are there were made with other settings.
+        ConfigError: the rows that are there were made with other settings, another model or other records.
     """
     settings = {k: v for k, v in asdict(options).items() if k not in _FREE} | asdict(config)
-    settings = json.loads(json.dumps(settings))  # tuples become lists
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+    if Path(options.model).exists():
+        settings["model"] = str(Path(options.model).resolve())
+    settings = json.loads(json.dumps(settings | {"records": digests}))  # tuples become lists
+    file = path.with_suffix(".settings.json")
+    if file.exists() and read_rows(path):
+        before = json.loads(file.read_text(encoding="utf-8"))
         for name, value in settings.items():
-            if before.get(name, value) != value:
-                raise ConfigError(
-                    f"{path.parent} has runs with --{name.replace('_', '-')} {before[name]}, not {value}: pass another "
-                    "--output"
+            if before.get(name) != value:
+                was = (
+                    "other records" if name == "records" else f"--{name.replace('_', '-')} {before.get(name)}"
                 )
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
+                raise ConfigError(f"{path.parent} has runs with {was}: pass another --output")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, settings)
 
 
 def _line(row: Row, left: int) -> str:

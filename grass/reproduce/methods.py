@@ -1,7 +1,7 @@
 """Methods that are compared: each makes an optimizer for a model.
 
-All layer methods train the same share of parameters: `GrassConfig.active_layers` of the layers, and what is outside of
-them unless a method says otherwise.
+All layer methods train about the same share of parameters: `GrassConfig.active_layers` of the layers, and what is
+outside of them unless a method says otherwise.
 
 ====================  =====================================================================================
 name                  method
@@ -10,17 +10,17 @@ name                  method
 ``lora-r8``           LoRA of rank 8 on all linear layers, by peft
 ``lora-r128``         the same of rank 128
 ``dora-r128``         DoRA of rank 128, by peft
-``galore``            GaLore of rank 128, by galore-torch (if it is installed)
-``lisa``              layers drawn uniformly; moments restart, as in the experiments of LISA's authors
+``galore``            GaLore of rank 128, by galore-torch, with a scale of 1
+``lisa``              layers drawn uniformly; moments of a layer restart, as in LISA's experiments
 ``uniform``           the same, but moments are kept
 ``weight-norm``       layers drawn by the norms of their weights, in the manner of OWS
 ``cyclic``            layers in order, as in LIFT
 ``badam``             the same, but moments restart, as in BAdam
 ``static``            static GRASS: layers drawn by the norms of the probe
 ``grass``             GRASS
-``shuffled``          the probabilities of GRASS, on other layers
+``shuffled``          the probabilities of GRASS, on permuted layers
 ``grass-floor``       GRASS, each layer with at least half of its uniform probability
-``modules-uniform``   attention and MLP drawn uniformly, as many parameters as in the layers
+``modules-uniform``   attention and MLP drawn uniformly, on average as many parameters as in the layers
 ``modules-grass``     attention and MLP drawn by their gradient norms, in the manner of MISA
 ``uniform-inside``    ``uniform``, nothing outside of the layers
 ``grass-inside``      ``grass``, nothing outside of the layers

@@ -38,12 +38,12 @@ class ReproduceOptions:
         template: how records are written: "alpaca", which LLM-Adapters uses, "plain", or "chat".
         dtype: dtype of the weights during training: auto (as saved), float32 or bfloat16.
         activation_checkpointing: recompute activations in the backward pass to save memory.
-        validation: number of training records that are held out to choose learning rates.
+        validation: number of training records that are held out to choose learning rates; all of them are used.
         eval_limit: maximum number of test records of each task.
         eval_batch_size: number of test records in a forward pass.
         max_new_tokens: maximum length of a generated answer, in tokens.
         workers: number of processes that run at the same time.
-        threads: number of threads of a process; by default torch's choice.
+        threads: number of threads of a process; by default the processors divided by `workers`.
         minutes: no run begins later.
         output: folder of the finished runs; with the same one, a stopped reproduction goes on.
 
@@ -93,17 +93,22 @@ class ReproduceOptions:
             raise ConfigError(
                 f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({self.micro_batch_size})"
             )
+        if not self.minutes >= 0:
+            raise ConfigError(f"minutes must not be negative, not {self.minutes}")
         try:
             rates = [float(rate) for rate in as_tuple(self.rates)]
         except ValueError:
             raise ConfigError(f"rates must be numbers, not {', '.join(as_tuple(self.rates))}") from None
-        if not rates or rates[0] <= 0 or any(b != 2 * a for a, b in pairwise(rates)):
+        if not (rates and rates[0] > 0 and rates[-1] < float("inf")) or any(
+            b != 2 * a for a, b in pairwise(rates)
+        ):
             raise ConfigError(f"rates must be positive, each twice the one before, not {rates}")
 
     @property
     def base(self) -> str:
         """Name of the model in rows: the last part of its path."""
-        return Path(self.model).name
+        path = Path(self.model)
+        return path.resolve().name if path.exists() else path.name
 
     @property
     def search(self) -> Search:

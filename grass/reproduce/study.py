@@ -4,14 +4,17 @@ A row describes a finished run and is a line of a file. What is missing is found
 stopped at any time, and continued in any number of pieces.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from grass.errors import GrassError, first_line
 from grass.finetune.run_folder import append_row, read_rows, write_rows
 
 Row = dict[str, Any]
@@ -131,25 +134,47 @@ def run_missing(
         path: JSON lines.
         workers: number of processes.
         seconds: no run begins later.
+
+    Raises:
+        GrassError: a process was killed, or has no memory left. What others have finished is kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     rows, end = read_rows(path), time.monotonic() + seconds
-    if rows:
-        write_rows(
-            path, rows
-        )  # without the beginning of a row that was being written when the process was killed
+    if rows:  # a row that was being written when the process was killed is incomplete
+        write_rows(path, rows)
     running: dict[Future[Row], Job] = {}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        while True:
-            waiting = [job for job in jobs(rows) if job not in running.values()]
-            while waiting and len(running) < workers and time.monotonic() < end:
-                job = waiting.pop(0)
-                running[pool.submit(run_job, job)] = job
-            if not running:
-                return
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                row = asdict(running.pop(future)) | future.result()
-                rows.append(row)
-                append_row(path, row)
-                yield row, len(jobs(rows))
+        try:
+            while True:
+                waiting = [job for job in jobs(rows) if job not in running.values()]
+                while waiting and len(running) < workers and time.monotonic() < end:
+                    job = waiting.pop(0)
+                    running[pool.submit(run_job, job)] = job
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield _finish(future, running.pop(future), rows, path), len(jobs(rows))
+        finally:  # after an error, keep what other processes are still running
+            for future, job in running.items():
+                if not future.cancel() and future.exception() is None:
+                    _finish(future, job, rows, path)
+
+
+def _finish(future: Future[Row], job: Job, rows: list[Row], path: Path) -> Row:
+    """Return the row of a finished run, and append it to the rows and to the file.
+
+    Raises:
+        GrassError: the process of the run was killed, or has no memory left.
+    """
+    try:
+        row = asdict(job) | future.result()
+    except (BrokenProcessPool, MemoryError) as error:
+        raise GrassError(
+            f"a run of {job.method} has failed ({first_line(error)}); if memory is short, pass fewer --workers or a "
+            "smaller --micro-batch-size, and repeat the command: finished runs are kept"
+        ) from error
+    if row["log_loss"] is not None and not math.isfinite(row["log_loss"]):
+        row["log_loss"] = None
+    rows.append(row)
+    append_row(path, row)
+    return row

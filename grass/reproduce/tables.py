@@ -65,12 +65,13 @@ class TableData:
     """Records of a table.
 
     Attributes:
-        train: training records.
+        train: training records, each question once.
         validation: records that are held out of the training records, to choose learning rates.
         tests: test records of each task.
         shared: number of test records of each task that were left out, as they are among the training records.
         absent: tasks of the table without a file.
         num_skipped: number of training records that cannot be used.
+        digests: SHA-256 of the training records and of each task's.
     """
 
     train: list[Conversation]
@@ -79,6 +80,7 @@ class TableData:
     shared: dict[str, int] = field(default_factory=dict)
     absent: list[str] = field(default_factory=list)
     num_skipped: int = 0
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 def read_table(folder: Path, name: TableName, tasks: Sequence[str], validation: int) -> TableData:
@@ -113,7 +115,7 @@ def read_table(folder: Path, name: TableName, tasks: Sequence[str], validation: 
             f"{folder}: no file to train on: {' or '.join(table.train)}, or a train.json of a task"
         )
     read = read_records([str(path) for path in train_files], max_skipped=MAX_SKIPPED)
-    train = _conversations(read.records)
+    train = list({_folded(record): record for record in _conversations(read.records)}.values())
     random.Random(0).shuffle(train)
     if len(train) <= validation:
         raise DataError(
@@ -121,14 +123,19 @@ def read_table(folder: Path, name: TableName, tasks: Sequence[str], validation: 
         )
     result = TableData(train[validation:], train[:validation])
     result.num_skipped = len(read.bad)
+    result.digests["train"] = read.digest
     result.absent = [task for task in wanted if task not in found]
     known = {_folded(record) for record in train}
     for task, path in found.items():
-        records = _conversations(read_records(str(path), evaluation=True).records)
+        of_task = read_records(str(path), evaluation=True)
+        result.digests[task] = of_task.digest
+        records = _conversations(of_task.records)
         result.tests[task] = [record for record in records if _folded(record) not in known]
         result.shared[task] = len(records) - len(result.tests[task])
         if not result.tests[task]:
             raise DataError(f"{path}: all of its records are among the training records")
+        if unanswered := sum(record.answer is None for record in result.tests[task]):
+            raise DataError(f"{path}: {unanswered:,} records have no answer, by which they are scored")
         if not any(record.has_target for record in result.tests[task]):
             raise DataError(f"{path}: no record has an output, of which the log-loss is computed")
     return result
@@ -142,3 +149,8 @@ def _folded(record: Conversation) -> str:
     """Return the question without differences of case and white space."""
     texts = (f"{m.content} {m.input}" for m in record.messages if m.role == "user")
     return " ".join(" ".join(texts).lower().split())
+
+
+def limited(records: Sequence[Conversation], limit: int) -> Sequence[Conversation]:
+    """Return at most `limit` records, the same ones for every run."""
+    return records if len(records) <= limit else random.Random(0).sample(list(records), limit)

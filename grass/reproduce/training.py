@@ -1,13 +1,15 @@
 """Training and evaluation of one run: the same loop for every method."""
 
+import math
+import os
 import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import mean
 
 import torch
+import transformers
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -16,21 +18,18 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 import grass
 from grass.activation_checkpointing import checkpoint_activations
 from grass.config import GrassConfig
-from grass.errors import ConfigError
-from grass.finetune.encoding import Encoder, Example
-from grass.finetune.evaluation import answer_questions, heldout_loss, make_questions
+from grass.errors import GrassError, first_line
+from grass.finetune.encoding import Example
+from grass.finetune.evaluation import answer_questions, heldout_loss
 from grass.finetune.loss import IGNORED, chunked_loss, use_chunked_loss
-from grass.finetune.model import context_of, load_model, pad_token_id, positions_of
-from grass.finetune.options import as_tuple
+from grass.finetune.model import load_model, pad_token_id
 from grass.finetune.preparation import to_device
-from grass.finetune.records import Conversation
-from grass.finetune.scoring import rules_for
 from grass.finetune.screen import quiet_libraries
 from grass.optim import GrassAdamW
 from grass.reproduce.methods import METHODS
 from grass.reproduce.options import ReproduceOptions
+from grass.reproduce.preparation import Prepared, prepare
 from grass.reproduce.study import Job, Row
-from grass.reproduce.tables import read_table
 
 
 def schedule(step: int, steps: int, warmup: float = 0.05) -> float:
@@ -58,44 +57,48 @@ def run_job(options: ReproduceOptions, config: GrassConfig, job: Job) -> Row:
         options: what is reproduced.
         config: configuration of sampling; its seed is replaced by that of the order.
         job: the run.
+
+    Raises:
+        GrassError: the device has no memory left.
     """
-    with quiet_libraries():
-        return _run_job(options, config, job)
+    try:
+        with quiet_libraries():
+            return _run_job(options, config, job)
+    except torch.OutOfMemoryError as error:
+        raise GrassError(
+            f"{first_line(error)} A run of {job.method} has no memory left: pass a smaller --micro-batch-size, or "
+            "--activation-checkpointing; finished runs are kept"
+        ) from error
 
 
 def _run_job(options: ReproduceOptions, config: GrassConfig, job: Job) -> Row:
     start = time.monotonic()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or max(1, (os.cpu_count() or 1) // options.workers))
     is_search = job.order in options.search.orders
     steps = (options.search_steps if is_search else None) or options.steps
-    data = read_table(Path(options.data_dir), options.table, as_tuple(options.tasks), options.validation)
+    prepared = prepare(options)
     model, tokenizer = load_model(options.model, options.dtype)
     to_device(model)
-    encoder = Encoder(tokenizer, options.template, context_of(model, options.context))
-    examples = [
-        example for example in encode(encoder, data.train) if len(example.input_ids) <= encoder.context
-    ]
-    if not examples:
-        raise ConfigError(
-            f"all {len(data.train):,} training records are longer than {options.context} tokens: pass --context"
-        )
     if options.activation_checkpointing:
         checkpoint_activations(model)
     chunked = use_chunked_loss(model, "auto", lambda line: None)
+    model.train()
     optimizer = METHODS[job.method](model, replace(config.for_run(steps), seed=job.order))
-    losses, probed = [], 0
-    for step, batch in enumerate(batches(examples, options.batch_size, steps, job.order)):
+    losses, probed, pad = [], 0, pad_token_id(tokenizer)
+    for step, batch in enumerate(batches(prepared.train, options.batch_size, steps, job.order)):
         probed += getattr(optimizer, "phase", "adapt") == "probe"  # the rate rises from zero after the probe
         set_lr(optimizer, job.lr * schedule(step - probed, steps - probed))
-        losses.append(train_step(model, optimizer, batch, options, pad_token_id(tokenizer), chunked=chunked))
+        losses.append(train_step(model, optimizer, batch, options, pad, chunked=chunked))
+        if not math.isfinite(losses[-1]):
+            break
     row: Row = {
-        "table": options.table,
-        "steps": steps,
+        "steps": len(losses),
         "batch_size": options.batch_size,
-        "num_examples": len(examples),
-        "curve": curve_of(losses),
+        "num_examples": len(prepared.train),
         "training_seconds": round(time.monotonic() - start, 1),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        **{name: module.__version__ for name, module in (("torch", torch), ("transformers", transformers))},
+        "grass": grass.__version__,
     }
     if isinstance(optimizer, GrassAdamW):
         row |= {
@@ -103,21 +106,13 @@ def _run_job(options: ReproduceOptions, config: GrassConfig, job: Job) -> Row:
             "importance": [float(f"{m:.4g}") for m in optimizer.importance.tolist()],
         }
         optimizer.release()
-    if is_search:
-        row |= {"log_loss": log_loss(model, encoder, data.validation, options, chunked=chunked)}
+    if not math.isfinite(losses[-1]):
+        row |= {"log_loss": None}
     else:
-        row |= evaluate(model, encoder, data.tests, options, chunked=chunked)
-    return row | {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-        "grass": grass.__version__,
-        "seconds": round(time.monotonic() - start, 1),
-    }
-
-
-def encode(encoder: Encoder, records: Sequence[Conversation]) -> list[Example]:
-    """Return examples, which are not truncated."""
-    return [Example(*pair) for record in records for pair in encoder.encode_one(record)]
+        row |= {"curve": curve_of(losses)} | evaluate(
+            model, prepared, options, chunked=chunked, is_search=is_search
+        )
+    return row | {"seconds": round(time.monotonic() - start, 1)}
 
 
 def batches(examples: Sequence[Example], size: int, steps: int, seed: int) -> Iterator[list[Example]]:
@@ -158,59 +153,21 @@ def train_step(
     return float(total)
 
 
-def log_loss(
-    model: PreTrainedModel,
-    encoder: Encoder,
-    records: Sequence[Conversation],
-    options: ReproduceOptions,
-    *,
-    chunked: bool,
-) -> float:
-    """Return the loss of records, a mean over the tokens of their outputs in nats."""
-    examples = encode(encoder, limited([record for record in records if record.has_target], options))
-    pad = pad_token_id(encoder.tokenizer)
-    return heldout_loss(model, examples, options.eval_batch_size, pad, chunked)
-
-
 def evaluate(
-    model: PreTrainedModel,
-    encoder: Encoder,
-    tests: dict[str, list[Conversation]],
-    options: ReproduceOptions,
-    *,
-    chunked: bool,
+    model: PreTrainedModel, prepared: Prepared, options: ReproduceOptions, *, chunked: bool, is_search: bool
 ) -> Row:
-    """Return the mean log-loss of the tasks, and the accuracy of each by LLM-Adapters' rules."""
-    losses = {task: log_loss(model, encoder, of, options, chunked=chunked) for task, of in tests.items()}
-    return {
-        "log_loss": mean(losses.values()),
-        "log_losses": losses,
-        "accuracies": {task: accuracy(model, encoder, of, options) for task, of in tests.items()},
-    }
+    """Return the log-loss of validation records, or the mean log-loss of the tasks and the accuracy of each.
 
-
-def accuracy(
-    model: PreTrainedModel, encoder: Encoder, records: Sequence[Conversation], options: ReproduceOptions
-) -> float:
-    """Return the share of right answers among those that the model generates."""
-    rules = rules_for([str(record.answer) for record in records])
-    questions, _ = make_questions(
-        encoder, limited(records, options), positions_of(model), options.max_new_tokens
-    )
-    answers = answer_questions(
-        model,
-        encoder.tokenizer,
-        questions,
-        rules,
-        options.eval_batch_size,
-        options.max_new_tokens,
-        pad_token_id(encoder.tokenizer),
-    )
-    return sum(bool(answer.correct) for answer in answers) / len(answers)
-
-
-def limited(records: Sequence[Conversation], options: ReproduceOptions) -> Sequence[Conversation]:
-    """Return at most `eval_limit` records, the same ones for every run."""
-    if len(records) <= options.eval_limit:
-        return records
-    return random.Random(0).sample(list(records), options.eval_limit)
+    The log-loss is a mean over the tokens of the outputs, in nats; the accuracy is by LLM-Adapters' rules.
+    """
+    tokenizer, size = prepared.encoder.tokenizer, options.eval_batch_size
+    pad = pad_token_id(tokenizer)
+    if is_search:
+        return {"log_loss": heldout_loss(model, prepared.validation, size, pad, chunked)}
+    losses = {task: heldout_loss(model, of, size, pad, chunked) for task, of in prepared.tests.items()}
+    accuracies = {}
+    for task, questions in prepared.questions.items():
+        rules, length = prepared.rules[task], options.max_new_tokens
+        answers = answer_questions(model, tokenizer, questions, rules, size, length, pad)
+        accuracies[task] = sum(bool(answer.correct) for answer in answers) / len(answers)
+    return {"log_loss": mean(losses.values()), "log_losses": losses, "accuracies": accuracies}

@@ -5,7 +5,8 @@ left behind by new rows; an arm without reason and prediction; a figure that fai
 """
 
 import random
-from dataclasses import asdict
+import re
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -13,12 +14,12 @@ import torch
 
 from bench.quality import __main__ as command
 from bench.quality import figures, stability
-from bench.quality.comparison import compare, compare_all, results, summarize
-from bench.quality.evidence import BEGIN, END, TITLES, findings, page, written_pages
+from bench.quality.comparison import compare, is_complete, results, summarize
+from bench.quality.evidence import BEGIN, END, FAMILIES, TITLES, Found, findings, page, written_pages
 from bench.quality.log import NOTES
 from bench.quality.methods import CONFIG, RULES, SETTINGS
 from bench.quality.stability import measure
-from bench.quality.study import KEY, OTHERS, SEARCH, STUDY
+from bench.quality.study import BUDGETS, KEY, OTHERS, SEARCH, STUDY
 from bench.quality.training import Budget, make_model
 from grass import GrassConfig
 from grass.errors import GrassError
@@ -26,6 +27,7 @@ from grass.finetune.run_folder import write_rows
 from grass.reproduce.study import Job
 
 PART = STUDY.parts["key"]
+BEST = SEARCH.rates[1]
 
 
 def row(job, log_loss, **changes):
@@ -33,25 +35,26 @@ def row(job, log_loss, **changes):
         "base_digest": f"digest {job.base}",
         "log_loss": log_loss,
         "exact": 0.5,
-        "steps": 400,
         "curve": [2.0, 1.5, 1.2, 1.0, 0.9, 0.8, 0.7, 0.65, 0.6, 0.55],
         "trained_share": 0.25,
         "longest_wait": 30,
     }
-    return asdict(job) | values | changes
+    return asdict(job) | asdict(BUDGETS[job.task]) | values | changes
 
 
-def rows_of(method, shift, noise=0.0, pairs=PART.pairs, task="arithmetic", seed=0):
+def rows_of(method, shift, noise=0.0, part=PART):
     """Rows of a method whose log-loss is 0.5, a term of the pair, and a shift."""
-    rng = random.Random(f"{method} {seed}")
-    best = SEARCH.rates[1]
+    rng = random.Random(method)
     found = [
-        row(Job(task, method, lr, *pair), 1.0 + (lr != best)) for lr in SEARCH.rates for pair in SEARCH.pairs
+        row(Job(part.task, method, lr, base, order), 1.0 + (lr != BEST))
+        for lr in SEARCH.rates
+        for base in part.bases
+        for order in SEARCH.orders
     ]
-    for base, order in pairs:
+    for base, order in part.pairs:
         of_pair = random.Random(100 * base + order).gauss(0, 0.05)
         loss = 0.5 + of_pair + shift + rng.gauss(0, noise)
-        found.append(row(Job(task, method, best, base, order), loss, exact=0.6 - shift))
+        found.append(row(Job(part.task, method, BEST, base, order), loss, exact=0.6 - shift))
     return found
 
 
@@ -62,40 +65,57 @@ def rows():
     return [r for method, (shift, noise) in values.items() for r in rows_of(method, shift, noise)]
 
 
+def one(rows, method, other):
+    return compare(rows, PART, [(method, other)]).get((method, other))
+
+
+def found_in(rows, folder):
+    write_rows(folder / "study.jsonl", rows)
+    return Found.of(folder)
+
+
 def test_a_difference_is_that_of_the_rows(rows):
-    found = compare(rows, PART, "grass", "uniform")
+    found = one(rows, "grass", "uniform")
     a, b = (results(rows, PART, method) for method in ("grass", "uniform"))
     expected = np.mean([a[pair]["log_loss"] - b[pair]["log_loss"] for pair in PART.pairs])
     assert found.log_loss.mean == pytest.approx(expected)
     assert found.log_loss.low < -0.03 < found.log_loss.high
     assert found.exact.mean == pytest.approx(3.0)
     assert found.verdict == "better"
-    assert set(found.bases) == set(PART.bases)
+    assert (set(found.bases), found.agreement) == (set(PART.bases), "4 of 4")
     assert found.log_loss.deviation < 0.01  # pairs share what is theirs, of deviation 0.05
-    assert compare(rows, PART, "uniform", "grass").verdict == "worse"
+    assert one(rows, "uniform", "grass").verdict == "worse"
 
 
-def test_verdicts_are_corrected_for_the_number_of_comparisons():
-    """One of many comparisons with p of about 0.03 is no finding."""
-    pairs = PART.pairs[:8]
-    names = ["a", *(f"b{i}" for i in range(9))]
-    many = [r for name in names for r in rows_of(name, 0.0, 0.01, pairs)]
-    many += rows_of("other", 0.006, 0.01, pairs, seed=7)
-    alone = compare_all(many, PART, [("a", "other")])[("a", "other")]
-    among = compare_all(many, PART, [(name, "other") for name in names])[("a", "other")]
-    assert among.p_value > alone.p_value
+def test_each_base_has_its_own_rate(rows):
+    for r in rows:
+        if r["method"] == "grass" and r["base"] == 2 and r["order"] in SEARCH.orders:
+            r["log_loss"] = 0.5 if r["lr"] == SEARCH.rates[0] else 2.0
+            r["lr"] = {SEARCH.rates[0]: BEST, BEST: SEARCH.rates[0]}.get(r["lr"], r["lr"])
+    assert one(rows, "grass", "uniform").log_loss.num_pairs == 32
+    for r in rows:
+        if r["method"] == "grass" and r["base"] == 2 and r["order"] in SEARCH.orders:
+            r["log_loss"] = 0.1 if r["lr"] == SEARCH.rates[2] else 2.0
+    more = [row(Job("arithmetic", "grass", 2 * SEARCH.rates[2], 2, SEARCH.orders[0]), 3.0)]
+    assert one(rows + more, "grass", "uniform").log_loss.num_pairs == 24
 
 
-def test_only_pairs_that_both_have_are_compared_and_diverged_runs_are_not(rows):
-    fewer = [r for r in rows if r["method"] != "uniform" or r["order"] < 2]
-    assert compare(fewer, PART, "grass", "uniform").log_loss.num_pairs == 8
-    for r in fewer:
+def test_only_pairs_that_both_have_are_compared(rows):
+    fewer = [r for r in rows if r["method"] != "uniform" or r["order"] < 2 or r["order"] in SEARCH.orders]
+    assert one(fewer, "grass", "uniform").log_loss.num_pairs == 8
+    assert one(rows, "grass", "cyclic") is None
+    other_rate = [r | {"lr": 99.0} for r in rows if r["method"] == "grass"]
+    assert one([*rows, *other_rate], "grass", "uniform") == one(rows, "grass", "uniform")
+
+
+def test_diverged_runs_are_counted_and_not_compared(rows):
+    for r in rows:
         if r["method"] == "uniform" and (r["base"], r["order"]) == (0, 0):
             r["log_loss"] = None
-    assert compare(fewer, PART, "grass", "uniform").log_loss.num_pairs == 7
-    assert compare(rows, PART, "grass", "cyclic") is None
-    other_rate = [r | {"lr": 99.0} for r in rows if r["method"] == "grass"]
-    assert compare([*rows, *other_rate], PART, "grass", "uniform") == compare(rows, PART, "grass", "uniform")
+    assert one(rows, "grass", "uniform").log_loss.num_pairs == 31
+    of = summarize(rows, PART, "uniform")
+    assert (of.runs, of.diverged) == (32, 1)
+    assert is_complete(rows, replace(PART, methods=("uniform",)))
 
 
 def test_runs_that_began_with_different_weights_are_no_pair(rows):
@@ -103,42 +123,54 @@ def test_runs_that_began_with_different_weights_are_no_pair(rows):
         if r["method"] == "grass" and (r["base"], r["order"]) == (2, 3):
             r["base_digest"] = "another"
     with pytest.raises(GrassError, match="grass and uniform began with different weights on base 2"):
-        compare(rows, PART, "grass", "uniform")
+        one(rows, "grass", "uniform")
 
 
-def test_a_summary_is_of_the_chosen_rate(rows):
+def test_a_summary_has_deviations_within_bases(rows):
+    for r in rows:
+        r["log_loss"] += r["base"]  # between bases
     of = summarize(rows, PART, "full")
-    own = [r for r in rows if r["method"] == "full" and r["base"] in PART.bases]
-    assert of.lr == SEARCH.rates[1]
+    own = [r for r in rows if r["method"] == "full" and r["order"] not in SEARCH.orders]
+    assert of.rates == (BEST, BEST)
     assert of.runs == 32
     assert of.log_loss == pytest.approx(np.mean([r["log_loss"] for r in own]))
-    assert of.log_loss_deviation == pytest.approx(np.std([r["log_loss"] for r in own], ddof=1))
+    within = [np.var([r["log_loss"] for r in own if r["base"] == base], ddof=1) for base in PART.bases]
+    assert of.log_loss_deviation == pytest.approx(np.sqrt(np.mean(within)))
     assert of.exact == pytest.approx(70.0)
 
 
-def test_findings_say_better_worse_undecided_and_not_run(rows):
-    lines = findings(rows)
+def test_findings_say_better_worse_undecided_and_not_run(rows, tmp_path):
+    lines = findings(found_in(rows, tmp_path))
     assert lines[0].startswith("GRASS is **better** than uniform sampling (-0.03")
-    assert "4 of 4 bases agree" in lines[0]
-    assert lines[1] == "GRASS against its own probabilities on other layers: not run yet."
+    assert "bases 4 of 4" in lines[0]
+    assert lines[1] == "GRASS against its own probabilities on permuted layers: not run yet."
     assert "static GRASS: **undecided**" in lines[2]
     assert "detectable: 0.0" in lines[2]
     assert lines[3].startswith("GRASS is **worse** than full fine-tuning (+0.1")
-    assert lines[-1] == "Rules that know all gradients: not run yet."
+    assert lines[-1] == "Rules that see the gradients of all layers: not run yet."
 
 
-def test_rules_that_win_are_named(rows):
+def test_rules_are_counted_by_verdict(rows, tmp_path):
+    """With all sixteen rules and eight pairs, a clear one is found."""
     part = STUDY.parts["rules"]
-    more = rows_of("signal", -0.05, 0.002, part.pairs) + rows_of("unseen", 0.0, 0.02, part.pairs)
-    uniform = [r for r in rows_of("uniform", 0.0, 0.002, part.pairs) if r["base"] in part.bases]
-    (line,) = [line for line in findings([*rows, *more, *uniform]) if "rules" in line]
-    assert line.startswith("Of 16 rules that know all gradients, 1 beat uniform sampling: `signal` -0.05")
+    shifts = {"signal": -0.08, "signal-inverse": 0.1}
+    more = [r for name in RULES for r in rows_of(name, shifts.get(name, 0.0), 0.005, part)]
+    uniform = rows_of("uniform", 0.0, 0.002, part)
+    lines = findings(found_in([*rows, *more, *uniform], tmp_path))
+    (line,) = [line for line in lines if "rules" in line]
+    assert line.startswith(
+        "Of 16 rules that see the gradients of all layers, against uniform sampling: 1 are better"
+    )
+    assert "(`signal` -0.0" in line
+    assert re.search(r"[12] are worse, 1[34] undecided", line)
 
 
 def test_every_arm_has_a_title_or_a_reason_and_a_prediction():
     assert set(TITLES) >= {*KEY, *OTHERS}
     assert set(NOTES) == {*RULES, *SETTINGS, "grass-floor"}
     assert all(note.reason.endswith((".", "?")) and note.prediction for note in NOTES.values())
+    for part, family in FAMILIES.values():
+        assert {name for names in family for name in names} <= set(STUDY.parts[part].methods)
 
 
 @pytest.fixture
@@ -178,7 +210,7 @@ def test_a_change_by_hand_is_found(project, name, capsys):
 
 
 def test_a_changed_row_is_found(project, rows, capsys):
-    changed = next(r for r in rows if r["method"] == "grass" and r["base"] == 0)
+    changed = next(r for r in rows if r["method"] == "grass" and r["order"] == 0)
     changed["log_loss"] += 0.05
     write_rows(project / "results" / "study.jsonl", rows)
     assert command.main(["verify"]) == 1
@@ -232,7 +264,8 @@ def test_measures_of_noise_on_known_norms():
     assert stability.noise_share(same, 16, 0) == pytest.approx(0)
     assert stability.repeatability(same, 16, 0, 1) == stability.agreement(same, 16, 0, 2) == pytest.approx(1)
     doubled = known([[2 * m for m in order]] * 4)
-    assert stability.noise_share(doubled, 16, 0) == pytest.approx(0.75)
+    # 4 = |G|^2 + s^2 / 16 and 1 = |G|^2 + s^2 / 1024 would need |G|^2 < 1
+    assert stability.noise_share(doubled, 16, 0) == pytest.approx(1 - (1024 - 64) / (1024 - 16) / 4)
     turned = known([order, order[::-1]] * 2)
     assert stability.repeatability(turned, 16, 0, 1) == pytest.approx(-1)
     later = known([order[::-1]] * 4, step=9)
@@ -306,6 +339,6 @@ def test_the_page_is_written_with_all_rows(tmp_path, rows, measured):
     write_rows(tmp_path / "study.jsonl", rows)
     enough = [r | {"norms": r["norms"] * 10} if r["kind"] == "norms" else r for r in measured]
     write_rows(tmp_path / "stability.jsonl", enough)
-    text = page(tmp_path)
+    text = page(Found.of(tmp_path))
     assert "Not run yet" not in text.split("## How noisy")[1].split("## Not tested")[0]
     assert "nan" not in text

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from bench.quality.methods import NAMES, PERIOD, make
-from bench.quality.statistics import contrast, holm, sign_flip, verdict
-from bench.quality.study import SEARCH, STUDY, Design, Part, RunJob
+from bench.quality.statistics import contrast, corrected_p_values, verdict
+from bench.quality.study import SEARCH, STUDY, Design, Part, RunJob, problems
 from bench.quality.tasks import IGNORED, TASKS, Data, Problem, base_texts, encode
 from bench.quality.training import Budget, evaluate, fine_tune, loss_of, make_model
 from grass.reproduce.study import Job
@@ -50,6 +50,12 @@ def test_answers_are_right_and_not_known_from_training(task):
     assert TASKS[task](300, 60, seed=3) == (train, heldout)
     assert TASKS[task](300, 60, seed=4)[0] != train
     assert all(encode(text) for text in base_texts(0)[::50])  # no unknown word
+
+
+def test_no_problem_is_a_text_of_the_base():
+    base = set(base_texts(0))
+    for problem in [p for part in TASKS["relations"](300, 100, seed=0) for p in part]:
+        assert f"{problem.prompt} {problem.answer}" not in base
 
 
 def test_the_loss_is_that_of_answer_tokens():
@@ -157,49 +163,68 @@ def test_a_run_is_what_its_row_says(tmp_path):
 # -- the study -----------------------------------------------------------------------------------------
 
 
-def row(job, log_loss=1.0):
-    return {**vars(job), "log_loss": log_loss}
-
-
 DESIGN = Design(
     {
         "first": Part("arithmetic", ("grass", "uniform"), range(2), orders=3),
-        "second": Part("arithmetic", ("cyclic", "signal-top", "tau-2"), range(2), orders=1),
+        "second": Part("arithmetic", ("cyclic", "signal", "signal-top", "tau-2"), range(2), orders=1),
         "third": Part("relations", ("grass", "uniform"), range(2), orders=1),
     }
 )
 
 
-def test_rates_are_chosen_on_bases_of_their_own_and_then_pairs_are_run():
+def row(job, log_loss=1.0):
+    return {**vars(job), **vars(DESIGN.budgets[job.task]), "log_loss": log_loss}
+
+
+def searched():
+    """Rows of searches, of which the rate in the middle is the best."""
+    return [row(job, 1.0 + (job.lr != SEARCH.rates[1])) for job in DESIGN.jobs([])]
+
+
+def test_rates_are_chosen_for_each_base_and_then_pairs_are_run():
     jobs = DESIGN.jobs([])
-    assert {(job.base, job.order) for job in jobs} == set(SEARCH.pairs)
-    # Three methods have a rate of their own on the first task, two of them are run on the second.
-    assert len(jobs) == len(SEARCH.rates) * 2 * (3 + 2)
-    rows = [row(job, 1.0 + (job.lr != SEARCH.rates[1])) for job in jobs]
+    assert {job.order for job in jobs} == set(SEARCH.orders)
+    # Rates of their own: grass, uniform, cyclic and signal-top on the first task, two on the second.
+    assert len(jobs) == len(SEARCH.rates) * 2 * (4 + 2)
+    rows = searched()
     jobs = DESIGN.jobs(rows)
     assert {job.lr for job in jobs} == {SEARCH.rates[1]}
     assert Counter((job.task, job.method) for job in jobs) == {
         ("arithmetic", "grass"): 6,
         ("arithmetic", "uniform"): 6,
         ("arithmetic", "cyclic"): 2,
+        ("arithmetic", "signal"): 2,
         ("arithmetic", "signal-top"): 2,
         ("arithmetic", "tau-2"): 2,
         ("relations", "grass"): 2,
         ("relations", "uniform"): 2,
     }
+    assert [job.order for job in jobs] == sorted(job.order for job in jobs)
     assert DESIGN.jobs(rows + [row(job) for job in jobs]) == []
-    own = [(job.base, job.order) for job in jobs if job.task == "arithmetic" and job.method == "grass"]
-    assert own == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2)]
+
+
+def test_rows_of_another_budget_do_not_count():
+    rows = [r | {"steps": 60} for r in searched()]
+    assert DESIGN.matching(rows) == []
+    assert DESIGN.jobs(rows) == DESIGN.jobs([])
+
+
+def test_searches_and_results_have_different_problems_and_share_training_ones():
+    budget = Budget(steps=1, batch=1, train=50, heldout=20)
+    train, heldout = problems("relations", budget, 3, is_search=False)
+    again, validation = problems("relations", budget, 3, is_search=True)
+    assert train.problems == again.problems
+    assert not set(heldout.problems) & set(validation.problems)
+    assert len(heldout) == len(validation) == 20
 
 
 def test_the_study_has_the_pairs_that_it_needs():
     parts = STUDY.parts
     assert len(parts["key"].pairs) >= 32
     assert all(len(part.pairs) >= 8 for part in parts.values())
-    assert set(parts["methods"].pairs) <= set(parts["key"].pairs)
     for part in parts.values():
         assert set(part.methods) <= set(NAMES)
-        assert not set(part.pairs) & set(SEARCH.pairs)
+        assert not {order for _, order in part.pairs} & set(SEARCH.orders)
     assert set(NAMES) == {name for part in parts.values() for name in part.methods}
 
 
@@ -208,46 +233,70 @@ def test_the_study_has_the_pairs_that_it_needs():
 
 def test_a_clear_difference_is_found_and_noise_is_undecided():
     rng = np.random.default_rng(0)
-    clear = contrast(-1 + 0.1 * rng.standard_normal(16))
-    assert clear.low < -0.9
-    assert clear.high < 0
-    assert verdict(clear, clear.p_value) == "better"
-    assert verdict(clear, clear.p_value, lower_is_better=False) == "worse"
-    values = rng.standard_normal(16)
-    noise = contrast(values - values.mean() + 0.01)
-    assert verdict(noise, noise.p_value) == "undecided"
+    values = -1 + 0.1 * rng.standard_normal(16)
+    clear = contrast(values)
+    assert clear.mean == pytest.approx(values.mean())
+    assert clear.low < clear.mean < clear.high < 0
+    assert verdict(clear, 0.001) == "better"
+    assert verdict(clear, 0.001, lower_is_better=False) == "worse"
+    assert verdict(clear, 0.06) == "undecided"
+    noise = contrast(values - values.mean() + 0.001)
+    assert verdict(noise, 0.001) == "undecided"
     with pytest.raises(ValueError, match="at least two pairs"):
         contrast([1.0])
+    assert contrast([0.5, 0.5]).low == contrast([0.5, 0.5]).high == 0.5
+
+
+def p_of(values):
+    return corrected_p_values({"one": dict(enumerate(values))})["one"]
 
 
 def test_the_permutation_test_counts_signs():
-    assert sign_flip(np.array([1.0, 1.0, 1.0]), np.random.default_rng(0)) == 2 / 8
-    assert sign_flip(np.array([1.0, -1.0]), np.random.default_rng(0)) == 1.0
-    many = np.full(20, 1.0)
-    assert sign_flip(many, np.random.default_rng(0)) < 0.001
+    assert p_of([1.0, 1.1, 0.9]) == 2 / 8
+    assert p_of([1.0, -1.0]) == 1.0
+    assert p_of([1.0 + 0.01 * i for i in range(20)]) < 0.001
+    assert p_of([0.0, 0.0, 0.0]) == 1.0
 
 
 def test_false_alarms_and_misses_are_as_rare_as_stated():
     rng = np.random.default_rng(1)
-    alarms = [sign_flip(rng.standard_normal(10), rng) < 0.05 for _ in range(400)]
-    assert 0.01 < np.mean(alarms) < 0.09
+    alarms = [p_of(rng.standard_normal(10)) <= 0.05 for _ in range(400)]
+    assert 0.02 < np.mean(alarms) < 0.08
     found = []
     for _ in range(300):
-        values = rng.standard_normal(16)
-        shift = contrast(values).detectable
-        found.append(sign_flip(rng.standard_normal(16) + shift, rng) < 0.05)
+        shift = contrast(rng.standard_normal(16)).detectable
+        found.append(p_of(rng.standard_normal(16) + shift) <= 0.05)
     assert 0.7 < np.mean(found) < 0.9
 
 
-def test_intervals_hold_the_truth_as_often_as_stated():
+def test_the_correction_holds_the_error_of_a_family_and_can_decide_with_eight_pairs():
+    """Sixteen comparisons without a difference, which share half of their noise: at most 5 % of families alarm."""
+    rng = np.random.default_rng(3)
+    alarms = []
+    for _ in range(300):
+        shared = rng.standard_normal(8)
+        family = {i: dict(enumerate(shared + rng.standard_normal(8))) for i in range(16)}
+        alarms.append(min(corrected_p_values(family).values()) <= 0.05)
+    assert 0.02 < np.mean(alarms) < 0.085
+    family = {i: dict(enumerate(0.01 * rng.standard_normal(8))) for i in range(16)}
+    family[3] = dict(enumerate(-0.08 + 0.005 * rng.standard_normal(8)))
+    p_values = corrected_p_values(family)
+    assert p_values[3] == 2 / 256  # Holm's smallest would be 16 times as much
+    assert min(p for i, p in p_values.items() if i != 3) > 0.05
+
+
+def test_comparisons_may_have_different_pairs():
+    family = {"a": {0: 1.0, 1: 1.1, 2: 0.9}, "b": {1: 0.1, 2: -0.1, 3: 0.2}}
+    p_values = corrected_p_values(family)
+    assert p_values["a"] >= p_of([1.0, 1.1, 0.9])
+    assert p_values["a"] < p_values["b"]
+
+
+@pytest.mark.parametrize("count", [8, 32])
+def test_intervals_hold_the_truth_as_often_as_stated(count):
     rng = np.random.default_rng(2)
     hits = []
-    for seed in range(200):
-        found = contrast(0.3 + rng.standard_normal(32), seed=seed)
+    for seed in range(400):
+        found = contrast(0.3 + rng.standard_normal(count), seed=seed)
         hits.append(found.low <= 0.3 <= found.high)
-    assert 0.89 < np.mean(hits) <= 1.0
-
-
-def test_holm_multiplies_by_what_is_left_and_never_falls():
-    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
-    assert holm({"a": 0.9, "b": 0.8}) == {"b": 1.0, "a": 1.0}
+    assert 0.92 < np.mean(hits) < 0.98
