@@ -4,27 +4,30 @@ Would catch: a rate at the edge of what was tried, or chosen from runs of the re
 that is lost when the study stops.
 """
 
+import os
+import time
 from dataclasses import asdict
 from itertools import islice
 
 import pytest
 
+from grass.errors import GrassError
 from grass.finetune.run_folder import read_rows
 from grass.reproduce.study import Job, Search, missing_jobs, run_missing
 
-SEARCH = Search(rates=(1.0, 2.0, 4.0), pairs=((100, 0), (101, 0)))
+SEARCH = Search(rates=(1.0, 2.0, 4.0), orders=(100, 101))
 
 
-def rows_of(losses, method="a"):
+def rows_of(losses, method="a", base=0):
     return [
-        {**asdict(Job("t", method, lr, *pair)), "log_loss": loss}
+        {**asdict(Job("t", method, lr, base, order)), "log_loss": loss}
         for lr, loss in losses.items()
-        for pair in SEARCH.pairs
+        for order in SEARCH.orders
     ]
 
 
 def chosen(losses):
-    return SEARCH.next_rates(rows_of(losses), "t", "a")
+    return SEARCH.next_rates(rows_of(losses), "t", "a", 0)
 
 
 def test_a_rate_is_chosen_if_its_neighbours_are_worse():
@@ -42,22 +45,25 @@ def test_the_search_goes_on_beyond_its_edges_up_to_a_factor():
     assert chosen(falling) == (32.0, [])
 
 
-def test_a_rate_counts_when_it_was_run_on_all_pairs_and_other_rows_do_not():
+def test_a_rate_counts_when_it_was_run_on_all_orders_and_other_rows_do_not():
     rows = rows_of({1.0: 3.0, 2.0: 1.0, 4.0: 2.0})
-    assert SEARCH.next_rates(rows[:-1], "t", "a") == (None, [4.0])
+    assert SEARCH.next_rates(rows[:-1], "t", "a", 0) == (None, [4.0])
     result = {**asdict(Job("t", "a", 4.0, 0, 0)), "log_loss": 0.0}
-    assert SEARCH.next_rates([*rows, result], "t", "a") == (2.0, [])
-    assert SEARCH.next_rates(rows, "t", "b") == (None, [1.0, 2.0, 4.0])
+    assert SEARCH.next_rates([*rows, *[result] * 2], "t", "a", 0) == (2.0, [])
+    assert SEARCH.next_rates(rows, "t", "b", 0) == (None, [1.0, 2.0, 4.0])
+    assert SEARCH.next_rates(rows, "t", "a", 1) == (None, [1.0, 2.0, 4.0])
 
 
-def test_a_method_may_use_the_rate_of_another():
-    wanted = [("t", "b", [(0, 0), (1, 0)])]
-    rows = rows_of({1.0: 3.0, 2.0: 1.0, 4.0: 2.0})
+def test_each_base_has_a_rate_and_a_method_may_use_that_of_another():
+    wanted = [("t", "b", [(0, 0), (1, 0), (0, 1)])]
+    rows = rows_of({1.0: 3.0, 2.0: 1.0, 4.0: 2.0}) + rows_of({1.0: 3.0, 2.0: 2.0, 4.0: 1.0, 8.0: 3.0}, base=1)
     searched = missing_jobs([], SEARCH, wanted, lambda method: "a")
     assert {job.method for job in searched} == {"a"}
+    assert {job.base for job in searched} == {0, 1}
     assert missing_jobs(rows, SEARCH, wanted, lambda method: "a") == [
         Job("t", "b", 2.0, 0, 0),
-        Job("t", "b", 2.0, 1, 0),
+        Job("t", "b", 4.0, 1, 0),
+        Job("t", "b", 2.0, 0, 1),
     ]
 
 
@@ -74,7 +80,8 @@ def test_a_stopped_study_goes_on_and_each_run_is_done_once(tmp_path):
     assert list(run_missing(jobs, parabola, path, seconds=0)) == []
     first = list(islice(run_missing(jobs, parabola, path), 3))
     assert [left for _, left in first] == [5, 4, 3]
-    assert read_rows(path) == [row for row, _ in first]
+    rows = read_rows(path)
+    assert rows[:3] == [row for row, _ in first]
     with path.open("a") as file:
         file.write('{"task": "t", "met')  # killed while it wrote
     list(run_missing(jobs, parabola, path))
@@ -83,12 +90,39 @@ def test_a_stopped_study_goes_on_and_each_run_is_done_once(tmp_path):
     assert [row["log_loss"] for row in rows[-2:]] == [0.0, 1.0]
 
 
-def test_the_error_of_a_run_ends_the_study_and_keeps_what_is_finished(tmp_path):
+def test_a_run_that_diverges_is_no_number(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for row, _ in run_missing(jobs, nan_at_four, path):
+        assert row["log_loss"] is None or row["lr"] != 4.0
+    assert {row["lr"] for row in read_rows(path) if row["order"] < 100} == {2.0}
+
+
+def nan_at_four(job):
+    return {"log_loss": float("nan") if job.lr == 4.0 else (job.lr - 2.0) ** 2}
+
+
+def test_after_an_error_what_others_have_finished_is_kept(tmp_path):
     path = tmp_path / "rows.jsonl"
     with pytest.raises(ZeroDivisionError):
-        list(run_missing(jobs, fails_at_four, path))
+        list(run_missing(jobs, fails_at_one, path, workers=2))
+    assert [row["order"] for row in read_rows(path)] == [101]
+
+
+def fails_at_one(job):
+    if job.order == 101:
+        time.sleep(1)
+        return {"log_loss": 1.0}
+    return {"log_loss": 1 / (job.lr - 1.0)}
+
+
+def test_a_process_that_is_killed_is_an_error_with_a_remedy(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(GrassError, match=r"a run of a has failed .* fewer --workers"):
+        list(run_missing(jobs, dies_at_four, path))
     assert [row["lr"] for row in read_rows(path)] == [1.0, 1.0, 2.0, 2.0]
 
 
-def fails_at_four(job):
-    return {"log_loss": 1 / (job.lr - 4.0)}
+def dies_at_four(job):
+    if job.lr == 4.0:
+        os._exit(9)
+    return {"log_loss": 1.0}

@@ -93,6 +93,26 @@ def test_a_task_without_outputs_is_refused(data_dir):
         read_table(data_dir, "arithmetic", (), 10)
 
 
+def test_a_question_is_on_one_side_only(data_dir):
+    records = json.loads((data_dir / "math_data.json").read_text())
+    again = [record | {"instruction": record["instruction"].lower()} for record in records]
+    write(data_dir / "math_data.json", records + again)
+    data = read_table(data_dir, "arithmetic", (), validation=10)
+    assert len(data.train) == 30
+    assert not texts(data.train) & texts(data.validation)
+
+
+def test_a_task_without_answers_is_refused(data_dir):
+    records = json.loads((data_dir / "AddSub" / "test.json").read_text())
+    for record in records[:2]:
+        del record["answer"]
+    write(data_dir / "AddSub" / "test.json", records)
+    with pytest.raises(
+        DataError, match=r"AddSub/test.json: 2 records have no answer, by which they are scored"
+    ):
+        read_table(data_dir, "arithmetic", (), 10)
+
+
 def test_paper_averages_keep_the_order_that_the_paper_reports():
     """The paper's headlines: GRASS is 4.38 points above LoRA r=128 on TinyLlama, and below full fine-tuning at 7B."""
     paper = TABLES["arithmetic"].paper
