@@ -7,6 +7,9 @@ from dataclasses import replace
 from difflib import unified_diff
 from pathlib import Path
 
+import torch
+
+from bench.kernels.rows import describe_environment
 from bench.quality.evidence import written_pages
 from bench.quality.real import CONFIG, TASKS, options_for
 from bench.quality.stability import measure
@@ -107,7 +110,7 @@ def _stability(arguments: argparse.Namespace) -> int:
         for base in STUDY.parts["key"].bases
         for row in measure(base, arguments.lr, budget, arguments.bases)
     ]
-    write_rows(arguments.rows, rows)
+    write_rows(arguments.rows, (row | _origin() for row in rows))
     print(f"{len(rows)} rows: {arguments.rows}")
     return 0
 
@@ -150,7 +153,7 @@ def _real(arguments: argparse.Namespace) -> int:
         arguments.minutes,
     )
     with quiet_libraries():
-        print(format_report(reproduce(options, CONFIG, Screen())))
+        print(format_report(reproduce(options, CONFIG, Screen(), _origin())))
     return 0
 
 
@@ -163,8 +166,14 @@ def _norms(arguments: argparse.Namespace) -> int:
         for row in measure_norms(arguments.model, arguments.data_dir, arguments.lr):
             print(row["panel"], row["name"], flush=True)
             rows.append(row)
-    write_rows(RESULTS / "norms.jsonl", rows)
+    write_rows(RESULTS / "norms.jsonl", (row | _origin() for row in rows))
     return 0
+
+
+def _origin() -> Row:
+    """Return what tells where rows were made."""
+    environment = describe_environment(torch.device("cpu"))
+    return {name: environment[name] for name in ("commit", "dirty", "device", "torch")}
 
 
 def _line(row: Row, left: int) -> str:

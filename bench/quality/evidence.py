@@ -351,6 +351,10 @@ def _stability(rows: Sequence[Row]) -> str:
         values = [stability.probability_noise(rows, 16, steps[1], window, config) for window in (1, 5, 20)]
         noise.append([label, f"{values[0][1]:.3f}", *(f"{value[0]:.3f}" for value in values)])
     active, frozen = stability.bias(rows)
+    smoothed = ", ".join(
+        f"{stability.smoothed_noise(rows, 16, steps[1], 5, alpha):.3f} for {alpha:g}"
+        for alpha in (0.1, 0.5, 1.0)
+    )
     correlations = ", ".join(
         f"{stability.autocorrelation(rows, lag):+.2f} at lag {lag}" for lag in (1, 5, 20)
     )
@@ -365,12 +369,13 @@ def _stability(rows: Sequence[Row]) -> str:
         + "\n\nProbabilities after the probe, 16 problems: total variation distance from uniform ones, and between two "
         "windows by chance.\n\n"
         + table(["scale", "from uniform", "by chance, 1 step", "5 steps", "20 steps"], noise)
-        + f"\n\nThe order of layers drifts: rank correlation of the start with the end is "
+        + f"\n\nBy chance with windows of 5 steps and an average over four (`ema`): {smoothed}. Layers in "
+        f"training have {stability.selection(rows):.2f} times the mean norm.\n\n"
+        "The order of layers drifts: rank correlation of the start with the end is "
         f"{stability.drift(rows, 16, steps[0], steps[-1]):+.2f}, of the end of the probe with the end "
         f"{stability.drift(rows, 16, steps[1], steps[-1]):+.2f}. Without their trend norms of a layer are correlated "
         f"between steps by {correlations}. Importance is that of the past: its geometric mean ratio to the norms of "
-        f"the last 20 "
-        f"steps is {math.exp(active):.2f} for layers that trained in them and {math.exp(frozen):.2f} for "
+        f"the last 20 steps is {math.exp(active):.2f} for layers that trained in them and {math.exp(frozen):.2f} for "
         "frozen ones.\n"
     )
 

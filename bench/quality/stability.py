@@ -161,6 +161,25 @@ def probability_noise(
     return float(np.mean(noise)), float(np.mean(contrast))
 
 
+def smoothed_noise(rows: Sequence[Row], size: int, step: int, window: int, alpha: float) -> float:
+    """Return how much probabilities (log scale, tau 1) differ by chance after a moving average over windows.
+
+    Two chains of windows at the same weights are averaged, each newest window with the weight `alpha`; the result is
+    the mean total variation distance of the probabilities.
+    """
+    found = []
+    for row in _select(rows, "norms", size=size, step=step):
+        windows = _windows(row, window)
+        chains = []
+        for chain in (windows[::2], windows[1::2]):
+            importance = chain[0]
+            for m in chain[1:]:
+                importance = alpha * m + (1 - alpha) * importance
+            chains.append(importance / importance.sum())
+        found.append(np.abs(chains[0] - chains[1]).sum() / 2)
+    return float(np.mean(found))
+
+
 def autocorrelation(rows: Sequence[Row], lag: int, smooth: int = 50) -> float:
     """Return the autocorrelation of norms between steps, without their trend (a moving mean); a mean over layers."""
     found = []
@@ -187,6 +206,16 @@ def bias(rows: Sequence[Row], window: int = 20) -> tuple[float, float]:
             for layer in range(LAYERS):
                 (active if layer in trained else frozen).append(ratio[layer])
     return float(np.mean(active)), float(np.mean(frozen))
+
+
+def selection(rows: Sequence[Row]) -> float:
+    """Return the norms of the layers in training over the mean of all layers, a mean over steps."""
+    ratios = []
+    for row in _select(rows, "trace"):
+        for norms, active in zip(np.array(row["norms"]), row["active"], strict=True):
+            if active:
+                ratios.append(norms[active].mean() / norms.mean())
+    return float(np.mean(ratios))
 
 
 def _select(rows: Sequence[Row], kind: str, **values: int) -> list[Row]:

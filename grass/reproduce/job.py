@@ -1,7 +1,7 @@
 """A reproduction from beginning to end: check, run what is missing, report."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,16 @@ from grass.reproduce.study import Job, Row, missing_jobs, run_missing
 from grass.reproduce.training import run_job
 
 
-def reproduce(options: ReproduceOptions, config: GrassConfig, screen: Screen) -> dict[str, Any]:
+def reproduce(
+    options: ReproduceOptions, config: GrassConfig, screen: Screen, origin: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Run what is missing of a reproduction; return its report.
 
     Args:
         options: what is reproduced.
         config: configuration of the sampling of layers.
         screen: shows progress.
+        origin: what to add to each row, such as a commit.
 
     Raises:
         ConfigError: a method is unknown, needs a package, or does not fit the model; the model is no folder of one; or
@@ -64,7 +67,7 @@ def reproduce(options: ReproduceOptions, config: GrassConfig, screen: Screen) ->
             rows, options.search, [(options.table, method, options.pairs) for method in methods]
         )
 
-    run = partial(run_job, options, config)
+    run = partial(run_job, options, config, origin or {})
     for row, left in run_missing(jobs, run, path, options.workers, 60 * options.minutes):
         screen.say(_line(row, left))
     return make_report(read_rows(path), options)

@@ -4,9 +4,10 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import mean
+from typing import Any
 
 import torch
 import transformers
@@ -50,12 +51,13 @@ def curve_of(losses: Sequence[float], points: int = 10) -> list[float]:
     return [round(mean(losses[i : i + size]), 5) for i in range(0, len(losses), size)]
 
 
-def run_job(options: ReproduceOptions, config: GrassConfig, job: Job) -> Row:
+def run_job(options: ReproduceOptions, config: GrassConfig, origin: Mapping[str, Any], job: Job) -> Row:
     """Train and evaluate: a run of the search on validation records, others on the table's test records.
 
     Args:
         options: what is reproduced.
         config: configuration of sampling; its seed is replaced by that of the order.
+        origin: what to add to the row.
         job: the run.
 
     Raises:
@@ -63,7 +65,7 @@ def run_job(options: ReproduceOptions, config: GrassConfig, job: Job) -> Row:
     """
     try:
         with quiet_libraries():
-            return _run_job(options, config, job)
+            return _run_job(options, config, job) | dict(origin)
     except torch.OutOfMemoryError as error:
         raise GrassError(
             f"{first_line(error)} A run of {job.method} has no memory left: pass a smaller --micro-batch-size, or "

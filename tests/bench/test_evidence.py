@@ -285,6 +285,17 @@ def test_noise_of_probabilities_on_known_norms():
     assert contrast == pytest.approx(0, abs=1e-6)
 
 
+def test_a_moving_average_smooths_probabilities_and_selection_is_known():
+    rng = np.random.default_rng(1)
+    rows = known((5 + rng.random((40, 8))).tolist())
+    noise = [stability.smoothed_noise(rows, 16, 0, 5, alpha) for alpha in (0.1, 0.5, 1.0)]
+    a, b = (np.array(rows[0]["norms"])[i : i + 5].mean(axis=0) for i in (30, 35))
+    assert noise[2] == pytest.approx(np.abs(a / a.sum() - b / b.sum()).sum() / 2)
+    assert noise[1] < noise[2]
+    trace = {"kind": "trace", "norms": [[1.0] * 6 + [5.0] * 2] * 3, "active": [[], [6, 7], [0, 6]]}
+    assert stability.selection([trace]) == pytest.approx((5 / 2 + 3 / 2) / 2)
+
+
 def test_autocorrelation_and_bias_of_known_traces():
     rng = np.random.default_rng(0)
     steps = 2000

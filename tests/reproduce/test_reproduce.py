@@ -126,13 +126,14 @@ def test_layer_methods_sample_and_keep_moments_as_they_say(name, sampler, moment
 
 
 def test_a_run_is_repeated_bit_by_bit_and_a_search_sees_no_test_record(options, data_dir):
-    run = partial(run_job, options, CONFIG)
+    run = partial(run_job, options, CONFIG, {"commit": "abc"})
     job = Job("arithmetic", "grass", 1e-3, options.base, 0)
     first, again = run(job), run(job)
     assert first["log_losses"] == again["log_losses"]
     assert set(first["accuracies"]) == {"AddSub", "gsm8k"}
     assert first["log_loss"] == mean(first["log_losses"].values())
     assert sum(first["draw_counts"]) > 0
+    assert first["commit"] == "abc"
     other = run(replace(job, order=1))
     assert other["curve"] != first["curve"]
     search = run(replace(job, order=SEARCH_SEED))
@@ -148,7 +149,7 @@ def test_the_rate_is_zero_in_the_probe_and_rises_after_it(options, monkeypatch):
     rates = []
     monkeypatch.setattr(training, "set_lr", lambda optimizer, lr: rates.append((optimizer.phase, lr)))
     settings = replace(options, steps=40)
-    run_job(settings, replace(CONFIG, probe_steps=8), Job("arithmetic", "grass", 1.0, options.base, 0))
+    run_job(settings, replace(CONFIG, probe_steps=8), {}, Job("arithmetic", "grass", 1.0, options.base, 0))
     probe = [lr for phase, lr in rates if phase == "probe"]
     adapt = [lr for phase, lr in rates if phase == "adapt"]
     assert len(probe) == 8
@@ -171,14 +172,14 @@ def test_activations_are_recomputed_if_asked_for(options, monkeypatch):
     for activation_checkpointing in (False, True):
         calls.clear()
         settings = replace(options, activation_checkpointing=activation_checkpointing)
-        run_job(settings, CONFIG, Job("arithmetic", "full", 1e-3, options.base, 0))
+        run_job(settings, CONFIG, {}, Job("arithmetic", "full", 1e-3, options.base, 0))
         counts.append(len(calls))
     assert counts == [options.steps, 2 * options.steps]
 
 
 def test_a_run_that_diverges_ends_at_once(options, monkeypatch):
     monkeypatch.setattr(training, "train_step", lambda *args, **kwargs: float("nan"))
-    found = run_job(options, CONFIG, Job("arithmetic", "full", 1e-3, options.base, 0))
+    found = run_job(options, CONFIG, {}, Job("arithmetic", "full", 1e-3, options.base, 0))
     assert found["log_loss"] is None
     assert found["steps"] == 1
 
