@@ -15,7 +15,7 @@ from bench.quality.study import BUDGETS, FIXED, KEY, OTHERS, SEARCH, STUDY
 from grass import GrassConfig
 from grass.errors import GrassError
 from grass.finetune.run_folder import read_rows
-from grass.reproduce.report import make_report, plus_minus
+from grass.reproduce.report import make_report, plus_minus, results_of
 from grass.reproduce.study import Row
 
 FAMILIES: dict[str, tuple[str, list[Names]]] = {
@@ -385,9 +385,10 @@ def _real(folder: Path) -> str:
     parts = [
         "## A real model\n\nSmolLM2-135M-Instruct on LLM-Adapters' files, by `python -m bench.quality real`: "
         f"{real.STEPS} steps of {real.BATCH} texts of at most {real.CONTEXT} tokens, {real.CONFIG.active_layers} of 30 "
-        "layers at a time, rates chosen as above on held-out training records. Accuracy by LLM-Adapters' rules, on "
-        "test records that are not among the training records. *Difference*: GRASS - method, log-loss, mean over "
-        "orders of the data and their range; three orders decide nothing alone.\n"
+        "layers at a time; rates chosen by runs of half as many steps, on held-out training records. Accuracy by "
+        f"LLM-Adapters' rules, on {real.RECORDS} test records a task that are not among the training records. "
+        "*Difference*: GRASS - method, log-loss, mean over orders of the data and their range; three orders decide "
+        "nothing alone.\n"
     ]
     for name in real.TASKS:
         rows = read_rows(folder / f"{name}.jsonl")
@@ -399,12 +400,10 @@ def _real(folder: Path) -> str:
         losses = {
             method: {
                 row["order"]: row["log_loss"]
-                for row in rows
-                if (row["method"], row["lr"]) == (method, of["lr"])
-                and row["log_loss"] is not None
-                and (row["base"], row["order"]) in options.pairs
+                for row in results_of(rows, options, method)[1]
+                if row["log_loss"] is not None
             }
-            for method, of in report.items()
+            for method in report
         }
         lines = []
         for method, of in report.items():

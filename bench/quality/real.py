@@ -8,7 +8,7 @@ TASKS: dict[TableName, tuple[str, ...]] = {
     "arithmetic": ("MultiArith", "AddSub", "SingleEq", "SVAMP"),
     "commonsense": ("ARC-Easy", "openbookqa"),
 }
-STEPS, BATCH, CONTEXT = 120, 8, 96
+STEPS, BATCH, CONTEXT, RECORDS = 120, 8, 96, 50
 CONFIG = GrassConfig(active_layers=6, probe_steps=10, sample_interval=10, update_interval=20)
 """A fifth of 30 layers, intervals as in study A."""
 
@@ -26,13 +26,13 @@ def options_for(
         seeds=3,
         rates=("1e-4", "2e-4", "4e-4"),
         steps=STEPS,
-        search_steps=60,
+        search_steps=STEPS // 2,
         batch_size=BATCH,
         context=CONTEXT,
         template="plain",
         dtype="float32",
         validation=100,
-        eval_limit=50,
+        eval_limit=RECORDS,
         max_new_tokens=96 if table == "arithmetic" else 16,
         workers=workers,
         threads=1,

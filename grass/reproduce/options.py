@@ -21,6 +21,7 @@ class ReproduceOptions:
 
     Args:
         model: folder of a causal language model, or its name on the hub.
+        trust_remote_code: run code that comes with the model, from its folder or the hub.
         data_dir: folder with the files of LLM-Adapters: math_10k.json or commonsense_170k.json, and a folder with
             test.json for each task. Test records that are among the training records are left out.
         table: "arithmetic" or "commonsense".
@@ -52,6 +53,7 @@ class ReproduceOptions:
     """
 
     model: str = ""
+    trust_remote_code: bool = False
     data_dir: str = ""
     table: TableName = "arithmetic"
     tasks: str | tuple[str, ...] = ""

@@ -61,7 +61,7 @@ def prepare(options: ReproduceOptions) -> Prepared:
     with library_errors(
         ModelError, f"model {options.model!r}: cannot load its tokenizer", "copy its files again"
     ):
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     encoder = Encoder(tokenizer, options.template, context_of(model, options.context))
     everything = encode(encoder, data.train)
     train = [example for example in everything if len(example.input_ids) <= encoder.context]
@@ -95,13 +95,16 @@ def model_without_weights(options: ReproduceOptions) -> PreTrainedModel:
         ConfigError: there is no such folder, or the weights are float16, which is not trained without loss scaling.
         ModelError: it is no causal language model.
     """
-    check_model(options.model)
-    config = AutoConfig.from_pretrained(options.model)
+    trusted = options.trust_remote_code
+    check_model(options.model, trust_remote_code=trusted)
+    config = AutoConfig.from_pretrained(options.model, trust_remote_code=trusted)
     dtype = config.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     if dtype == torch.float16:
         raise ConfigError(f"model {options.model!r} is saved in float16: pass --dtype bfloat16 or float32")
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trusted
+        )
     return model
 
 

@@ -24,13 +24,7 @@ def make_report(rows: Sequence[Row], options: ReproduceOptions) -> dict[str, Any
     """
     methods = {}
     for method in as_tuple(options.methods):
-        lr, _ = options.search.next_rates(rows, options.table, method, options.base)
-        own = [
-            row
-            for row in rows
-            if (row["task"], row["method"], row["lr"]) == (options.table, method, lr)
-            and (row["base"], row["order"]) in options.pairs
-        ]
+        lr, own = results_of(rows, options, method)
         finished = [row for row in own if row["log_loss"] is not None]
         tasks = list(finished[0]["accuracies"]) if finished else []
         averages = [mean(row["accuracies"].values()) for row in finished]
@@ -47,6 +41,18 @@ def make_report(rows: Sequence[Row], options: ReproduceOptions) -> dict[str, Any
             "paper": None if paper is None else dict(zip(PAPER_MODELS, paper, strict=True)),
         }
     return {"table": options.table, "model": options.base, "methods": methods}
+
+
+def results_of(rows: Sequence[Row], options: ReproduceOptions, method: str) -> tuple[float | None, list[Row]]:
+    """Return the learning rate of a method, None before it is chosen, and the rows of its results."""
+    lr, _ = options.search.next_rates(rows, options.table, method, options.base)
+    own = [
+        row
+        for row in rows
+        if (row["task"], row["method"], row["lr"]) == (options.table, method, lr)
+        and (row["base"], row["order"]) in options.pairs
+    ]
+    return lr, own
 
 
 def format_report(report: dict[str, Any]) -> str:

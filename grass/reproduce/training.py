@@ -79,7 +79,7 @@ def _run_job(options: ReproduceOptions, config: GrassConfig, job: Job) -> Row:
     is_search = job.order in options.search.orders
     steps = (options.search_steps if is_search else None) or options.steps
     prepared = prepare(options)
-    model, tokenizer = load_model(options.model, options.dtype)
+    model, tokenizer = load_model(options.model, options.dtype, trust_remote_code=options.trust_remote_code)
     to_device(model)
     if options.activation_checkpointing:
         checkpoint_activations(model)

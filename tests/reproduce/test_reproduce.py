@@ -162,8 +162,8 @@ def test_activations_are_recomputed_if_asked_for(options, monkeypatch):
     monkeypatch.setattr(training, "evaluate", lambda *args, **kwargs: {"log_loss": 1.0})
     original = training.load_model
 
-    def load(*args):
-        model, tokenizer = original(*args)
+    def load(*args, **options):
+        model, tokenizer = original(*args, **options)
         model.model.layers[3].self_attn.q_proj.register_forward_pre_hook(lambda *_: calls.append(1))
         return model, tokenizer
 
