@@ -89,7 +89,7 @@ def draw_losses(rows: Sequence[Row], path: Path) -> None:
         axes[0].plot(steps, mean, color=COLORS[method], lw=1.6, label=f"{method} ({len(curves)} runs)")
         axes[0].fill_between(steps, mean - within, mean + within, color=COLORS[method], alpha=0.15, lw=0)
     axes[0].set(xlabel="step", ylabel="training loss, nats a token", yscale="log")
-    axes[0].set_yticks([0.5, 0.7, 1.0, 1.5, 2.0], labels=["0.5", "0.7", "1", "1.5", "2"])
+    axes[0].set_yticks([0.5, 0.7, 1.0, 1.5, 2.0, 3.0], labels=["0.5", "0.7", "1", "1.5", "2", "3"])
     axes[0].minorticks_off()
     axes[0].legend(frameon=False, fontsize=8, labelcolor=_INK)
     _save(figure, path, "Arithmetic, 0.77 million parameters: training loss")
