@@ -178,6 +178,7 @@ def page(found: Found) -> str:
         _defaults(found),
         _stability(found.norms),
         _real(found.folder),
+        _figures(found),
         _limits(found),
     ]
     return "\n".join(parts)
@@ -433,6 +434,26 @@ def _real(folder: Path) -> str:
         ]
         parts.append(f"**{name}**\n\n{table(header, lines)}\n")
     return "\n".join(parts)
+
+
+def _figures(found: Found) -> str:
+    """Return links to the figures for which there are rows."""
+    figures = [
+        (bool(found.rows), "losses.png", "training loss by method (the paper's Figure 7)"),
+        (bool(found.rows), "differences.png", "every method against uniform sampling"),
+        (bool(found.norms), "norms-small.png", "norms by layer and stage, small model (Figures 1 and 6)"),
+        (
+            (found.folder / "norms.jsonl").exists(),
+            "norms.png",
+            "norms by layer, task and stage, SmolLM2 (Figures 1 and 6)",
+        ),
+        (True, "timeline.png", "a step with offloading, simulated (Figure 3)"),
+        (True, "memory.png", "peak memory by method and length, predicted (Figure 4)"),
+    ]
+    links = [f"- [{title}](evidence/{name})" for is_there, name, title in figures if is_there]
+    return (
+        "## Figures\n\n" + "\n".join(links) + "\n\nThroughput by method (Figure 5) needs a GPU: unmeasured.\n"
+    )
 
 
 def _limits(found: Found) -> str:
