@@ -53,7 +53,7 @@ def draw(outcome: Outcome, path: Path) -> None:
     grid[-1][0].set_xlabel("ms since the step began", color=_INK, fontsize=9)
     grid[-1][1].set_xlabel("ms since the first unit was needed", color=_INK, fontsize=9)
     first = outcome.rows[0]
-    names = _outside(first)
+    names = names_outside(first)
     handles = [Patch(color=_FORWARD, label="forward"), Patch(color=_BACKWARD, label="backward")]
     for bucket, color in colors.items():
         handles.append(Patch(color=color, label=names.get(bucket, f"layer {bucket}")))
@@ -73,10 +73,10 @@ def _title(row: Row, source: str) -> str:
     )
 
 
-def _outside(row: Row) -> dict[int, str]:
-    """Names of the buckets that are no layers."""
+def names_outside(row: Row) -> dict[int, str]:
+    """Return the names of the buckets that are no layers."""
     layers = row["layers"]
-    return {layers: "embedding", layers + 1: "head"}
+    return {layers: "embedding", layers + 1: "norm", layers + 2: "head"}
 
 
 def _bucket(span: Span) -> int:

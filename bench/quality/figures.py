@@ -61,10 +61,8 @@ def _timeline(path: Path) -> None:
 
 def _memory(path: Path) -> None:
     """Figure 4: predicted peak memory of LLaMA2-7B against sequence length, by method."""
-    _run(
-        grass,
-        ["plan", "--model", "llama2-7b", "--batch-size", "4", "--plot", str(path), "--plot-points", "5"],
-    )
+    step = ["--batch-size", "4", "--activation-checkpointing"]
+    _run(grass, ["plan", "--model", "llama2-7b", *step, "--plot", str(path), "--plot-points", "5"])
 
 
 def _run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> None:

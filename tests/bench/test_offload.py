@@ -20,6 +20,7 @@ from bench.offload import command, measure, rows
 from bench.offload.bound import bound_seconds
 from bench.offload.measure import Updates
 from bench.offload.order import conflicts
+from bench.offload.picture import names_outside
 from bench.offload.shapes import SHAPES, Compute, numel, shape_of
 from bench.offload.steps import UPDATE_TRAFFIC, Task, log_of, parts, simulated, spread
 from bench.offload.table import lines_of
@@ -338,3 +339,13 @@ def test_the_priority_of_updates_reaches_the_device(monkeypatch):
         with pytest.raises(StoppedError):
             measure.measure_steps(seven(update_priority=priority), torch.device("cpu"), vanilla=False)
     assert priorities == [-1, 0]
+
+
+def test_the_picture_names_the_buckets_outside_of_layers():
+    found = parts(seven())
+    outside = {
+        part.bucket: part.operation.label
+        for part in found
+        if part.bucket is not None and not part.operation.label.startswith("layer")
+    }
+    assert names_outside({"layers": SEVEN.layers}) == outside
