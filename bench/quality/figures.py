@@ -132,6 +132,11 @@ def draw_norms(panels: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> No
         axes.set(xlabel="layer", yscale="log")
         axes.axhline(1, color=_PALE, lw=0.8, zorder=0)
         axes.legend(frameon=False, fontsize=7, labelcolor=_INK)
+        ticks = [
+            tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10) if axes.get_ylim()[0] < tick < axes.get_ylim()[1]
+        ]
+        axes.set_yticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
     grid[0].set_ylabel("mean gradient norm / mean over layers", color=_INK)
     _save(figure, path, "Mean gradient norm by layer")
 
