@@ -71,7 +71,7 @@ def add_parser(subparsers: Any) -> None:
         type=Path,
         help="folder of the run; an earlier run there is replaced [bench/results/CARD]",
     )
-    parser.add_argument("--minutes", type=_minutes, default=9.0, metavar="N", help="for the whole run [9]")
+    parser.add_argument("--minutes", type=_minutes, default=9.0, metavar="X", help="for the whole run [9]")
     parser.add_argument(
         "--predictions",
         type=Path,

@@ -175,7 +175,7 @@ def commands(parser) -> dict[str, argparse.ArgumentParser]:
 
 
 def test_the_installed_program_has_no_benchmarks():
-    assert set(commands(make_parser())) == {"chat", "finetune", "layers", "plan"}
+    assert set(commands(make_parser())) == {"chat", "finetune", "layers", "plan", "reproduce"}
 
 
 @pytest.mark.parametrize("program", [grass, bench], ids=ids)
@@ -198,7 +198,9 @@ def test_an_option_means_one_thing():
                     meanings.setdefault(option, {}).setdefault(kind, []).append(command)
     clashes = {option: found for option, found in meanings.items() if len(found) > 1}
     # choices stand for the metavar where a dataclass has none to give
-    assert set(clashes) <= {"--loss", "--dtype", "--rounding", "--state-dtype", "--help", "-h"}, clashes
+    assert set(clashes) <= {
+        *("--loss", "--dtype", "--rounding", "--state-dtype", "--methods", "--help", "-h")
+    }, clashes
     assert not {"--layers", "--active"} & set(meanings)
     for option, words in {
         "--active-layers": ("layers",),
