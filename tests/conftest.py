@@ -21,7 +21,8 @@ else:
 
 
 def pytest_configure() -> None:
-    """Make the interpreter's pass short."""
+    """Use one thread, in fixtures of the session as well, and make the interpreter's pass short."""
+    torch.set_num_threads(1)
     if _triton.INTERPRETING:
         from tests.support.interpreter import patch_once_a_launch
 
@@ -40,7 +41,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in one order, and no fight over cores
     torch.manual_seed(0)
     # torch.empty gives NaN instead of what was there before
@@ -48,4 +48,3 @@ def _reproducible() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
