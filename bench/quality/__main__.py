@@ -15,7 +15,7 @@ from bench.quality.real import CONFIG, TASKS, options_for
 from bench.quality.stability import measure
 from bench.quality.study import BUDGETS, SMALL, STUDY, RunJob
 from grass.cli import Parser, run_command
-from grass.cli.values import count, positive
+from grass.cli.values import UsageError, count, positive
 from grass.errors import GrassError
 from grass.finetune.run_folder import write_rows
 from grass.reproduce.study import Row, run_missing
@@ -91,6 +91,8 @@ def make_parser() -> Parser:
 def _run(arguments: argparse.Namespace) -> int:
     design = SMALL if arguments.small else STUDY
     if arguments.part:
+        if arguments.part not in design.parts:
+            raise UsageError(f"--small has no part {arguments.part}: choose of {', '.join(design.parts)}")
         design = replace(design, parts={arguments.part: design.parts[arguments.part]})
     arguments.bases.mkdir(parents=True, exist_ok=True)
     run_job = RunJob(design.budgets, arguments.bases)
@@ -171,7 +173,7 @@ def _norms(arguments: argparse.Namespace) -> int:
 
 
 def _origin() -> Row:
-    """Return what tells where rows were made."""
+    """Return commit, device and version of torch, for rows."""
     environment = describe_environment(torch.device("cpu"))
     return {name: environment[name] for name in ("commit", "dirty", "device", "torch")}
 

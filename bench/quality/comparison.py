@@ -44,7 +44,7 @@ class Compared(NamedTuple):
 
     @property
     def agreement(self) -> str:
-        """How many bases have a difference of the same sign as the mean."""
+        """Number of bases whose difference has the sign of the mean, of all bases, as text."""
         same = sum((of < 0) == (self.log_loss.mean < 0) for of in self.bases.values())
         return f"{same} of {len(self.bases)}"
 

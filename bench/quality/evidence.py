@@ -43,7 +43,7 @@ FAMILIES: dict[str, tuple[str, list[Names]]] = {
 
 @dataclass(frozen=True)
 class Found:
-    """What the rows say.
+    """Rows of the studies, and all comparisons made from them.
 
     Attributes:
         rows: rows of study A with its budgets.
@@ -185,7 +185,7 @@ def page(found: Found) -> str:
 
 
 def _claims(found: Found) -> str:
-    """Return each claim of the paper, or doubt of its reviewers, with what was found."""
+    """Return a table of the claims of the paper and the doubts of its reviewers, each with the result here."""
     uniform, shuffled, static, full, lora, rules = findings(found)
     of = summarize(found.rows, STUDY.parts["key"], "grass")
     spread = (
@@ -236,7 +236,7 @@ def _line(title: str, found: Compared | None) -> list[str]:
         interval(found.exact, 1),
         str(found.log_loss.num_pairs),
         found.agreement,
-        f"{found.p_value:.3f}",
+        "< 0.001" if found.p_value < 0.001 else f"{found.p_value:.3f}",
         f"{found.log_loss.detectable:.3f}",
         found.verdict,
     ]

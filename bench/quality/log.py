@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Note(NamedTuple):
-    """Why an arm is run, and the prediction for its held-out log-loss, written before its first run."""
+    """Reason of an arm, and the prediction for its held-out log-loss, written before its first run."""
 
     reason: str
     prediction: str

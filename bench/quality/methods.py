@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 import grass
 from bench.quality.tasks import Data
-from bench.quality.training import LAYERS, loss_of
+from bench.quality.training import LAYERS, layer_gradients, loss_of, root_mean_squares
 from grass.reproduce import methods
 from grass.reproduce.methods import Method
 from grass.sampling import Sampler
@@ -54,7 +54,7 @@ class RuleSampler(Sampler):
 
 @dataclass
 class View:
-    """What a rule may look at. It knows more than any practical method does: gradients of all layers, at any time.
+    """Model, optimizer and data that a rule reads; gradients of all layers are at hand, as in no practical method.
 
     Attributes:
         model: the model in training.
@@ -80,36 +80,24 @@ class View:
         """Return random problems."""
         return self.data.batch(torch.randperm(len(self.data), generator=self.generator)[:size])
 
-    @torch.enable_grad()
     def gradients(self, batch: tuple[Tensor, Tensor]) -> list[list[Tensor]]:
         """Return the gradients of each layer's parameters."""
-        params = [list(block.parameters()) for block in self.blocks]
-        flat = [p for layer in params for p in layer]
-        flags = [p.requires_grad for p in flat]
-        for p in flat:
-            p.requires_grad_(True)
-        grads = iter(torch.autograd.grad(loss_of(self.model, *batch), flat))
-        for p, flag in zip(flat, flags, strict=True):
-            p.requires_grad_(flag)
-        return [[next(grads) for _ in layer] for layer in params]
+        layers = [list(block.parameters()) for block in self.blocks]
+        return layer_gradients(layers, lambda: loss_of(self.model, *batch))
 
 
 Scores = Callable[[View], Tensor]
 """A score of each layer at the current weights, [L]."""
 
 
-def _rms(layers: list[list[Tensor]]) -> Tensor:
-    return torch.stack([torch.cat([t.flatten() for t in layer]).square().mean().sqrt() for layer in layers])
-
-
 def signal(view: View) -> Tensor:
     """Return the root mean square of each layer's mean gradient over `MEASURED` problems, which has little noise."""
-    return _rms(view.gradients(view.batch(MEASURED)))
+    return root_mean_squares(view.gradients(view.batch(MEASURED)))
 
 
 def noisy(view: View) -> Tensor:
     """Return the same of the gradient of 16 problems, as in a training step."""
-    return _rms(view.gradients(view.batch(16)))
+    return root_mean_squares(view.gradients(view.batch(16)))
 
 
 def absolute(view: View) -> Tensor:
@@ -121,7 +109,7 @@ def absolute(view: View) -> Tensor:
 def relative(view: View) -> Tensor:
     """Return `signal` over the root mean square of the weights: the gradient of a relative change."""
     weights = [[p.detach() for p in block.parameters()] for block in view.blocks]
-    return signal(view) / _rms(weights)
+    return signal(view) / root_mean_squares(weights)
 
 
 def progress(view: View) -> Tensor:

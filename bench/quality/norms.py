@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from bench.quality.real import CONFIG, options_for
+from bench.quality.training import layer_gradients, root_mean_squares
 from grass.finetune.data import read_records
 from grass.finetune.encoding import Encoder, Example
 from grass.finetune.model import load_model, pad_token_id
@@ -64,21 +66,18 @@ def measure(model_dir: str, data_dir: str, lr: float) -> Iterator[Row]:
 def layer_norms(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
     """Return the mean over batches of the root mean square gradient of each layer, float64 [L]."""
     layers = [list(module.parameters()) for module in LayerMap.from_model(model).modules(model)]
-    params = [p for layer in layers for p in layer]
-    flags = [p.requires_grad for p in params]
-    for p in params:
-        p.requires_grad_(True)
     collate = DataCollatorForLanguageModeling(0)
     norms = []
     for i in range(0, len(examples), BATCH):
-        loss = model(**collate([e._asdict() for e in examples[i : i + BATCH]]), use_cache=False).loss
-        grads = iter(torch.autograd.grad(loss, params))
-        squares = [sum(float(next(grads).double().square().sum()) for _ in layer) for layer in layers]
-        sizes = [sum(p.numel() for p in layer) for layer in layers]
-        norms.append([(square / size) ** 0.5 for square, size in zip(squares, sizes, strict=True)])
-    for p, flag in zip(params, flags, strict=True):
-        p.requires_grad_(flag)
-    return torch.tensor(norms, dtype=torch.float64).mean(dim=0)
+        batch = collate([e._asdict() for e in examples[i : i + BATCH]])
+        grads = layer_gradients(layers, partial(_loss, model, batch))
+        norms.append(root_mean_squares(grads).double())
+    return torch.stack(norms).mean(dim=0)
+
+
+def _loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    loss: Tensor = model(**batch, use_cache=False).loss
+    return loss
 
 
 def _examples(encoder: Encoder, records: Sequence[Conversation]) -> list[Example]:

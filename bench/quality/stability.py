@@ -1,4 +1,4 @@
-"""How noisy are layers' gradient norms, and how well do a few of them order the layers?
+"""Noise of the gradient norms of layers, and agreement of the orders of layers that a few of them give.
 
 A run of GRASS is measured from beside: at some steps the norms of all layers on many batches of several sizes, and at
 every step the norms of all layers on the step's own batch, with the importance that the optimizer has of them.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.quality.methods import CONFIG, View, make
 from bench.quality.study import problems
-from bench.quality.training import LAYERS, Budget, base_model, loss_of
+from bench.quality.training import LAYERS, Budget, base_model, loss_of, root_mean_squares
 from grass import GrassConfig
 from grass.reproduce.study import Row
 from grass.reproduce.training import schedule, set_lr
@@ -73,8 +73,8 @@ def _stage(view: View, base: int, step: int) -> Iterator[Row]:
 
 
 def _norms(view: View, batch: tuple[Tensor, Tensor]) -> list[float]:
-    layers = view.gradients(batch)
-    return [float(torch.cat([t.flatten() for t in layer]).square().mean().sqrt()) for layer in layers]
+    norms: list[float] = root_mean_squares(view.gradients(batch)).tolist()
+    return norms
 
 
 def _short(rows: Sequence[Sequence[float]]) -> list[list[float]]:

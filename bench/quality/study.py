@@ -122,7 +122,7 @@ class RunJob:
     folder: Path
 
     def __call__(self, job: Job) -> Row:
-        """Return what the run found."""
+        """Return the result of a run with its settings and origin."""
         torch.set_num_threads(1)
         base, budget = int(job.base), self.budgets[job.task]
         model = base_model(base, self.folder)

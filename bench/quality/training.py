@@ -3,7 +3,7 @@
 import hashlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,6 +81,33 @@ def base_model(seed: int, folder: Path) -> LlamaForCausalLM:
     torch.save(model.state_dict(), temporary)
     temporary.rename(path)
     return model
+
+
+@torch.enable_grad()
+def layer_gradients(
+    layers: Sequence[Sequence[nn.Parameter]], loss: Callable[[], Tensor]
+) -> list[list[Tensor]]:
+    """Return the gradients of the parameters of all layers, also of frozen ones, and leave ``requires_grad`` as it was.
+
+    Args:
+        layers: parameters of each layer.
+        loss: computes the loss.
+    """
+    params = [p for layer in layers for p in layer]
+    flags = [p.requires_grad for p in params]
+    for p in params:
+        p.requires_grad_(True)
+    try:
+        grads = iter(torch.autograd.grad(loss(), params))
+    finally:
+        for p, flag in zip(params, flags, strict=True):
+            p.requires_grad_(flag)
+    return [[next(grads) for _ in layer] for layer in layers]
+
+
+def root_mean_squares(layers: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Return the root mean square of each layer's tensors, [L]."""
+    return torch.stack([torch.cat([t.flatten() for t in layer]).square().mean().sqrt() for layer in layers])
 
 
 def digest(model: nn.Module) -> str:

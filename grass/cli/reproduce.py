@@ -54,7 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
         from grass.reproduce.report import format_report
     except ImportError as error:
         raise MissingPackageError(f"{error}; install with: pip install 'grass-optim[reproduce]'") from error
-    with quiet_libraries():
-        report = reproduce(options, config, Screen())
+    try:
+        with quiet_libraries():
+            report = reproduce(options, config, Screen())
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; finished runs are kept: repeat the command to go on") from None
     print(json.dumps(report) if arguments.json else format_report(report))
     return 0

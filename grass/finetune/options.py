@@ -112,12 +112,12 @@ class FinetuneOptions:
         check_choices(self)
         positive = ("batch_size", "gradient_accumulation", "log_steps", "eval_batch_size", "max_new_tokens")
         for name in (*positive, "save_total_limit"):
-            _at_least(name, getattr(self, name), 1)
+            at_least(name, getattr(self, name), 1)
         for name in ("save_steps", "eval_steps", "eval_answers", "weight_decay", "max_grad_norm"):
-            _at_least(name, getattr(self, name), 0)
+            at_least(name, getattr(self, name), 0)
         for name, least in (("steps", 1), ("context", 2), ("eval_limit", 1)):
             if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), least)
+                at_least(name, getattr(self, name), least)
         for name in ("lr", "epochs"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must be a positive number, not {getattr(self, name)}")
@@ -182,6 +182,7 @@ def as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) and value else tuple(value)
 
 
-def _at_least(name: str, value: float, least: int) -> None:
+def at_least(name: str, value: float, least: int) -> None:
+    """Raise a `ConfigError` if a number is not finite or below the least."""
     if not least <= value < float("inf"):
         raise ConfigError(f"{name} must be at least {least}, not {value}")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from grass.config import check_choices
 from grass.errors import ConfigError
-from grass.finetune.options import Dtype, Template, as_tuple
+from grass.finetune.options import Dtype, Template, as_tuple, at_least
 from grass.reproduce.study import Pair, Search
 
 TableName = Literal["arithmetic", "commonsense"]
@@ -86,9 +86,8 @@ class ReproduceOptions:
         optional = ("search_steps", "micro_batch_size", "threads")
         counts = ("seeds", "search_seeds", "steps", "batch_size", "context", "validation", "eval_limit")
         for name in (*counts, *optional, "eval_batch_size", "max_new_tokens", "workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, not {value}")
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 1)
         if self.seeds > SEARCH_SEED:
             raise ConfigError(f"seeds must be at most {SEARCH_SEED}, not {self.seeds}")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
@@ -114,7 +113,7 @@ class ReproduceOptions:
 
     @property
     def search(self) -> Search:
-        """How learning rates are chosen."""
+        """Search for the learning rates."""
         rates = [float(rate) for rate in as_tuple(self.rates)]
         return Search(rates, range(SEARCH_SEED, SEARCH_SEED + self.search_seeds))
 

@@ -11,7 +11,7 @@ from grass.reproduce.tables import PAPER_MODELS, TABLES
 
 
 def make_report(rows: Sequence[Row], options: ReproduceOptions) -> dict[str, Any]:
-    """Return what a reproduction found so far.
+    """Return the results of a reproduction, which may be unfinished.
 
     Args:
         rows: finished runs.

@@ -5,16 +5,18 @@ stopped at any time, and continued in any number of pieces.
 """
 
 import math
+import signal
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from grass.errors import GrassError, first_line
+from grass.errors import GrassError
 from grass.finetune.run_folder import append_row, read_rows, write_rows
 
 Row = dict[str, Any]
@@ -43,7 +45,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Search:
-    """How the learning rate of a method is chosen, for each base by itself.
+    """Search for the learning rate of a method on each base.
 
     Args:
         rates: rates that are tried first, ascending, each twice the one before.
@@ -101,21 +103,22 @@ def missing_jobs(
         rate_of: the method whose rate a method uses.
 
     Returns:
-        First the runs of searches, then one order of all methods and bases after the other.
+        First the runs of searches, one rate of all bases after the other, then one order after the other.
     """
     done = {Job(row["task"], row["method"], row["lr"], row["base"], row["order"]) for row in rows}
     searches: dict[Job, None] = {}  # sets in order
     results: dict[Job, None] = {}
     for task, method, pairs in wanted:
+        orders: dict[int | str, list[int]] = {}
         for base, order in pairs:
+            orders.setdefault(base, []).append(order)
+        for base in orders:
             lr, rates = search.next_rates(rows, task, rate_of(method), base)
-            if lr is None:
-                searches |= {
-                    Job(task, rate_of(method), rate, base, o): None for rate in rates for o in search.orders
-                }
-            else:
-                results[Job(task, method, lr, base, order)] = None
-    jobs = [*searches, *sorted(results, key=lambda job: job.order)]
+            tried = [(rate, order) for rate in rates for order in search.orders]
+            searches |= {Job(task, rate_of(method), rate, base, order): None for rate, order in tried}
+            if lr is not None:
+                results |= {Job(task, method, lr, base, order): None for order in orders[base]}
+    jobs = [*sorted(searches, key=lambda job: job.lr), *sorted(results, key=lambda job: job.order)]
     return [job for job in jobs if job not in done]
 
 
@@ -128,6 +131,8 @@ def run_missing(
 ) -> Iterator[tuple[Row, int]]:
     """Run what is missing, append each row to a file, and yield it with the number of runs known to be left.
 
+    After an error no further run begins; those of other processes are finished and kept, and then it is raised.
+
     Args:
         jobs: returns what is missing, in the order in which it is to be run.
         run_job: executes a run in a process of its own, and returns what to add to the row.
@@ -136,45 +141,84 @@ def run_missing(
         seconds: no run begins later.
 
     Raises:
-        GrassError: a process was killed, or has no memory left. What others have finished is kept.
+        GrassError: a process was killed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     rows, end = read_rows(path), time.monotonic() + seconds
     if rows:  # a row that was being written when the process was killed is incomplete
         write_rows(path, rows)
-    running: dict[Future[Row], Job] = {}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        try:
-            while True:
-                waiting = [job for job in jobs(rows) if job not in running.values()]
-                while waiting and len(running) < workers and time.monotonic() < end:
-                    job = waiting.pop(0)
-                    running[pool.submit(run_job, job)] = job
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield _finish(future, running.pop(future), rows, path), len(jobs(rows))
-        finally:  # after an error, keep what other processes are still running
-            for future, job in running.items():
-                if not future.cancel() and future.exception() is None:
-                    _finish(future, job, rows, path)
-
-
-def _finish(future: Future[Row], job: Job, rows: list[Row], path: Path) -> Row:
-    """Return the row of a finished run, and append it to the rows and to the file.
-
-    Raises:
-        GrassError: the process of the run was killed, or has no memory left.
-    """
+    idle: list[_Worker] = []
+    running: dict[Any, tuple[_Worker, Job]] = {}  # by connection
+    failure: Exception | None = None
     try:
-        row = asdict(job) | future.result()
-    except (BrokenProcessPool, MemoryError) as error:
-        raise GrassError(
-            f"a run of {job.method} has failed ({first_line(error)}); if memory is short, pass fewer --workers or a "
-            "smaller --micro-batch-size, and repeat the command: finished runs are kept"
-        ) from error
-    if row["log_loss"] is not None and not math.isfinite(row["log_loss"]):
-        row["log_loss"] = None
-    rows.append(row)
-    append_row(path, row)
-    return row
+        while True:
+            busy = {job for _, job in running.values()}
+            waiting = [job for job in jobs(rows) if job not in busy]
+            while waiting and len(running) < workers and time.monotonic() < end and failure is None:
+                worker, job = idle.pop() if idle else _Worker(run_job), waiting.pop(0)
+                worker.connection.send(job)
+                running[worker.connection] = worker, job
+            if not running:
+                if failure is not None:
+                    raise failure
+                return
+            for connection in wait(list(running)):
+                worker, job = running.pop(connection)
+                try:
+                    result = worker.connection.recv()
+                except EOFError:
+                    result = GrassError(
+                        f"the process of a run of {job.method} was killed; if memory is short, pass fewer --workers or "
+                        "a smaller --micro-batch-size, and repeat the command: finished runs are kept"
+                    )
+                if isinstance(result, Exception):
+                    failure = failure or result
+                    continue
+                idle.append(worker)
+                row = asdict(job) | result
+                if row["log_loss"] is not None and not math.isfinite(row["log_loss"]):
+                    row["log_loss"] = None
+                rows.append(row)
+                append_row(path, row)
+                yield row, len(jobs(rows))
+    finally:
+        for worker in [*idle, *(worker for worker, _ in running.values())]:
+            worker.process.terminate()
+            worker.process.join()
+
+
+class _Worker:
+    """Process that executes runs, one after the other, and ends when this process ends.
+
+    Args:
+        run_job: executes a run.
+
+    Attributes:
+        process: the process.
+        connection: takes a job, and gives what the run returned or raised.
+    """
+
+    def __init__(self, run_job: Callable[[Job], Row]) -> None:
+        context = get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, run_job), daemon=True)
+        # Ctrl-C reaches all processes of a terminal: this one alone is to act on it. The setting is inherited.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self.process.start()
+        finally:
+            signal.signal(signal.SIGINT, before)
+        theirs.close()
+
+
+def _serve(connection: Connection, run_job: Callable[[Job], Row]) -> None:
+    """Execute jobs until the other end of the connection is closed."""
+    with suppress(EOFError, BrokenPipeError):
+        while True:
+            job = connection.recv()
+            try:
+                result: Row | Exception = run_job(job)
+            except Exception as error:
+                error.add_note(traceback.format_exc())  # shown with --debug
+                result = error
+            connection.send(result)

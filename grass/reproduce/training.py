@@ -32,6 +32,8 @@ from grass.reproduce.options import ReproduceOptions
 from grass.reproduce.preparation import Prepared, prepare
 from grass.reproduce.study import Job, Row
 
+STEPS_BETWEEN_CHECKS = 10  # for a loss that is not finite
+
 
 def schedule(step: int, steps: int, warmup: float = 0.05) -> float:
     """Return the factor of the learning rate: a linear rise over a share of the steps, and a linear fall to zero."""
@@ -86,13 +88,15 @@ def _run_job(options: ReproduceOptions, config: GrassConfig, job: Job) -> Row:
     chunked = use_chunked_loss(model, "auto", lambda line: None)
     model.train()
     optimizer = METHODS[job.method](model, replace(config.for_run(steps), seed=job.order))
-    losses, probed, pad = [], 0, pad_token_id(tokenizer)
+    losses, probed, pad = list[Tensor](), 0, pad_token_id(tokenizer)
     for step, batch in enumerate(batches(prepared.train, options.batch_size, steps, job.order)):
         probed += getattr(optimizer, "phase", "adapt") == "probe"  # the rate rises from zero after the probe
         set_lr(optimizer, job.lr * schedule(step - probed, steps - probed))
         losses.append(train_step(model, optimizer, batch, options, pad, chunked=chunked))
-        if not math.isfinite(losses[-1]):
+        # Waits for the device, so not in every step.
+        if step % STEPS_BETWEEN_CHECKS == 0 and not losses[-1].isfinite():
             break
+    curve = torch.stack(losses).tolist()
     row: Row = {
         "steps": len(losses),
         "batch_size": options.batch_size,
@@ -105,13 +109,14 @@ def _run_job(options: ReproduceOptions, config: GrassConfig, job: Job) -> Row:
     if isinstance(optimizer, GrassAdamW):
         row |= {
             "draw_counts": optimizer.draw_counts,
+            # Once, after training; the importance is a tensor of the host.
             "importance": [float(f"{m:.4g}") for m in optimizer.importance.tolist()],
         }
         optimizer.release()
-    if not math.isfinite(losses[-1]):
+    if not math.isfinite(curve[-1]):
         row |= {"log_loss": None}
     else:
-        row |= {"curve": curve_of(losses)} | evaluate(
+        row |= {"curve": curve_of(curve)} | evaluate(
             model, prepared, options, chunked=chunked, is_search=is_search
         )
     return row | {"seconds": round(time.monotonic() - start, 1)}
@@ -135,8 +140,8 @@ def train_step(
     pad_token_id: int,
     *,
     chunked: bool,
-) -> float:
-    """Take a step, without clipping of gradients; return the mean loss of the targets of the batch."""
+) -> Tensor:
+    """Take a step, without clipping of gradients; return the mean loss of the targets of the batch, on the device."""
     collate = DataCollatorForLanguageModeling(pad_token_id)
     num_targets = sum(label != IGNORED for example in batch for label in example.labels[1:])
     size = options.micro_batch_size or options.batch_size
@@ -152,7 +157,7 @@ def train_step(
         total += loss.detach()
     optimizer.step()
     optimizer.zero_grad()
-    return float(total)
+    return total
 
 
 def evaluate(

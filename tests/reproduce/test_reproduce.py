@@ -178,7 +178,7 @@ def test_activations_are_recomputed_if_asked_for(options, monkeypatch):
 
 
 def test_a_run_that_diverges_ends_at_once(options, monkeypatch):
-    monkeypatch.setattr(training, "train_step", lambda *args, **kwargs: float("nan"))
+    monkeypatch.setattr(training, "train_step", lambda *args, **kwargs: torch.tensor(float("nan")))
     found = run_job(options, CONFIG, {}, Job("arithmetic", "full", 1e-3, options.base, 0))
     assert found["log_loss"] is None
     assert found["steps"] == 1
@@ -202,7 +202,7 @@ def test_a_step_is_the_same_in_one_pass_or_several(tiny_model, options):
         examples = [example(3 + 2 * i) for i in range(4)]
         settings = replace(options, micro_batch_size=size)
         loss = train_step(model, optimizer, examples, settings, 0, chunked=False)
-        results.append((loss, [p.detach().clone() for p in model.parameters()]))
+        results.append((float(loss), [p.detach().clone() for p in model.parameters()]))
     for loss, params in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-5)
         for a, b in zip(params, results[0][1], strict=True):

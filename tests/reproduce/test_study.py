@@ -5,9 +5,13 @@ that is lost when the study stops.
 """
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -117,7 +121,7 @@ def fails_at_one(job):
 
 def test_a_process_that_is_killed_is_an_error_with_a_remedy(tmp_path):
     path = tmp_path / "rows.jsonl"
-    with pytest.raises(GrassError, match=r"a run of a has failed .* fewer --workers"):
+    with pytest.raises(GrassError, match=r"the process of a run of a was killed; .* fewer --workers"):
         list(run_missing(jobs, dies_at_four, path))
     assert [row["lr"] for row in read_rows(path)] == [1.0, 1.0, 2.0, 2.0]
 
@@ -126,3 +130,70 @@ def dies_at_four(job):
     if job.lr == 4.0:
         os._exit(9)
     return {"log_loss": 1.0}
+
+
+STOPPED = """
+from pathlib import Path
+from grass.reproduce.study import run_missing
+from tests.reproduce.test_study import jobs, waits
+
+try:
+    for row, left in run_missing(jobs, waits, Path("rows.jsonl"), workers=2):
+        print("finished", flush=True)
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+def waits(job):
+    if job.lr > 1.0:
+        Path(f"{os.getpid()}.running").touch()
+        time.sleep(float(os.environ["SECONDS"]))
+    return {"log_loss": 1.0}
+
+
+def processes_of(folder):
+    return [int(path.stem) for path in folder.glob("*.running")]
+
+
+def is_alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{process}/stat").read_text().split()[2]
+
+
+def start_and_wait_for_runs(folder, seconds):
+    """Start a study of two workers, and return when both are in a run that takes some time."""
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(root), "SECONDS": seconds},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # Pytest may have been started with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    end = time.monotonic() + 120
+    while len(processes_of(folder)) < 2 and time.monotonic() < end:
+        time.sleep(0.1)
+    assert len(processes_of(folder)) == 2
+    return process
+
+
+@pytest.mark.parametrize(("sign", "seconds"), [(signal.SIGINT, "600"), (signal.SIGKILL, "2")])
+def test_a_stop_ends_all_processes_without_a_traceback_and_keeps_what_is_finished(tmp_path, sign, seconds):
+    """SIGINT reaches the whole group, as Ctrl-C does; after SIGKILL of the first process others end with their runs."""
+    process = start_and_wait_for_runs(tmp_path, seconds)
+    workers = processes_of(tmp_path)
+    (os.killpg if sign == signal.SIGINT else os.kill)(process.pid, sign)
+    output, _ = process.communicate(timeout=60)
+    assert "Traceback" not in output
+    assert output.startswith("finished\nfinished\n")
+    assert (output.splitlines()[-1] == "stopped") == (sign == signal.SIGINT)
+    assert len(read_rows(tmp_path / "rows.jsonl")) == 2
+    assert not any(map(is_alive, workers))
