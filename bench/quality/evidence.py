@@ -440,7 +440,7 @@ def _figures(found: Found) -> str:
     """Return links to the figures for which there are rows."""
     figures = [
         (bool(found.rows), "losses.png", "training loss by method (the paper's Figure 7)"),
-        (bool(found.rows), "differences.png", "every method against uniform sampling"),
+        (bool(found.rows), "differences.png", "difference from uniform sampling by method"),
         (bool(found.norms), "norms-small.png", "norms by layer and stage, small model (Figures 1 and 6)"),
         (
             (found.folder / "norms.jsonl").exists(),

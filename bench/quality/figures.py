@@ -111,8 +111,8 @@ def draw_differences(rows: Sequence[Row], path: Path) -> None:
         labels=[f"{method} ({of.log_loss.num_pairs} pairs)" for method, of in lines.items()],
     )
     axes.invert_yaxis()
-    axes.set_xlabel("held-out log-loss, difference from uniform sampling (left is better)", color=_INK)
-    _save(figure, path, "Arithmetic: every method against uniform sampling, 95 % intervals")
+    axes.set_xlabel("held-out log-loss (left is better)", color=_INK)
+    _save(figure, path, "Arithmetic: difference from uniform sampling, 95 % intervals")
 
 
 def draw_norms(panels: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> None:
