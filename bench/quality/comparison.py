@@ -1,14 +1,18 @@
 """Comparisons of methods in the stored rows of study A."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
 import numpy as np
 
+from bench.quality.methods import RULES, SETTINGS
 from bench.quality.statistics import Contrast, contrast, corrected_p_values, verdict
-from bench.quality.study import SEARCH, Part, rate_of
+from bench.quality.study import KEY, SEARCH, STUDY, Part, rate_of
 from grass.errors import GrassError
+from grass.finetune.run_folder import read_rows
 from grass.reproduce.study import Pair, Row
 
 Names = tuple[str, str]
@@ -154,3 +158,52 @@ def summarize(rows: Sequence[Row], part: Part, method: str) -> Summary | None:
 def is_complete(rows: Sequence[Row], part: Part) -> bool:
     """Return True if every method has all of its pairs."""
     return all(len(results(rows, part, method)) == len(part.pairs) for method in part.methods)
+
+
+FAMILIES: dict[str, tuple[str, list[Names]]] = {
+    "key": ("key", [("grass", other) for other in KEY if other != "grass"]),
+    "relations": ("relations", [("grass", other) for other in KEY if other != "grass"]),
+    "methods": (
+        "methods",
+        [
+            *(("grass", other) for other in ("lisa", "weight-norm", "cyclic", "badam")),
+            *(("grass", other) for other in ("lora-r8", "lora-r32", "dora-r32", "galore")),
+            ("grass-floor", "grass"),
+            ("lisa", "uniform"),
+            ("badam", "cyclic"),
+            ("modules-grass", "modules-uniform"),
+            ("modules-uniform", "uniform"),
+            ("grass-inside", "uniform-inside"),
+            ("grass-inside", "grass"),
+        ],
+    ),
+    "rules": ("rules", [(name, "uniform") for name in RULES]),
+    "settings": ("rules", [(name, "grass") for name in SETTINGS]),
+}
+"""Name of a family of comparisons, which are corrected together -> part of the study, and comparisons."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Rows of the studies, and all comparisons made from them.
+
+    Attributes:
+        rows: rows of study A with its budgets.
+        families: comparisons of each family.
+        norms: rows of the stability of norms.
+        folder: folder of the rows.
+    """
+
+    rows: list[Row]
+    families: dict[str, dict[Names, Compared]]
+    norms: list[Row]
+    folder: Path
+
+    @classmethod
+    def of(cls, folder: Path) -> "Found":
+        """Read the rows of a folder, and make each comparison once."""
+        rows = STUDY.matching(read_rows(folder / "study.jsonl"))
+        families = {
+            name: compare(rows, STUDY.parts[part], family) for name, (part, family) in FAMILIES.items()
+        }
+        return cls(rows, families, read_rows(folder / "stability.jsonl"), folder)

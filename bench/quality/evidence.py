@@ -1,92 +1,15 @@
-"""docs/evidence.md and docs/evidence-log.md, written from the stored rows."""
+"""docs/evidence.md, and the lines of the README that repeat it, written from the stored rows."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 
 from bench.quality import real, stability
-from bench.quality.comparison import Compared, Names, compare, is_complete, summarize
-from bench.quality.log import NOTES
-from bench.quality.methods import CONFIG, MEASURED, RULES, SETTINGS
-from bench.quality.statistics import Contrast
-from bench.quality.study import BUDGETS, FIXED, KEY, OTHERS, SEARCH, STUDY
+from bench.quality.comparison import Compared, Found, is_complete, summarize
+from bench.quality.methods import CONFIG
+from bench.quality.study import BUDGETS, SEARCH, STUDY
+from bench.quality.tables import interval, log_page, mean_and_range, real_report, tables_page
 from grass import GrassConfig
 from grass.errors import GrassError
-from grass.finetune.run_folder import read_rows
-from grass.reproduce.report import make_report, plus_minus, results_of
-from grass.reproduce.study import Row
-
-FAMILIES: dict[str, tuple[str, list[Names]]] = {
-    "key": ("key", [("grass", other) for other in KEY if other != "grass"]),
-    "relations": ("relations", [("grass", other) for other in KEY if other != "grass"]),
-    "methods": (
-        "methods",
-        [
-            *(("grass", other) for other in ("lisa", "weight-norm", "cyclic", "badam")),
-            *(("grass", other) for other in ("lora-r8", "lora-r32", "dora-r32", "galore")),
-            ("grass-floor", "grass"),
-            ("lisa", "uniform"),
-            ("badam", "cyclic"),
-            ("modules-grass", "modules-uniform"),
-            ("modules-uniform", "uniform"),
-            ("grass-inside", "uniform-inside"),
-            ("grass-inside", "grass"),
-        ],
-    ),
-    "rules": ("rules", [(name, "uniform") for name in RULES]),
-    "settings": ("rules", [(name, "grass") for name in SETTINGS]),
-}
-"""Name of a family of comparisons, which are corrected together -> part of the study, and comparisons."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """Rows of the studies, and all comparisons made from them.
-
-    Attributes:
-        rows: rows of study A with its budgets.
-        families: comparisons of each family.
-        norms: rows of the stability of norms.
-        folder: folder of the rows.
-    """
-
-    rows: list[Row]
-    families: dict[str, dict[Names, Compared]]
-    norms: list[Row]
-    folder: Path
-
-    @classmethod
-    def of(cls, folder: Path) -> "Found":
-        """Read the rows of a folder, and make each comparison once."""
-        rows = STUDY.matching(read_rows(folder / "study.jsonl"))
-        families = {
-            name: compare(rows, STUDY.parts[part], family) for name, (part, family) in FAMILIES.items()
-        }
-        return cls(rows, families, read_rows(folder / "stability.jsonl"), folder)
-
-
-TITLES = {
-    "full": "full fine-tuning (AdamW)",
-    "lora-r8": "LoRA, rank 8",
-    "lora-r32": "LoRA, rank 32",
-    "dora-r32": "DoRA, rank 32",
-    "galore": "GaLore, rank 32",
-    "lisa": "uniform, moments restart (LISA-like)",
-    "uniform": "uniform, moments kept",
-    "weight-norm": "weight norms (OWS-like)",
-    "cyclic": "in order (LIFT-like)",
-    "badam": "in order, moments restart (BAdam-like)",
-    "static": "static GRASS",
-    "grass": "GRASS",
-    "shuffled": "GRASS's probabilities on permuted layers",
-    "grass-floor": "GRASS with a floor",
-    "modules-uniform": "attention and MLP, uniform",
-    "modules-grass": "attention and MLP, by norms (MISA-like)",
-    "uniform-inside": "uniform, nothing outside of layers",
-    "grass-inside": "GRASS, nothing outside of layers",
-}
 
 _HEAD = """\
 # Evidence
@@ -98,7 +21,8 @@ settle it: the same sampling with the norm replaced by chance. This page says wh
 *Log-loss* is that of the answers of held-out problems, in nats a token; lower is better. A difference has a 95 %
 bootstrap interval. *Undecided* means that the interval includes 0, or p, corrected for the number of comparisons, is
 above 0.05. *Detectable* is the difference that would have been found in four of five such studies. All of it is about
-the few base models that were trained: *bases* says on how many of them the difference has the same sign.
+the few base models that were trained: *bases* says on how many of them the difference has the same sign. All numbers
+are in the [tables](evidence-tables.md); rules and settings that were tried, in the [log](evidence-log.md).
 """
 
 _METHOD = """\
@@ -112,17 +36,6 @@ of the data; methods are compared on the same pairs. Each method has the best of
 for each base on problems of their own; it rises from zero after the probe, whose steps count. `python -m bench.quality
 run` repeats all of it; rows are in bench/results/quality.
 """
-
-
-def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Return a table of Markdown; numbers are in all columns but the first."""
-    rows = [header, ["---", *("---:" for _ in header[1:])], *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def interval(found: Contrast, digits: int = 3) -> str:
-    """Return a difference with its interval."""
-    return f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
 
 
 def sentence(subject: str, other: str, found: Compared | None) -> str:
@@ -168,20 +81,25 @@ def findings(found: Found) -> list[str]:
 def page(found: Found) -> str:
     """Return docs/evidence.md."""
     budgets = {task: str(budget.steps) for task, budget in BUDGETS.items()}
-    parts = [
-        _HEAD,
-        _claims(found),
-        _METHOD.format(**budgets, period=CONFIG.sample_interval),
-        _part("Arithmetic: the key contrast", found, "key", KEY),
-        _part("Relations", found, "relations", KEY),
-        _part("Arithmetic: other methods", found, "methods", ("full", "uniform", "grass", *OTHERS)),
-        _defaults(found),
-        _stability(found.norms),
-        _real(found.folder),
-        _figures(found),
-        _limits(found),
-    ]
-    return "\n".join(parts)
+    method = _METHOD.format(**budgets, period=CONFIG.sample_interval)
+    return "\n".join([_HEAD, _claims(found), method, _defaults(found), _figures(found), _limits(found)])
+
+
+def _real(found: Found) -> str:
+    """Return the differences of study B."""
+    texts = []
+    for name in real.TASKS:
+        differences = real_report(found.folder, name)[1]
+        others = [
+            f"{other} {mean_and_range(differences[other])}"
+            for other in ("uniform", "shuffled", "static", "full")
+            if differences.get(other)
+        ]
+        if others:
+            texts.append(f"GRASS on {name}, against {', '.join(others)} nats.")
+        else:
+            texts.append(f"GRASS on {name}: not run yet.")
+    return " ".join(texts)
 
 
 def _claims(found: Found) -> str:
@@ -191,14 +109,27 @@ def _claims(found: Found) -> str:
     spread = (
         "not run yet." if of is None else f"{of.exact_deviation:.1f} points of exact match, within bases."
     )
-    drift = "not run yet."
+    drift = repeats = "not run yet."
     if found.norms:
-        last = max(row["step"] for row in found.norms if row["kind"] == "norms")
-        correlation = stability.drift(found.norms, 16, 0, last)
-        drift = f"rank correlation of the layers, first with last step: {correlation:+.2f}."
+        steps = sorted({row["step"] for row in found.norms if row["kind"] == "norms"})
+        correlation = stability.drift(found.norms, 16, steps[0], steps[-1])
+        drift = f"Here, rank correlation of the layers, first with last step: {correlation:+.2f}."
+        repeated = [stability.repeatability(found.norms, 16, step, 1) for step in steps]
+        repeats = (
+            f"Two batches of 16 problems order the layers alike: rank correlation {min(repeated):.2f} to "
+            f"{max(repeated):.2f}."
+        )
+    relations = found.families["relations"]
     lines = [
         ("Sampling by gradient norms is better than uniform sampling (LISA).", uniform),
         ("Doubt: the same probabilities would do as well without the norms.", shuffled),
+        (
+            "The same on the second task, relations.",
+            sentence("GRASS", "uniform sampling", relations.get(("grass", "uniform")))
+            + " "
+            + sentence("GRASS", "permuted layers", relations.get(("grass", "shuffled"))),
+        ),
+        ("The same on a real model, SmolLM2-135M-Instruct.", _real(found)),
         ("Adapting during training is better than the probe alone.", static),
         ("GRASS is close to full fine-tuning, or better.", full),
         ("GRASS is better than LoRA, by up to 4.38 points.", lora),
@@ -207,7 +138,8 @@ def _claims(found: Found) -> str:
             "T_s of 5 is poor.",
             sentence("T_s of 5", "10", found.families["settings"].get(("period-5", "grass"))),
         ),
-        ("Norms change during training.", f"Here, {drift}"),
+        ("Doubt: the norm of a batch is noise.", repeats),
+        ("Norms change during training.", drift),
         ("The deviation over seeds is 0.12 points.", f"Of GRASS here: {spread}"),
         (
             "Peak memory up to 19.97 % lower.",
@@ -221,58 +153,6 @@ def _claims(found: Found) -> str:
     rows_of_table = "\n".join(f"| {claim} | {text} |" for claim, text in lines)
     return (
         f"## The paper's claims\n\n| the paper, or its reviewers | here |\n| --- | --- |\n{rows_of_table}\n"
-    )
-
-
-_COLUMNS = ["log-loss", "exact, points", "pairs", "bases", "p", "detectable", "verdict"]
-
-
-def _line(title: str, found: Compared | None) -> list[str]:
-    if found is None:
-        return [title, "not run", *[""] * (len(_COLUMNS) - 1)]
-    return [
-        title,
-        interval(found.log_loss),
-        interval(found.exact, 1),
-        str(found.log_loss.num_pairs),
-        found.agreement,
-        "< 0.001" if found.p_value < 0.001 else f"{found.p_value:.3f}",
-        f"{found.log_loss.detectable:.3f}",
-        found.verdict,
-    ]
-
-
-def _part(title: str, found: Found, family: str, methods: Sequence[str]) -> str:
-    name, names = FAMILIES[family]
-    lines = []
-    for method in methods:
-        of = summarize(found.rows, STUDY.parts[name], method)
-        if of is None:
-            lines.append([TITLES[method], "not run", *[""] * 5])
-            continue
-        low, high = of.rates
-        lines.append(
-            [
-                TITLES[method],
-                f"{of.log_loss:.3f} ± {of.log_loss_deviation:.3f}",
-                f"{of.exact:.1f} ± {of.exact_deviation:.1f}",
-                f"{of.runs}" + (f" ({of.diverged} diverged)" if of.diverged else ""),
-                f"{low:g}" if low == high else f"{low:g} to {high:g}",
-                f"{of.trained_share:.0%}",
-                str(of.longest_wait) if of.longest_wait else "",
-            ]
-        )
-    header = ["method", "log-loss", "exact, %", "runs", "rate", "trained", "longest wait"]
-    notes = (
-        "Mean ± standard deviation within bases. *Trained*: share of the parameters that a step trains, a mean over "
-        "all steps, the probe included. *Longest wait*: most steps in which some layer did not train, in any run.\n\n"
-        if family == "key"
-        else ""
-    )
-    comparisons = [_line(f"{TITLES[a]} - {TITLES[b]}", found.families[family].get((a, b))) for a, b in names]
-    return (
-        f"## {title}\n\n{notes}{table(header, lines)}\n\n"
-        f"{table(['difference (negative is better)', *_COLUMNS], comparisons)}\n"
     )
 
 
@@ -307,133 +187,15 @@ def _defaults(found: Found) -> str:
         ["`always_active`", str(default.always_active), differences(["grass-inside"])],
         ["`moments`", default.moments, differences(["reset"])],
     ]
+    rows = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return (
         f"## Defaults\n\nDifference from GRASS as it is run here (`probe_steps` {CONFIG.probe_steps}, "
         f"`sample_interval` {CONFIG.sample_interval}, `update_interval` {CONFIG.update_interval}, the rest as by "
         "default), at its learning rates: negative is better. Intervals are shorter than the defaults, as runs are "
         "short. `sampler`: the key contrast. Modes of offloading train the same bits, and `active_layers` is what "
         "memory allows.\n\n"
-        + "\n".join(["| option | default | alternatives |", "| --- | --- | --- |"])
-        + "\n"
-        + "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        + "\n"
+        f"| option | default | alternatives |\n| --- | --- | --- |\n{rows}\n"
     )
-
-
-def _stability(rows: Sequence[Row]) -> str:
-    head = "## How noisy the norms are\n\n"
-    if not rows:
-        return head + "Not run yet.\n"
-    steps = sorted({row["step"] for row in rows if row["kind"] == "norms"})
-    names = dict(zip(steps, ("at the start", "after the probe", "half way", "at the end"), strict=True))
-    lines = [
-        [
-            f"{names[step]}, {size} problems",
-            f"{stability.variation(rows, size, step):.0%}",
-            f"{stability.noise_share(rows, size, step):.0%}",
-            f"{stability.repeatability(rows, size, step, 1):.2f}",
-            f"{stability.repeatability(rows, size, step, 20):.2f}",
-            f"{stability.agreement(rows, size, step, 20):.2f}",
-        ]
-        for step in steps
-        for size in (4, 16, 64)
-    ]
-    header = ["stage, batch", "variation", "noise", "repeat, 1 step", "repeat, 20 steps", "signal"]
-    noise = []
-    for label, config in {
-        "log, tau 1 (default)": CONFIG,
-        "log, tau 0.5": GrassConfig(temperature=0.5),
-        "log, tau 2": GrassConfig(temperature=2.0),
-        "mean, tau 1": GrassConfig(importance_scale="mean"),
-        "zscore, tau 1": GrassConfig(importance_scale="zscore"),
-        "none, tau 1": GrassConfig(importance_scale="none"),
-        "log, tau 1, floor": GrassConfig(min_probability=0.5 / 8),
-    }.items():
-        values = [stability.probability_noise(rows, 16, steps[1], window, config) for window in (1, 5, 20)]
-        noise.append([label, f"{values[0][1]:.3f}", *(f"{value[0]:.3f}" for value in values)])
-    active, frozen = stability.bias(rows)
-    smoothed = ", ".join(
-        f"{stability.smoothed_noise(rows, 16, steps[1], 5, alpha):.3f} for {alpha:g}"
-        for alpha in (0.1, 0.5, 1.0)
-    )
-    correlations = ", ".join(
-        f"{stability.autocorrelation(rows, lag):+.2f} at lag {lag}" for lag in (1, 5, 20)
-    )
-    return (
-        head
-        + "*Variation*: standard deviation of a layer's norm between batches, over its mean. *Noise*: share of the "
-        "mean squared norm that is not that of the mean gradient. *Repeat*: rank correlation of the layers between two "
-        "windows of batches drawn apart, at the same weights. *Signal*: rank correlation of MGN over 20 steps with the "
-        "norm of the "
-        f"mean gradient of {stability.REFERENCE:,} problems.\n\n"
-        + table(header, lines)
-        + "\n\nProbabilities after the probe, 16 problems: total variation distance from uniform ones, and between two "
-        "windows by chance.\n\n"
-        + table(["scale", "from uniform", "by chance, 1 step", "5 steps", "20 steps"], noise)
-        + f"\n\nBy chance with windows of 5 steps and an average over four (`ema`): {smoothed}. Layers in "
-        f"training have {stability.selection(rows):.2f} times the mean norm.\n\n"
-        "The order of layers drifts: rank correlation of the start with the end is "
-        f"{stability.drift(rows, 16, steps[0], steps[-1]):+.2f}, of the end of the probe with the end "
-        f"{stability.drift(rows, 16, steps[1], steps[-1]):+.2f}. Without their trend norms of a layer are correlated "
-        f"between steps by {correlations}. Importance is that of the past: its geometric mean ratio to the norms of "
-        f"the last 20 steps is {math.exp(active):.2f} for layers that trained in them and {math.exp(frozen):.2f} for "
-        "frozen ones.\n"
-    )
-
-
-def _real(folder: Path) -> str:
-    """Return study B: tables of `grass reproduce`, and paired differences of GRASS."""
-    parts = [
-        "## A real model\n\nSmolLM2-135M-Instruct on LLM-Adapters' files, by `python -m bench.quality real`: "
-        f"{real.STEPS} steps of {real.BATCH} texts of at most {real.CONTEXT} tokens, {real.CONFIG.active_layers} of 30 "
-        "layers at a time; rates chosen by runs of half as many steps, on held-out training records. Accuracy by "
-        f"LLM-Adapters' rules, on {real.RECORDS} test records a task that are not among the training records. "
-        "*Difference*: GRASS - method, log-loss, mean over orders of the data and their range; three orders decide "
-        "nothing alone.\n"
-    ]
-    for name in real.TASKS:
-        rows = read_rows(folder / f"{name}.jsonl")
-        if not rows:
-            parts.append(f"{name}: not run yet.\n")
-            continue
-        options = real.options_for(name, str(rows[0]["base"]), "data", "", 1, 1.0)
-        report = make_report(rows, options)["methods"]
-        losses = {
-            method: {
-                row["order"]: row["log_loss"]
-                for row in results_of(rows, options, method)[1]
-                if row["log_loss"] is not None
-            }
-            for method in report
-        }
-        lines = []
-        for method, of in report.items():
-            shared = [losses["grass"][o] - losses[method][o] for o in losses[method] if o in losses["grass"]]
-            lines.append(
-                [
-                    method,
-                    "" if of["lr"] is None else f"{of['lr']:g}",
-                    str(of["runs"]),
-                    plus_minus(of["log_loss"], of["log_loss_deviation"], 3),
-                    *(
-                        f"{100 * of['accuracies'][task]:.1f}" if of["accuracies"] else ""
-                        for task in real.TASKS[name]
-                    ),
-                    f"{mean(shared):+.3f} ({min(shared):+.3f} to {max(shared):+.3f})"
-                    if shared and method != "grass"
-                    else "",
-                ]
-            )
-        header = [
-            "method",
-            "rate",
-            "runs",
-            "log-loss",
-            *(f"{task}, %" for task in real.TASKS[name]),
-            "difference",
-        ]
-        parts.append(f"**{name}**\n\n{table(header, lines)}\n")
-    return "\n".join(parts)
 
 
 def _figures(found: Found) -> str:
@@ -482,45 +244,6 @@ def _limits(found: Found) -> str:
     return "## Not tested\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
 
 
-def log_page(found: Found) -> str:
-    """Return docs/evidence-log.md."""
-
-    def lines(names: Iterable[str], of_family: Mapping[Names, Compared], other: str) -> list[str]:
-        return [
-            f"| `{name}` | {NOTES[name].reason} | {NOTES[name].prediction} | "
-            + (
-                "not run"
-                if (of := of_family.get((name, other))) is None
-                else f"{interval(of.log_loss)} {of.verdict}, bases {of.agreement}"
-            )
-            + " |"
-            for name in names
-        ]
-
-    header = ["| arm | reason | prediction | outcome |", "| --- | --- | --- | --- |"]
-    own_rates = ", ".join(f"`{name}`" for name in FIXED)
-    return "\n".join(
-        [
-            "# Rules and settings that were tried\n",
-            "<!-- Generated by `python -m bench.quality verify --write`: do not edit. -->\n",
-            "Each arm with its reason, what was predicted before its first run, and its outcome: the difference of",
-            "held-out log-loss on arithmetic, negative is better. [evidence.md](evidence.md) explains the study.\n",
-            "## Rules, against uniform sampling\n",
-            f"They see gradients of all layers on {MEASURED} other problems at the beginning of each period, which no",
-            "method that saves memory does: a rule that does not help here need not be built. Learning rates are",
-            f"those of uniform sampling, but for {own_rates}, which have their own.\n",
-            *header,
-            *lines(RULES, found.families["rules"], "uniform"),
-            "\n## Settings, against GRASS\n",
-            "At the learning rates of GRASS.\n",
-            *header,
-            *lines(SETTINGS, found.families["settings"], "grass"),
-            *lines(["grass-floor"], found.families["methods"], "grass"),
-            "",
-        ]
-    )
-
-
 BEGIN, END = "<!-- evidence: generated -->", "<!-- end of evidence -->"
 
 
@@ -544,6 +267,7 @@ def written_pages(folder: Path, root: Path) -> dict[Path, str]:
     lines = "\n".join(f"- {line}" for line in findings(found))
     return {
         root / "docs" / "evidence.md": page(found),
+        root / "docs" / "evidence-tables.md": tables_page(found),
         root / "docs" / "evidence-log.md": log_page(found),
         readme: f"{before}{BEGIN}\n\n{lines}\n\n{END}{after}",
     }

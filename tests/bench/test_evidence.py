@@ -14,12 +14,13 @@ import torch
 
 from bench.quality import __main__ as command
 from bench.quality import figures, stability
-from bench.quality.comparison import compare, is_complete, results, summarize
-from bench.quality.evidence import BEGIN, END, FAMILIES, TITLES, Found, findings, page, written_pages
+from bench.quality.comparison import FAMILIES, Found, compare, is_complete, results, summarize
+from bench.quality.evidence import BEGIN, END, findings, page, written_pages
 from bench.quality.log import NOTES
 from bench.quality.methods import CONFIG, RULES, SETTINGS
 from bench.quality.stability import measure
 from bench.quality.study import BUDGETS, KEY, OTHERS, SEARCH, STUDY
+from bench.quality.tables import TITLES, tables_page
 from bench.quality.training import Budget, make_model
 from grass import GrassConfig
 from grass.errors import GrassError
@@ -188,7 +189,7 @@ def project(tmp_path, rows, monkeypatch):
 
 def test_pages_that_were_written_are_as_the_rows_say(project, capsys):
     assert command.main(["verify"]) == 0
-    assert capsys.readouterr().out.count("as the rows say") == 3
+    assert capsys.readouterr().out.count("as the rows say") == 4
     readme = (project / "README.md").read_text()
     assert readme.startswith("Before\n")
     assert readme.endswith("After\n")
@@ -196,13 +197,16 @@ def test_pages_that_were_written_are_as_the_rows_say(project, capsys):
     assert "old" not in readme
 
 
-@pytest.mark.parametrize("name", ["docs/evidence.md", "docs/evidence-log.md", "README.md"])
+@pytest.mark.parametrize(
+    "name", ["docs/evidence.md", "docs/evidence-tables.md", "docs/evidence-log.md", "README.md"]
+)
 def test_a_change_by_hand_is_found(project, name, capsys):
     path = project / name
     text = path.read_text()
-    changed = (
-        text.replace("**better**", "**best**") if "better**" in text else text.replace("equal", "better", 1)
-    )
+    by_hand = {"**better**": "**best**", "| better |": "| worse |", "equal": "better"}
+    changed = text
+    for old, new in by_hand.items():
+        changed = changed.replace(old, new)
     assert changed != text
     path.write_text(changed)
     assert command.main(["verify"]) == 1
@@ -350,6 +354,7 @@ def test_the_page_is_written_with_all_rows(tmp_path, rows, measured):
     write_rows(tmp_path / "study.jsonl", rows)
     enough = [r | {"norms": r["norms"] * 10} if r["kind"] == "norms" else r for r in measured]
     write_rows(tmp_path / "stability.jsonl", enough)
-    text = page(Found.of(tmp_path))
-    assert "Not run yet" not in text.split("## How noisy")[1].split("## Not tested")[0]
-    assert "nan" not in text
+    found = Found.of(tmp_path)
+    text = tables_page(found)
+    assert "Not run yet" not in text.split("## How noisy")[1]
+    assert "nan" not in text + page(found)
