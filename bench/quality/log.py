@@ -28,6 +28,15 @@ NOTES: dict[str, Note] = {
         "No sampling: the layers whose mean gradient is largest are where a step decreases the loss most.",
         "better than uniform by 0.05 to 0.1, as in a first look; it may starve layers",
     ),
+    "noisy-top": Note(
+        "`signal-top` by the norms of one batch, which one more backward pass a period could measure. Added after half "
+        "of the runs of `signal-top`.",
+        "as `signal-top` within 0.03: one batch orders the layers nearly alike",
+    ),
+    "first-top": Note(
+        "`signal-top` measured once, before training: is it the layers, or that they are chosen again? Added likewise.",
+        "between `lowest` and `signal-top`",
+    ),
     "signal": Note(
         "p proportional to the norm of the mean gradient: what MGN would be without noise.",
         "better than uniform by 0.05",
@@ -80,6 +89,11 @@ NOTES: dict[str, Note] = {
     "probe-5": Note("T_p of 5.", "better by 0.015: five steps order the layers well enough"),
     "ema-0.1": Note("alpha of 0.1: importance hardly moves.", "equal"),
     "ema-1": Note("alpha of 1: importance is the last window's.", "equal"),
+    "tau-0.05": Note(
+        "p proportional to m^20: the layers with the largest importance, always. Importance of frozen layers is old. "
+        "Added likewise.",
+        "better by 0.05, less than `signal-top`",
+    ),
     "tau-0.25": Note(
         "p proportional to m^4: nearly the layers with the largest importance, always.",
         "better by 0.03 if `signal-top` is better",

@@ -62,6 +62,7 @@ class View:
         data: training problems.
         generator: random state of the rule.
         unseen: for each layer, number of periods since it was trained last.
+        first: the scores at the beginning of training, of a rule that is `once` measured.
     """
 
     model: nn.Module
@@ -69,6 +70,7 @@ class View:
     data: Data
     generator: torch.Generator
     unseen: Tensor = field(default_factory=lambda: torch.zeros(LAYERS, dtype=torch.float64))
+    first: Tensor | None = None
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -176,6 +178,17 @@ def hopeful(view: View) -> Tensor:
     return signal(view) * (1 + view.unseen)
 
 
+def once(scores: Scores) -> Scores:
+    """Return scores that are measured at the beginning of training only."""
+
+    def measured(view: View) -> Tensor:
+        if view.first is None:
+            view.first = scores(view)
+        return view.first
+
+    return measured
+
+
 def nothing(view: View) -> Tensor:
     """Return ones."""
     return torch.ones(LAYERS)
@@ -249,6 +262,8 @@ RULES: dict[str, Rule] = {
     "highest": by_rule(nothing, always(*range(LAYERS - ACTIVE, LAYERS))),
     "unseen": by_rule(nothing, longest_unseen),
     "signal-top": by_rule(signal, largest),
+    "noisy-top": by_rule(noisy, largest),
+    "first-top": by_rule(once(signal), largest),
     "signal": by_rule(signal, drawn(1.0)),
     "signal-squared": by_rule(signal, drawn(2.0)),
     "signal-inverse": by_rule(signal, drawn(-1.0)),
@@ -274,6 +289,7 @@ SETTINGS: dict[str, Method] = {
     "probe-5": methods.sampled(probe_steps=5),
     "ema-0.1": methods.sampled(ema=0.1),
     "ema-1": methods.sampled(ema=1.0),
+    "tau-0.05": methods.sampled(temperature=0.05),
     "tau-0.25": methods.sampled(temperature=0.25),
     "tau-0.5": methods.sampled(temperature=0.5),
     "tau-2": methods.sampled(temperature=2.0),

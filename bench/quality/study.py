@@ -18,15 +18,19 @@ BUDGETS = {"arithmetic": Budget(steps=500), "relations": Budget(steps=600)}
 """Budgets with which full fine-tuning answers 40 to 90 % exactly."""
 KEY = ("full", "uniform", "static", "grass", "shuffled")
 """Methods of the key contrast, of which most pairs are run."""
-FIXED = ("lowest", "highest", "signal-top", "progress-top", "decrease-top")
-"""Rules that may train the same layers for long, and so have learning rates of their own."""
+FIXED = (
+    "lowest", "highest", "signal-top", "noisy-top", "first-top", "progress-top", "decrease-top", "tau-0.05",
+)  # fmt: skip
+"""Rules and settings that may train the same layers for long, and so have learning rates of their own."""
 SEARCH = Search(rates=(2e-3, 4e-3, 8e-3), orders=(1000,))
 """Learning rates are chosen for each base, since the largest stable one differs between bases."""
 
 
 def rate_of(method: str) -> str:
     """Return the method whose learning rate a method uses: its own, but for drawn rules and for settings."""
-    if method in RULES and method not in FIXED:
+    if method in FIXED:
+        return method
+    if method in RULES:
         return "uniform"
     return "grass" if method in SETTINGS else method
 

@@ -282,7 +282,7 @@ def log_page(found: Found) -> str:
             *header,
             *lines(RULES, found.families["rules"], "uniform"),
             "\n## Settings, against GRASS\n",
-            "At the learning rates of GRASS.\n",
+            "At the learning rates of GRASS, but for those named above.\n",
             *header,
             *lines(SETTINGS, found.families["settings"], "grass"),
             *lines(["grass-floor"], found.families["methods"], "grass"),
