@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from bench import host, integration, report
+from bench import host, integration, report, scale
 from bench.gpu import measure, smoke, suite, training
 from bench.kernels import command as kernels
 from bench.offload import command as offload
@@ -20,7 +20,7 @@ def make_parser() -> Parser:
     """Return the parser of all benchmarks."""
     parser = Parser(prog="python -m bench", description="Benchmarks of the source tree.", epilog=_EPILOG)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (kernels, offload, host, integration, suite, smoke, measure, training, report):
+    for command in (kernels, offload, host, integration, suite, smoke, measure, training, scale, report):
         command.add_parser(subparsers)
     return parser
 

@@ -8,8 +8,23 @@ from pathlib import Path
 from typing import IO, Any
 
 from grass.cli.values import require_matplotlib, writable
+from grass.errors import GrassError
 
 Row = dict[str, Any]
+
+
+def replace_between(path: Path, begin: str, end: str, new: str) -> str:
+    """Return the text of a file with a new part between two marks.
+
+    Raises:
+        GrassError: a mark is missing.
+    """
+    text = path.read_text(encoding="utf-8")
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end):
+        raise GrassError(f"{path.name} has no part between {begin} and {end}")
+    return f"{before}{begin}\n\n{new}\n\n{end}{after}"
 
 
 def add_output_options(parser: argparse.ArgumentParser, *, plot: str | None = None) -> None:

@@ -9,7 +9,7 @@ import grass
 
 def main() -> None:
     """Train for 24 steps of two micro-batches."""
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    accelerator = Accelerator(gradient_accumulation_steps=2)
     model = make_model()
     config = grass.GrassConfig(
         active_layers=2, probe_steps=4, sample_interval=4, update_interval=8, fused_backward=True

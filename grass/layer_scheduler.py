@@ -123,6 +123,20 @@ class LayerScheduler:
         return counts
 
     @property
+    def reads_norms(self) -> bool:
+        """True if the norms of the next step can change what is drawn."""
+        return self.probing or self.sampler.adapts
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what must be equal in all processes that train one model."""
+        return {
+            "step": self.schedule.step_count,
+            "draws": self.sampler.num_draws,
+            "active": [self.active, self.next_active],
+            "importance": self.importance.importance.tolist(),
+        }
+
+    @property
     def probing(self) -> bool:
         """True if the next step belongs to the probe."""
         return self.schedule.phase == "probe"

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.output import replace_between
 from bench.quality import real, stability
 from bench.quality.comparison import Compared, Found, is_complete, summarize
 from bench.quality.methods import CONFIG
 from bench.quality.study import BUDGETS, SEARCH, STUDY
 from bench.quality.tables import interval, log_page, mean_and_range, real_report, tables_page
 from grass import GrassConfig
-from grass.errors import GrassError
 
 _HEAD = """\
 # Evidence
@@ -258,16 +258,11 @@ def written_pages(folder: Path, root: Path) -> dict[Path, str]:
         GrassError: the README has no marks.
     """
     readme = root / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise GrassError(f"README.md has no part between {BEGIN} and {END}")
     found = Found.of(folder)
     lines = "\n".join(f"- {line}" for line in findings(found))
     return {
         root / "docs" / "evidence.md": page(found),
         root / "docs" / "evidence-tables.md": tables_page(found),
         root / "docs" / "evidence-log.md": log_page(found),
-        readme: f"{before}{BEGIN}\n\n{lines}\n\n{END}{after}",
+        readme: replace_between(readme, BEGIN, END, lines),
     }

@@ -19,6 +19,7 @@ from grass.plan import is_preset, preset_names
 if TYPE_CHECKING:
     import torch
 
+    from grass.plan.cluster import Cluster
     from grass.plan.prediction import Case, Row
 
 _DTYPES = tuple(dict.fromkeys((*get_args(Dtype), "float16")))
@@ -43,12 +44,17 @@ examples:
   grass plan --model llama3-8b --gpu-gib 40 --host-gib 64 --state-dtype bfloat16
   grass plan --model ./checkpoint --context 2048 --loss full --plot memory.png
   grass plan --model qwen2.5-7b --json
+  grass plan --model llama2-70b --world-size 64 --shard 8 --gpu-gib 80 --activation-checkpointing
 
-Host memory is that of the store when every layer has been drawn. The lower bound of a step is the longest of compute at
---tflops and the copies to and from the device at --pcie-gbs; resident states are copied once in --sample-interval
-steps. Compute is that of matrix products and attention, forward and backward, with what is computed again for
-activation checkpointing. In a mixture of experts a token counts for the experts that it is routed to; copies are of the
-states of all experts.
+Host memory is that of the store when every layer has been drawn, for each GPU. The lower bound of a step is the
+longest of compute at --tflops and the copies to and from the device at --pcie-gbs; resident states are copied once in
+--sample-interval steps. Compute is that of matrix products and attention, forward and backward, with what is computed
+again for activation checkpointing. In a mixture of experts a token counts for the experts that it is routed to; copies
+are of the states of all experts.
+
+With --world-size a step of FSDP2 runs in a process group whose other ranks do not exist: rows are those of one GPU.
+Gather is what a GPU sends of its weights for forward and backward, reduce what it sends of gradients; bounds of the
+step then include both, by a ring at the full bandwidth of its slowest link, hidden behind compute.
 
 The names --batch, --seq, --checkpointing and --master-weights are accepted too; --no-master-weights is --rounding
 nearest.
@@ -125,6 +131,27 @@ def add_parser(subparsers: Any) -> None:
         metavar="X",
         help="1e12 operations per second, sustained [150]",
     )
+    cluster = parser.add_argument_group("several GPUs, by FSDP2")
+    cluster.add_argument(
+        "--world-size",
+        type=count,
+        default=1,
+        metavar="N",
+        help="number of GPUs; --batch-size is that of each [1]",
+    )
+    cluster.add_argument(
+        "--shard", type=count, metavar="M",
+        help="GPUs that share one copy of the model; fewer than all is HSDP [all]",
+    )  # fmt: skip
+    cluster.add_argument("--node-size", type=count, default=8, metavar="N", help="GPUs in a machine [8]")
+    cluster.add_argument(
+        "--link-gbs", type=positive, default=450.0, metavar="X",
+        help="1e9 bytes per second of a GPU to others in its machine, in each direction [450]",
+    )  # fmt: skip
+    cluster.add_argument(
+        "--network-gbs", type=positive, default=50.0, metavar="X",
+        help="1e9 bytes per second of a GPU between machines, in each direction [50]",
+    )  # fmt: skip
     parser.add_argument(
         "--plot", metavar="FILE", help="draw peak against sequence length (PNG); takes longer"
     )
@@ -169,21 +196,25 @@ def run(args: argparse.Namespace) -> int:
         require_matplotlib()
     case, notes = _case(args)
     rows: list[Row] = []
-    for row in predict(case, _names()):
+    for row in predict(case, _names(case)):
         if not rows:
             for note in notes:
                 _note(note)
         if not args.json:
             if not rows:
                 print(_head(case))
-            print(_line(row, case.host_gib), flush=True)
+            print(_line(row, case), flush=True)
         rows.append(row)
     if args.json:
         print(json.dumps([row.as_dict() for row in rows], indent=1, allow_nan=False))
     else:
         print(f"\n{advise(rows, case.gpu_gib, case.host_gib)}")
         best = choose(rows, case.gpu_gib, case.host_gib)
-        if best is not None:
+        if case.cluster is not None:
+            print(
+                "\ngrass finetune uses one GPU: docs/scale.md and examples/fsdp2.py show how to use several."
+            )
+        elif best is not None:
             options, remarks = _as_planned(args, case, options)
             print("\n".join(("", finetune_command(best.method, options, config), *remarks)))
     if plot is not None:
@@ -191,10 +222,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _names() -> list[str]:
+def _names(case: Case) -> list[str]:
     from grass.plan.methods import has_peft
     from grass.plan.prediction import METHODS
 
+    if case.cluster is not None:
+        return [name for name in METHODS if not name.startswith("lora")]
     if has_peft():
         return list(METHODS)
     _note("peft is not installed, and LoRA is left out")
@@ -263,10 +296,13 @@ def _case(args: argparse.Namespace) -> tuple[Case, list[str]]:
     from grass.plan.prediction import Case
 
     dtype, loss = _dtype(args), args.loss
+    cluster = _cluster(args)
     notes = []
     if dtype is None:
         notes.append("config.json does not tell the dtype of the weights: bfloat16 is planned (--dtype)")
-    if loss == "auto":
+    if loss == "auto" and cluster is not None:
+        loss = "full"
+    elif loss == "auto":
         loss, reason = loss_of_run(args.model)
         if reason:
             notes.append(f"the full loss is planned: {reason}")
@@ -288,8 +324,19 @@ def _case(args: argparse.Namespace) -> tuple[Case, list[str]]:
         host_gib=args.host_gib,
         pcie_gbs=args.pcie_gbs,
         tflops=args.tflops,
+        cluster=cluster,
     )
     return case, notes
+
+
+def _cluster(args: argparse.Namespace) -> Cluster | None:
+    from grass.plan.cluster import Cluster
+
+    if args.world_size == 1 and args.shard in (None, 1):
+        return None
+    return Cluster(
+        args.world_size, args.shard or args.world_size, args.node_size, args.link_gbs, args.network_gbs
+    )
 
 
 def _dtype(args: argparse.Namespace) -> torch.dtype | None:
@@ -342,6 +389,7 @@ def _draw(case: Case, rows: list[Row], path: Path, points: int) -> None:
 _COLUMNS = (
     "peak", "weights", "gradients", "states", "on host", "activations", "h2d/step", "d2h/step", "floor ms",
 )  # fmt: skip
+_COLUMNS_OF_CLUSTER = ("gather/step", "reduce/step")
 
 
 def _head(case: Case) -> str:
@@ -351,11 +399,22 @@ def _head(case: Case) -> str:
         f"{case.loss} loss, {case.active_layers} active layers; GiB; floor at {case.tflops:g} TFLOP/s and "
         f"{case.pcie_gbs:g} GB/s"
     )
-    return f"{title}\n\n{'':28}" + "".join(f"{column:>12}" for column in _COLUMNS) + "  fits"
+    columns: tuple[str, ...] = _COLUMNS
+    if case.cluster is not None:
+        cluster = case.cluster
+        title += (
+            f"; each of {cluster.world_size} GPUs, {cluster.replicas} x {cluster.shard}, {cluster.link_gbs:g} GB/s in "
+            f"a machine of {cluster.node_size}, {cluster.network_gbs:g} GB/s between"
+        )
+        columns = (*_COLUMNS, *_COLUMNS_OF_CLUSTER)
+    return f"{title}\n\n{'':28}" + "".join(f"{column:>12}" for column in columns) + "  fits"
 
 
-def _line(row: Row, host_gib: float | None) -> str:
-    values = list(row.as_dict().values())[1:-1]
-    cells = [f"{value:12.2f}" for value in values[:-1]] + [f"{values[-1]:12.0f}"]
-    note = "" if host_gib is None or row.states_host_gib <= host_gib else ", not the host"
+def _line(row: Row, case: Case) -> str:
+    values = [row.peak_gib, row.weights_gib, row.gradients_gib, row.states_device_gib, row.states_host_gib]
+    values += [row.activations_gib, row.h2d_gib_per_step, row.d2h_gib_per_step]
+    cells = [*(f"{value:12.2f}" for value in values), f"{row.step_floor_ms:12.0f}"]
+    if case.cluster is not None:
+        cells += [f"{row.gathered_gib_per_step:12.2f}", f"{row.reduced_gib_per_step:12.2f}"]
+    note = "" if case.host_gib is None or row.states_host_gib <= case.host_gib else ", not the host"
     return f"{row.method:28}" + "".join(cells) + f"  {'yes' if row.fits else 'no'}{note}"

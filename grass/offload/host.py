@@ -1,5 +1,6 @@
 """Available host memory, compared with the size of the store before training."""
 
+import os
 from pathlib import Path
 
 from grass.errors import OffloadError
@@ -14,6 +15,8 @@ _FILES = {  # limit and usage, by controller
 def available_bytes(root: Path = Path("/")) -> int | None:
     """Return the available host memory in bytes, within the limits of containers and jobs; None if unknown.
 
+    Processes of one run on one machine (``LOCAL_WORLD_SIZE``, as `torchrun` sets it) have equal shares.
+
     Args:
         root: root of the file system.
     """
@@ -27,7 +30,7 @@ def available_bytes(root: Path = Path("/")) -> int | None:
             if limit.isdigit() and used.isdigit():  # "max": no limit
                 # Cached files count as used, but are evicted on demand.
                 found.append(max(0, int(limit) - int(used) + _cached_bytes(folder)))
-    return min(found) if found else None
+    return min(found) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if found else None
 
 
 def _groups(root: Path, controller: str) -> list[Path]:

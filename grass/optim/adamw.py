@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from grass.errors import StateMismatchError
+from grass.errors import GrassError, StateMismatchError
 from grass.optim.checks import check_entries, check_states, refuse_in_capture, refuse_sparse
 from grass.optim.hyperparameters import settings_of
 from grass.optim.param_entry import ParamEntry
+from grass.optim.sharding import Ranks, as_shard_of, is_sharded, local, ranks_of, shard_for
 from grass.optim.states import HYPERPARAMETERS, Options, StateMaker, own_keys
 from grass.optim.step_plan import InPlace, Reading, Scaler, Scope, StepPlan, read_step
 
@@ -116,6 +117,8 @@ class AdamW(torch.optim.AdamW):
         self._states = StateMaker(self._options)
         self._plans: dict[object, StepPlan] = {}  # by the name of the parameters that are updated together
         self._sq_norms: Tensor | None = None
+        self._is_sharded = self._norms_are_local = False
+        self._ranks: Ranks | None = None  # processes over which norms are summed
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_options": self._options}
@@ -155,16 +158,33 @@ class AdamW(torch.optim.AdamW):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Norm of all gradients of the last step, before clipping: float32 scalar on the device; None before a step."""
-        return None if self._sq_norms is None else self._sq_norms.sum().sqrt()
+        """Norm of all gradients of the last step, before clipping: float32 scalar on the device; None before a step.
+
+        Raises:
+            GrassError: parameters are sharded, and nothing has summed the norms over the ranks.
+        """
+        sq_norms = self._sq_norms_of_all_ranks()
+        return None if sq_norms is None else sq_norms.sum().sqrt()
 
     @property
     def layer_grad_norms(self) -> Tensor | None:
         """Gradient norm of each parameter in the last step: float32 [parameters] on the device, 0 without gradient.
 
         Without layers each parameter tensor counts as one, in the order of ``param_groups``.
+
+        Raises:
+            GrassError: as for `grad_norm`.
         """
-        return None if self._sq_norms is None else self._sq_norms.sqrt()
+        sq_norms = self._sq_norms_of_all_ranks()
+        return None if sq_norms is None else sq_norms.sqrt()
+
+    def _sq_norms_of_all_ranks(self) -> Tensor | None:
+        if self._sq_norms is not None and self._norms_are_local:
+            raise GrassError(
+                "gradient norms of sharded parameters are not summed over the ranks, since no part of the optimizer "
+                "needs them: pass max_grad_norm, which may be as large as you like"
+            )
+        return self._sq_norms
 
     # Any: torch declares closures that return a float, but they return tensors
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -193,6 +213,7 @@ class AdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         self._sq_norms = self._update()
+        self._norms_are_local = self._is_sharded and self._ranks is None
         return loss
 
     def _check_capture(self) -> None:
@@ -239,7 +260,7 @@ class AdamW(torch.optim.AdamW):
             plan, reading = built
             self._plans[name] = plan
         scaler = Scaler(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        sq_norms, kept = plan.run(reading, self.param_groups, scaler)
+        sq_norms, kept = plan.run(reading, self.param_groups, scaler, self._ranks)
         self._graphs += kept
         return sq_norms
 
@@ -257,10 +278,13 @@ class AdamW(torch.optim.AdamW):
             return None
         check_entries(scope.entries, self.param_groups, self._options)
         check_states(scope.entries, self.param_groups, self.state, self._options)
+        params_in_scope = [entry.param for entry in scope.entries]
+        self._is_sharded = any(is_sharded(p) and p.device_mesh.size() > 1 for p in params_in_scope)  # type: ignore[attr-defined]
+        self._ranks = self._find_ranks(params_in_scope)
         for entry in scope.entries:
             group, state = self.param_groups[entry.group], self.state[entry.param]
-            self._states.allocate(state, group, entry.param)
-            self._states.move_to_param(state, group, entry.param)
+            self._states.allocate(state, group, entry.shard)
+            self._states.move_to_param(state, group, entry.shard)
         try:
             reading = read_step(params, self.state, self._optional_kinds())
         except (
@@ -270,6 +294,10 @@ class AdamW(torch.optim.AdamW):
         _logger.debug("new plan for %d parameters", len(scope.entries))
         return StepPlan(reading, scope, self.param_groups, self._options), reading
 
+    def _find_ranks(self, params: Sequence[Tensor]) -> Ranks | None:
+        """Return the processes over which norms are summed, which only clipping needs."""
+        return ranks_of(params) if self._is_sharded and self._options.max_grad_norm is not None else None
+
     def _optional_kinds(self) -> list[str]:
         """Return the kinds of states that some parameters have beside two moments and a step counter."""
         kinds = ["remainder"] if self._options.master_weights else []
@@ -278,6 +306,18 @@ class AdamW(torch.optim.AdamW):
         return kinds
 
     # -- state dicts ------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state in torch's layout. States of sharded parameters are DTensors, as in torch."""
+        state_dict = super().state_dict()
+        for index, (group, p) in enumerate(self._members()):
+            if is_sharded(p) and index in state_dict["state"]:
+                state = state_dict["state"][index]
+                own = own_keys(state, group, local(p), self._options)
+                state_dict["state"][index] = {
+                    key: as_shard_of(p, value) if key in own else value for key, value in state.items()
+                }
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer or of `torch.optim.AdamW`.
@@ -330,10 +370,13 @@ class AdamW(torch.optim.AdamW):
     def _restore(self, saved: dict[str, Any]) -> None:
         """Copy the states of a state dict in their saved precision."""
         saved_ids = [key for group in saved["param_groups"] for key in group["params"]]
+        found = []
         for key, (group, p) in zip(saved_ids, self._members(), strict=True):
             loaded = saved["state"].get(key)
             if loaded:
-                self._states.restore(self.state[p], group, p, loaded)
+                found.append((group, p, {name: shard_for(p, value, name) for name, value in loaded.items()}))
+        for group, p, loaded in found:  # after all have been checked
+            self._states.restore(self.state[p], group, local(p), loaded)
 
     def _members(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         """Iterate over (group, parameter), in the order of the indices in `state_dict`."""

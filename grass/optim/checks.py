@@ -11,6 +11,7 @@ import grass_kernels
 from grass.errors import ParameterError
 from grass.optim.hyperparameters import hyperparameters_of
 from grass.optim.param_entry import ParamEntry
+from grass.optim.sharding import local
 from grass.optim.states import STATE_KEYS, Options, moment_dtype, moment_keys, own_keys, takes_kernel
 from grass_kernels import KernelArgumentError, layout
 from grass_kernels.arguments import check_addressable, check_has_memory
@@ -41,7 +42,7 @@ def refuse_without_memory(params: Sequence[Tensor]) -> None:
     Raises:
         ParameterError: a parameter without memory of its own, such as a quantized weight; not on the meta device.
     """
-    for p in params:
+    for p in map(local, params):
         if not p.is_meta:
             try:
                 check_has_memory("the parameter", p)
@@ -74,8 +75,8 @@ def check_entries(entries: Sequence[ParamEntry], groups: Sequence[dict[str, Any]
         ValueError: a parameter was converted to a dtype that the options exclude.
     """
     for entry in entries:
-        p, g, group = entry.param, entry.param.grad, groups[entry.group]
-        if group["differentiable"] and p.requires_grad and p.is_leaf:
+        p, g, group = entry.shard, entry.param.grad, groups[entry.group]
+        if group["differentiable"] and entry.param.requires_grad and entry.param.is_leaf:
             raise RuntimeError(
                 f"parameter {entry.index} is a leaf Variable that requires grad, and differentiable=True updates it in "
                 "place, which autograd does not allow: pass the result of an operation, such as clone()"
@@ -91,6 +92,7 @@ def check_entries(entries: Sequence[ParamEntry], groups: Sequence[dict[str, Any]
                 "remove capturable=True"
             )
         assert g is not None
+        g = local(g)
         options.check_param(p, f"parameter {entry.index}")
         known = grass_kernels.is_supported(p.dtype, p.dtype, torch.float32)
         if not known and p.dtype != torch.float64 and not p.is_complex():
@@ -162,8 +164,8 @@ def check_states(
         KernelArgumentError: a state does not fit; the message has the parameter's index.
     """
     for entry in entries:
-        p, group = entry.param, groups[entry.group]
-        found = state.get(p, {})
+        p, group = entry.shard, groups[entry.group]
+        found = state.get(entry.param, {})
         own = {key: found[key] for key in own_keys(found, group, p, options)}
         for key, value in own.items():
             name = f"{key} of parameter {entry.index}"

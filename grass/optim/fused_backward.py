@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from grass.errors import BackwardError
+from grass.optim.sharding import wait_for_copy
 
 
 class FusedBackward:
@@ -149,6 +150,9 @@ class FusedBackward:
     def _run(self, bucket: int) -> None:
         update = self._update()
         assert update is not None, "hooks have outlived their optimizer"
+        for p in self._members[bucket]:
+            if p.grad is not None:
+                wait_for_copy(p.grad)
         sq_norms = update(bucket)
         self.done.append(bucket)
         self._arrived[bucket].clear()

@@ -11,12 +11,13 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
+from torch.utils._pytree import tree_map
 
 from grass.choices import Offload
 from grass.config import GrassConfig
@@ -35,12 +36,21 @@ from grass.optim.param_entry import (
     count_elements,
     make_entries,
     params_by_layer,
-    refuse_distributed,
     weight_norms,
 )
 from grass.optim.probe import Probe
 from grass.optim.requires_grad import RequiresGradLease, trainable_flags
-from grass.optim.states import takes_kernel
+from grass.optim.sharding import (
+    Ranks,
+    as_shard_of,
+    is_distributed,
+    is_sharded,
+    local,
+    num_ranks,
+    ranks_of,
+    refuse_wrapper,
+)
+from grass.optim.states import HYPERPARAMETERS, takes_kernel
 from grass.optim.step_plan import InPlace, Residency, Scope
 from grass.schedule import Schedule
 
@@ -65,9 +75,10 @@ class GrassAdamW(AdamW):
         pattern: selects the modules that are layers, if they cannot be discovered: as for `LayerMap.from_model`,
             or a `LayerMap`.
 
-    Works with any training loop, gradient accumulation, activation checkpointing, autocast, GradScaler,
-    accelerate and Trainer. While probing, ``step`` changes no weights but counts as a step: a learning-rate
-    schedule advances, and a logged gradient norm is near zero, since gradients are freed once measured.
+    Works with any training loop, gradient accumulation, activation checkpointing, autocast, GradScaler, accelerate and
+    Trainer, and on several GPUs with FSDP2 (docs/scale.md). While probing, ``step`` changes no weights but counts as a
+    step: a learning-rate schedule advances, and a logged gradient norm is near zero, since gradients are freed once
+    measured.
 
     With ``offload`` states are in host memory: read them by `state_dict`, which waits for copies in flight, and
     change them by `load_state_dict`; direct writes are not detected. A copy of an optimizer (`copy`, pickle) sets
@@ -77,7 +88,7 @@ class GrassAdamW(AdamW):
         OffloadError: host memory too small for the states of all layers, or parameters on several devices.
         ParameterError: no parameters, parameters that do not belong to the model, or trainable ones without memory of
             their own (quantized).
-        ConfigError: a configuration that does not fit the model, or a distributed run.
+        ConfigError: a configuration that does not fit the model, or a wrapper of data parallelism other than FSDP2.
         LayerDiscoveryError: the layers of the model cannot be discovered.
 
     Source: paper, "the method". Moments are kept when a layer is frozen; each parameter has its own step counter.
@@ -125,7 +136,7 @@ class GrassAdamW(AdamW):
             )
         self._config = config if config is not None else GrassConfig()
         self._config.check_options(max_grad_norm)
-        refuse_distributed(model)
+        refuse_wrapper(model)
         super().__init__(
             params,
             lr=lr,
@@ -155,7 +166,9 @@ class GrassAdamW(AdamW):
             _logger.warning(what, len(frozen), len(self._layers), frozen)
         self._lease.handles.extend(keep_graph_through_frozen_embeddings(model))
         if self._config.fused_backward:  # the last backward may have failed, or have ended in checkpoints
-            self._lease.handles.append(model.register_forward_pre_hook(_JoinUpdates(self)))
+            self._lease.handles.append(model.register_forward_pre_hook(_Call(self, "_join_updates")))
+        if is_distributed():
+            self._lease.handles.append(model.register_forward_pre_hook(_Call(self, "_prepare_ranks")))
         if hasattr(model, "_orig_mod"):
             warnings.warn(
                 "the whole model is compiled, and is recompiled for every new set of active layers: compile its blocks "
@@ -171,19 +184,33 @@ class GrassAdamW(AdamW):
             )
         return assign_layers(params, model, self._layers, self._config)
 
-    def _start(self, layer_of: dict[Tensor, int], trainable: dict[Tensor, bool]) -> None:
-        """Create the parts; the lease last, since it is the first to change the model."""
+    def _start(
+        self, layer_of: dict[Tensor, int], trainable: dict[Tensor, bool], *, reads_weights: bool = True
+    ) -> None:
+        """Create the parts; the lease last, since it is the first to change the model.
+
+        Args:
+            layer_of, trainable: as for `make_entries`.
+            reads_weights: False for a copy, which gets the importance of the original.
+        """
         self._entries = make_entries(self.param_groups, layer_of, trainable, len(self._layers))
         by_layer = params_by_layer(self._entries, len(self._layers))
         if not any(by_layer):  # all layers are frozen; the user may unfreeze some later
             self._config.check_layers(
                 len({entry.layer for entry in self._entries if entry.layer < len(self._layers)})
             )
-        weights = weight_norms(by_layer) if self._config.sampler == "weight_norm" else None
+        weights = None
+        if self._config.sampler == "weight_norm" and reads_weights:
+            sharded = [p for layer in by_layer for p in layer if is_sharded(p)]
+            weights = weight_norms(by_layer, ranks_of(sharded))
         device = next((p.device for p, on in trainable.items() if on), next(iter(trainable)).device)
         self._scheduler = LayerScheduler(
             self._config, self._layers.names, count_elements(by_layer), device, weights
         )
+        self._are_ranks_known = False
+        # Until the first forward pass of a run of several processes no layer is frozen: a model may be sharded before
+        # it, and FSDP2 chooses the dtype in which it reduces a layer's gradients by what requires grad then.
+        self._is_waiting = num_ranks() > 1
         self._offload: OffloadManager | None = None
         self._mode: Offload = "none" if self._config.offload == "auto" else self._config.offload
         self._observed_order: list[int] = []
@@ -195,7 +222,7 @@ class GrassAdamW(AdamW):
         self._fused: FusedBackward | None = None
         self._has_removed_params = self._has_told_of_changes = False
         self._switch_parameters()
-        if self._config.fused_backward:
+        if self._config.fused_backward or num_ranks() > 1:
             self._step_supports_amp_scaling = True  # a GradScaler then calls `step`, which raises
 
     # -- properties -----------------------------------------------------------------------------------
@@ -265,8 +292,13 @@ class GrassAdamW(AdamW):
 
     @property
     def layer_grad_norms(self) -> Tensor | None:
-        """Gradient norm of each layer in the last step: float32 [L] on the device, 0 for frozen layers."""
-        return None if self._sq_norms is None else self._sq_norms[:-1].sqrt()
+        """Gradient norm of each layer in the last step: float32 [L] on the device, 0 for frozen layers.
+
+        Raises:
+            GrassError: as for `grad_norm`.
+        """
+        sq_norms = self._sq_norms_of_all_ranks()
+        return None if sq_norms is None else sq_norms[:-1].sqrt()
 
     @property
     def transfer_stats(self) -> TransferStats:
@@ -301,6 +333,8 @@ class GrassAdamW(AdamW):
             with torch.enable_grad():
                 loss = closure()
         refuse_sparse(self.param_groups)
+        if not self.step_count:
+            self._current_entries()  # accelerate may have replaced the parameters
         with torch.no_grad():
             if self._is_dcp_init_step():
                 self._init_state_for_dcp()
@@ -324,15 +358,21 @@ class GrassAdamW(AdamW):
         if not probe.fired and not self._has_zeros_of_dcp():
             probe.measure_assigned()
         if not probe.fired:
+            self._refuse_replaced_model()
             return
         self._current_entries()
+        self._meet_ranks()
+        if self._ranks is not None:
+            self._refuse_scaler()
         accumulated = probe.accumulated
         sq_norms, observed = probe.finish_step(getattr(self, "grad_scale", None))
         self._finish_step(sq_norms, observed, accumulated)
 
     def _take_adapt_step(self) -> None:
-        if self._fused is not None:
+        self._meet_ranks()
+        if self._fused is not None or self._ranks is not None:
             self._refuse_scaler()
+        if self._fused is not None:
             parts, self._observed_order = self._fused.finish_step(self._update_order(self._scheduler.active))
             self._join_updates()
             sq_norms = torch.stack(parts).sum(0) if parts else None
@@ -341,15 +381,78 @@ class GrassAdamW(AdamW):
             sq_norms = self._update()
             plan = self._plans.get("all")
             layers = set() if plan is None else plan.layers
-        if sq_norms is not None:
+        if sq_norms is None:
+            self._refuse_replaced_model()
+        else:
             observed = [layer in layers for layer in range(len(self._layers) + 1)]
             self._finish_step(sq_norms, observed, accumulated=False)
+
+    def _meet_ranks(self) -> None:
+        """Find the processes that train this model, and check that they agree, before the first update."""
+        if self._are_ranks_known:
+            return
+        entries = self._current_entries()
+        ranks = ranks_of([entry.param for entry in entries if entry.can_train])
+        if ranks is not None:
+            self._check_agreement(ranks)
+        self._ranks = ranks
+        self._are_ranks_known = True
+        if self._is_waiting:
+            self._is_waiting = False
+            self._freeze()
+
+    def _check_agreement(self, ranks: Ranks) -> None:
+        keys = (*HYPERPARAMETERS, "amsgrad", "maximize")
+        groups = [{key: group[key] for key in keys} for group in self.param_groups]
+        ranks.check_equal(
+            {
+                "its GrassConfig": asdict(self._config),
+                "the layers of its model": [self._layers.names, self._scheduler.num_params],
+                "the parameters that are trained": [entry.can_train for entry in self._entries],
+                "its options": self._options,
+                "its parameter groups": [len(group["params"]) for group in self.param_groups],
+                "lr, betas, eps, weight_decay, amsgrad or maximize": tree_map(float, groups),
+                "its state": self._scheduler.fingerprint(),
+            }
+        )
+
+    def _find_ranks(self, params: Sequence[Tensor]) -> Ranks | None:
+        return self._ranks
+
+    def _prepare_ranks(self) -> None:
+        """Adopt parameters that were sharded since construction, and meet the ranks, before a forward pass.
+
+        Ranks that train different layers would wait for each other in backward. Without gradients, as in evaluations,
+        nothing is done: one rank may be alone there.
+        """
+        if not torch.is_grad_enabled():
+            return
+        if any(is_sharded(entry.param) for entry in self._current_entries()):
+            self._meet_ranks()
+        else:
+            self._refuse_replaced_model()
+
+    def _refuse_replaced_model(self) -> None:
+        """Raise if the model has been sharded, and this optimizer has the parameters from before."""
+        model = None if self._model_ref is None else self._model_ref()
+        if model is None or any(is_sharded(entry.param) for entry in self._entries):
+            return
+        if any(is_sharded(p) for p in model.parameters()):
+            raise ParameterError(
+                "the model was sharded after this optimizer was made, which has the parameters from before: make the "
+                "optimizer after fully_shard; accelerate's prepare needs the optimizer together with the model"
+            )
 
     def _refuse_scaler(self) -> None:
         if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
             # GradScaler deletes them only after a step that returns.
             self.__dict__.pop("grad_scale", None)
             self.__dict__.pop("found_inf", None)
+            if self._fused is None:
+                raise GrassError(
+                    "a GradScaler is not supported with sharded parameters, since its scale would differ between "
+                    "ranks: train in bfloat16 without one"
+                )
             raise GrassError(
                 "fused_backward and a GradScaler exclude each other: parameters were already updated inside backward, "
                 "with gradients still scaled; load an earlier checkpoint, and train in bfloat16 without a scaler, or "
@@ -357,7 +460,15 @@ class GrassAdamW(AdamW):
             )
 
     def _finish_step(self, sq_norms: Tensor, observed: list[bool], accumulated: bool) -> None:
-        self._sq_norms = sq_norms
+        is_local = self._ranks is not None and (
+            self._scheduler.probing or self._options.max_grad_norm is None
+        )
+        if is_local and self._scheduler.reads_norms:
+            assert self._ranks is not None
+            sq_norms, is_local = self._ranks.sum(sq_norms), False
+        if is_local:
+            observed = [False] * len(observed)
+        self._sq_norms, self._norms_are_local = sq_norms, is_local
         found_inf = getattr(self, "found_inf", None)
         changed = self._adopt_requires_grad()
         change = self._scheduler.finish_step(sq_norms[:-1], observed[:-1], found_inf, accumulated)
@@ -407,7 +518,7 @@ class GrassAdamW(AdamW):
 
     def _update_trainable(self) -> None:
         """Update records, layer sizes and store to the parameters that are trainable."""
-        num_layers = len(self._layers)
+        num_layers, self._are_ranks_known = len(self._layers), False
         for entry in self._current_entries():
             entry.can_train = self._lease.is_trainable(entry.param) and entry.layer <= num_layers
         self._scheduler.recount(count_elements(params_by_layer(self._entries, num_layers)))
@@ -418,13 +529,15 @@ class GrassAdamW(AdamW):
     def _apply_change(self, change: Change) -> None:
         """Allocate and reset states, and switch parameters, for a change of active layers."""
         if change.drawn is not None:
+            if self._ranks is not None:
+                self._ranks.check_equal(self._scheduler.fingerprint())
             if self._config.offload == "auto" and self._mode == "none" and not self.state:
                 self._rebuild_store()  # the model may have been moved to a GPU after construction
             _logger.debug("step %d: drew layers %s", self.step_count, list(change.drawn))
-            for entry in self._entries:
+            for entry in () if self._may_be_sharded else self._entries:
                 if entry.can_train and entry.layer in (*change.drawn, len(self._layers)):
                     group = self.param_groups[entry.group]
-                    self._states.allocate(self.state[entry.param], group, entry.param)
+                    self._states.allocate(self.state[entry.param], group, entry.shard)
         if change.left is not None:
             if self._config.moments == "reset":
                 for entry in self._entries:
@@ -445,8 +558,7 @@ class GrassAdamW(AdamW):
         for entry in self._current_entries():
             in_layer = entry.layer < outside and (scheduler.probing or entry.layer in scheduler.active)
             entry.is_active = in_layer or entry.layer == outside
-        active = {entry.param for entry in self._entries if entry.is_active}
-        self._lease.switch(active.__contains__)
+        self._freeze()
         if self._probe is not None:
             self._probe.remove()
             self._probe = None
@@ -456,7 +568,7 @@ class GrassAdamW(AdamW):
             self._fused = None
         if self._lease.ended:
             return
-        training = [entry for entry in self._entries if entry.param.requires_grad]
+        training = [entry for entry in self._entries if entry.param.requires_grad and entry.is_active]
         if scheduler.probing:
             self._probe = Probe(training, outside + 1)
             self._lease.handles.extend(self._probe.handles)
@@ -469,8 +581,22 @@ class GrassAdamW(AdamW):
                 self._fused = FusedBackward(
                     by_bucket, self._tied_params, self._update_in_backward, self._model_ref
                 )
-                self._fused.at_end = _JoinUpdates(self)
+                self._fused.at_end = _Call(self, "_join_updates")
                 self._lease.handles.extend(self._fused.handles)
+
+    def _freeze(self) -> None:
+        """Set ``requires_grad`` for the active layers."""
+        on = {
+            entry.param
+            for entry in self._entries
+            if entry.is_active or (self._is_waiting and entry.can_train)
+        }
+        self._lease.switch(on.__contains__)
+
+    @property
+    def _may_be_sharded(self) -> bool:
+        """True while parameters are whole that may be sharded before the first step: states would be too large."""
+        return self._is_waiting and not any(is_sharded(entry.param) for entry in self._entries)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the measurements of a probe since the last step."""
@@ -494,6 +620,7 @@ class GrassAdamW(AdamW):
         """Update a bucket whose gradients are complete, and are freed afterwards."""
         self._refuse_if_ended()
         if self._fused is not None and not self._fused.done:
+            self._meet_ranks()
             check_groups(self.param_groups, self._options)
         if self._offload is not None:
             self._offload.update_device()
@@ -502,7 +629,7 @@ class GrassAdamW(AdamW):
             return self._update_together(bucket, params, functools.partial(self._scope, bucket))
         finally:
             if self._offload is not None:
-                self._offload.hold(bucket, [p.grad for p in params if p.grad is not None])
+                self._offload.hold(bucket, [local(p.grad) for p in params if p.grad is not None])
 
     def _join_updates(self) -> None:
         """Make the current stream wait for updates of states in host memory, before weights are read."""
@@ -533,10 +660,7 @@ class GrassAdamW(AdamW):
         if not known:
             by_param = {entry.param: entry for entry in self._entries}
             if not all(p in by_param for _, p in members):
-                raise ParameterError(
-                    "the parameter groups contain parameters unknown to this optimizer: add them with add_param_group, "
-                    "or construct the optimizer anew"
-                )
+                return self._adopt_replaced(members)
             self._entries = []
             for position, (index, p) in enumerate(members):
                 entry = by_param[p]
@@ -546,6 +670,34 @@ class GrassAdamW(AdamW):
             self._lease.drop(removed)
             self._tied_params -= removed
             self._has_removed_params |= bool(removed)
+        return self._entries
+
+    def _adopt_replaced(self, members: Sequence[tuple[int, Tensor]]) -> list[ParamEntry]:
+        """Begin anew with parameters that were replaced one by one, as `accelerate` does when it shards a model.
+
+        Raises:
+            ParameterError: the parameters are others, or the optimizer has taken steps.
+        """
+        old = self._entries
+        same = len(members) == len(old) and all(
+            (entry.group, entry.param.shape) == (group, p.shape)
+            for entry, (group, p) in zip(old, members, strict=True)
+        )
+        if not same or self.step_count:
+            raise ParameterError(
+                "the parameter groups contain parameters unknown to this optimizer: add them with add_param_group, "
+                "or construct the optimizer anew"
+            )
+        new = {entry.param: p for entry, (_, p) in zip(old, members, strict=True)}
+        layer_of = {new[entry.param]: entry.layer for entry in old}
+        trainable = {new[entry.param]: self._lease.is_trainable(entry.param) for entry in old}
+        self._tied_params = {new[p] for p in self._tied_params if p in new}
+        handles = self._lease.handles
+        self._lease.handles = []  # hooks of the model stay
+        self._lease.end()
+        self.state.clear()
+        self._start(layer_of, trainable)
+        self._lease.handles.extend(handles)
         return self._entries
 
     def _drop_removed_params(self) -> None:
@@ -573,7 +725,7 @@ class GrassAdamW(AdamW):
         residency: Residency = InPlace()
         buckets = [0]
         if self._offload is not None:
-            stored = {entry.bucket for entry in entries if entry.param in self._offload}
+            stored = {entry.bucket for entry in entries if entry.shard in self._offload}
             residency = self._offload
             buckets = [b for b in self._update_order(range(len(self._layers))) if b in stored]
         return Scope(entries, len(self._layers) + 1, residency, buckets)
@@ -582,6 +734,8 @@ class GrassAdamW(AdamW):
 
     def _rebuild_store(self) -> None:
         """Create a store for the states of all trainable parameters, and move states there; atomic."""
+        if self._may_be_sharded:
+            return
         buckets = buckets_of(self._entries, self.param_groups, self.state, self._options)
         if self._offload is None and self._config.offload == "auto":
             self._mode = choose_offload(
@@ -599,7 +753,7 @@ class GrassAdamW(AdamW):
         self._plans.clear()
         for group, p in self._members():
             if "step" in self.state.get(p, ()):
-                self._states.move_to_param(self.state[p], group, p)
+                self._states.move_to_param(self.state[p], group, local(p))
 
     def _ensure_capacity(self) -> None:
         """Rebuild the store if it lacks room for a state, after a change of groups or dtypes."""
@@ -608,7 +762,7 @@ class GrassAdamW(AdamW):
         buckets = buckets_of(self._current_entries(), self.param_groups, self.state, self._options)
         if not self._offload.store.has_room_for(buckets):
             for entry in self._entries:
-                check_state_shapes(self.state.get(entry.param, {}), entry.param, entry.index)
+                check_state_shapes(self.state.get(entry.param, {}), entry.shard, entry.index)
             self._rebuild_store()
 
     def _prepare_states_for_offload(self) -> None:
@@ -616,13 +770,15 @@ class GrassAdamW(AdamW):
         if self._offload is None:
             return
         for entry in self._entries:
-            if entry.param in self._offload and not self._takes_kernel(entry):
+            if entry.shard in self._offload and not self._takes_kernel(entry):
                 raise ConfigError(
                     f"parameter {entry.index} is in a group with settings that the kernels do not support "
                     "(differentiable, capturable, decoupled_weight_decay=False, or betas in tensors on a device), "
                     "and states in host memory need the kernels: use offload='none', or other settings"
                 )
-        self._offload.clone_misplaced({p: self.state[p] for _, p in self._members() if p in self.state})
+        self._offload.clone_misplaced(
+            {local(p): self.state[p] for _, p in self._members() if p in self.state}
+        )
 
     def _takes_kernel(self, entry: ParamEntry) -> bool:
         return takes_kernel(self.param_groups[entry.group], entry.param, self._options)
@@ -678,6 +834,7 @@ class GrassAdamW(AdamW):
             del self.param_groups[groups:]
             raise
         self._scheduler.recount(counts)
+        self._are_ranks_known = False
         handles = self._lease.handles
         self._lease.handles = []  # the new lease ends the old one, and takes over its hooks
         self._lease = RequiresGradLease(list(trainable), list(trainable.values()))
@@ -723,7 +880,11 @@ class GrassAdamW(AdamW):
                 state = state_dicts.drop_zero_state(state_dict["state"].get(index, {}))
                 if needs_zeros and "step" not in state:
                     group = self.param_groups[entry.group]
-                    state = {**state_dicts.zero_state(group, entry.param, self._options), **state}
+                    zeros = state_dicts.zero_state(group, entry.shard, self._options)
+                    state = {
+                        **{key: as_shard_of(entry.param, value) for key, value in zeros.items()},
+                        **state,
+                    }
                 state_dict["state"][index] = state
         return state_dict
 
@@ -801,7 +962,8 @@ class GrassAdamW(AdamW):
         members = [p for _, p in self._members()]
         self._tied_params = {p for p, tied in zip(members, copied["tied"], strict=True) if tied}
         layer_of = dict(zip(members, copied["layer_of"], strict=True))
-        self._start(layer_of, dict(zip(members, copied["trainable"], strict=True)))
+        trainable = dict(zip(members, copied["trainable"], strict=True))
+        self._start(layer_of, trainable, reads_weights=False)
         self._load_method(copied["method"])
         self._switch_parameters()
 
@@ -822,13 +984,17 @@ class GrassAdamW(AdamW):
         if any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
         grads = [p.grad for _, p in self._members() if p.grad is not None]
-        return bool(grads) and not any(bool(grad.any()) for grad in grads)
+        if not grads:
+            return False
+        has_values = torch.tensor([float(any(bool(local(grad).any()) for grad in grads))], device="cpu")
+        ranks = ranks_of([p for _, p in self._members() if is_sharded(p)])
+        return not bool(has_values if ranks is None else ranks.sum(has_values))
 
     def _init_state_for_dcp(self) -> None:
         """Create the state of all trainable parameters, which then require grad until the next switch."""
         trainable = [entry for entry in self._current_entries() if entry.can_train]
         for entry in trainable:
-            self._states.allocate(self.state[entry.param], self.param_groups[entry.group], entry.param)
+            self._states.allocate(self.state[entry.param], self.param_groups[entry.group], entry.shard)
         params = {entry.param for entry in trainable}
         self._lease.switch(params.__contains__)
 
@@ -844,16 +1010,17 @@ def _tell_if_untrained(schedule: Schedule) -> None:
         )
 
 
-class _JoinUpdates:
-    """Hook that makes the current stream wait for an optimizer's updates; a copy of it does nothing."""
+class _Call:
+    """Hook that calls a method of an optimizer, which it does not keep alive; a copy of it does nothing."""
 
-    def __init__(self, optimizer: GrassAdamW | None = None) -> None:
+    def __init__(self, optimizer: GrassAdamW | None = None, method: str = "") -> None:
         self._optimizer_ref = None if optimizer is None else weakref.ref(optimizer)
+        self._method = method
 
     def __call__(self, *args: Any) -> None:
         optimizer = None if self._optimizer_ref is None else self._optimizer_ref()
         if optimizer is not None:
-            optimizer._join_updates()
+            getattr(optimizer, self._method)()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _JoinUpdates, ()
+        return _Call, ()

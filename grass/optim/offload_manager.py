@@ -271,13 +271,13 @@ def buckets_of(
     """
     buckets = [Bucket([], {}) for _ in range(1 + max((entry.bucket for entry in entries), default=-1))]
     for entry in entries:
-        group, p = groups[entry.group], entry.param
+        group, p = groups[entry.group], entry.shard
         if not entry.can_train or p.dtype not in DTYPES:
             continue
         params, dtypes = buckets[entry.bucket]
         params.append(p)
         for kind in KINDS:
-            if kind in moment_keys(group) or kind in own_keys(state.get(p, {}), group, p, options):
+            if kind in moment_keys(group) or kind in own_keys(state.get(entry.param, {}), group, p, options):
                 dtypes[kind] = moment_dtype(group, p, options)
         if has_remainder(group, p, options):
             dtypes["remainder"] = torch.int16

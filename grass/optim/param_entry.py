@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from grass.config import GrassConfig
 from grass.errors import ConfigError, ParameterError
 from grass.layers import LayerMap
+from grass.optim.sharding import Ranks, local
 
 
 @dataclass(eq=False, slots=True)
@@ -31,6 +32,11 @@ class ParamEntry:
     """False if it is never trained: frozen by the user, or by ``always_active``."""
     is_active: bool = True
     """True if the next step trains it."""
+
+    @property
+    def shard(self) -> Tensor:
+        """What this process has of the parameter, which kernels, states and the store use: see `sharding`."""
+        return local(self.param)
 
 
 def make_entries(
@@ -104,28 +110,22 @@ def count_elements(params: Sequence[Sequence[Tensor]]) -> list[int]:
 
 
 @torch.no_grad()
-def weight_norms(params: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Return the root mean square of the weights of each layer: float32 [L], 0 for a layer without parameters."""
-    norms = []
-    for layer in params:
-        total = sum(float(torch.linalg.vector_norm(p)) ** 2 for p in layer)
-        norms.append((total / max(1, sum(p.numel() for p in layer))) ** 0.5)
-    return torch.tensor(norms, device="cpu")
+def weight_norms(params: Sequence[Sequence[Tensor]], ranks: Ranks | None) -> Tensor:
+    """Return the root mean square of the weights of each layer: float32 [L], 0 for a layer without parameters.
 
-
-def refuse_distributed(model: nn.Module) -> None:
-    """Raise for distributed training, which is not supported: every rank would draw other layers.
-
-    Raises:
-        ConfigError: a data-parallel wrapper, or several processes.
+    Args:
+        params: parameters of each layer.
+        ranks: the processes that have the shards of sharded parameters.
     """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    wrapped = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
-    if wrapped or (distributed and torch.distributed.get_world_size() > 1):
-        raise ConfigError(
-            "GrassAdamW runs in one process on one copy of the model: ranks would draw different layers; "
-            "run without DataParallel, DistributedDataParallel or FSDP"
-        )
+    sq_norms = torch.tensor(
+        [sum(float(torch.linalg.vector_norm(local(p))) ** 2 for p in layer) for layer in params],
+        dtype=torch.float64,
+        device="cpu",
+    )
+    if ranks is not None:
+        sq_norms = ranks.sum(sq_norms)
+    counts = torch.tensor([max(1, count) for count in count_elements(params)], device="cpu")
+    return (sq_norms / counts).sqrt().float()
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 import grass_kernels
 from grass.optim.param_entry import ParamEntry
+from grass.optim.sharding import local, wait_for_copy
 from grass_kernels import NormPlan
 
 # Too small to affect a logged norm or clipping; a power of two, so that dividing by a loss scale is exact.
@@ -107,7 +108,8 @@ class Probe:
 
     def _measure(self, bucket: int, params: Sequence[Tensor]) -> None:
         """Measure and free the gradients of parameters of a bucket, all on one device."""
-        grads = [param.grad for param in params if param.grad is not None]
+        grads = [local(param.grad) for param in params if param.grad is not None]
+        wait_for_copy(params[-1].grad)  # type: ignore[arg-type]
         device = grads[0].device
         kept = self._kept.get(device)
         again = any(param is kept for param in params)
@@ -125,7 +127,7 @@ class Probe:
                 kept.grad = None
             kept = self._kept[device] = smallest
             assert kept.grad is not None
-            kept.grad.zero_()
+            local(kept.grad).zero_()
             _first(kept).fill_(_MARK)
         for param in params:
             if param is not kept:
@@ -156,7 +158,7 @@ class Probe:
             for param in members:
                 grad = param.grad
                 if grad is not None and grad.numel():
-                    found.setdefault(grad.device, []).append((param, grad))
+                    found.setdefault(grad.device, []).append((param, local(grad)))
             for pairs in found.values():
                 self._observe(bucket, [param for param, _ in pairs], [grad for _, grad in pairs])
                 for param, _ in pairs:
@@ -193,8 +195,10 @@ class Probe:
         sums, ratios = self._sums, []
         for param in self._kept.values():
             if param.grad is not None:
-                ratio = (_first(param).float() / _MARK).square()
-                ratios.append(torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1.0))
+                first = _first(param)
+                if first.numel():  # not an empty shard; no GradScaler changes the gradients of shards
+                    ratio = (first.float() / _MARK).square()
+                    ratios.append(torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1.0))
         if ratios:
             sums = sums * ratios[0].to(sums.device, non_blocking=True)
         if grad_scale is not None:
@@ -224,6 +228,7 @@ class Probe:
 
 
 def _first(param: Tensor) -> Tensor:
-    """Return the first element of a parameter's gradient, a view."""
+    """Return the first element of a parameter's gradient, a view; of an empty shard nothing, a view, too."""
     assert param.grad is not None
-    return param.grad[(0,) * param.dim()]
+    grad = local(param.grad)
+    return grad[(0,) * grad.dim()] if grad.numel() else grad

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grass.errors import StateMismatchError
 from grass.offload.store import zeros_on_demand
+from grass.optim.sharding import local
 from grass.optim.states import KINDS, Options, has_remainder, moment_dtype, moment_keys, own_keys
 
 
@@ -64,7 +65,7 @@ def drop_zero_state(state: dict[str, Any]) -> dict[str, Any]:
     if float(state.get("step", 1)) != 0:
         return state
     kept = {key: value for key, value in state.items() if key not in ("step", *KINDS)}
-    if isinstance(kept.get("remainder"), Tensor) and not bool(kept["remainder"].any()):
+    if isinstance(kept.get("remainder"), Tensor) and not bool(local(kept["remainder"]).any()):
         del kept["remainder"]
     return kept
 

@@ -14,12 +14,13 @@ from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import grass_kernels
 from grass.optim.fallback import Fallback
 from grass.optim.hyperparameters import are_plain, hyperparameters_of, settings_of
 from grass.optim.param_entry import ParamEntry
+from grass.optim.sharding import Ranks, local
 from grass.optim.states import Options, takes_kernel
 from grass_kernels import AdamWPlan, TensorLists, TorchPlan, Unit, layout
 
@@ -28,12 +29,15 @@ _structure = itemgetter(
 )
 _moments = itemgetter("exp_avg", "exp_avg_sq", "step")
 _grad, _dtype, _nbytes, _shape = map(attrgetter, ("grad", "dtype", "nbytes", "shape"))
+_PLAIN = {Tensor, nn.Parameter}
 
 
 class Reading(NamedTuple):
     """Tensors of a step, and the validity key of its plan."""
 
-    params: Sequence[Tensor]  # parameters that have gradients
+    params: Sequence[
+        Tensor
+    ]  # parameters that have gradients; of sharded ones the local shards, as in all fields
     grads: list[Tensor]
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
@@ -65,13 +69,16 @@ def read_step(
     present: list[bool] | None = None
     address = Tensor.data_ptr if with_key else Tensor.dim
     rows, grads = params, list(map(_grad, params))
+    is_plain = _PLAIN.issuperset(map(type, rows))
     try:
-        addresses = list(map(address, grads))
+        addresses = list(map(address, grads if is_plain else _shards(grads)))
     except TypeError:  # a gradient is None
         present = [g is not None for g in grads]
         rows, grads = list(compress(params, present)), list(compress(grads, present))
-        addresses = list(map(address, grads))
+        addresses = list(map(address, grads if is_plain else _shards(grads)))
     states: Any = list(map(state.get, rows))
+    if not is_plain:
+        rows, grads = _shards(rows), _shards(grads)
     exp_avgs, exp_avg_sqs, steps = (
         map(list, zip(*map(_moments, states), strict=True)) if rows else ([], [], [])
     )
@@ -102,6 +109,10 @@ def read_step(
         addresses,
         key,
     )
+
+
+def _shards(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return list(map(local, tensors))
 
 
 class Scaler(NamedTuple):
@@ -261,7 +272,11 @@ class StepPlan:
             backend.prepare(groups)
 
     def run(
-        self, reading: Reading, groups: Sequence[dict[str, Any]], scaler: Scaler
+        self,
+        reading: Reading,
+        groups: Sequence[dict[str, Any]],
+        scaler: Scaler,
+        ranks: Ranks | None = None,
     ) -> tuple[Tensor, list[object]]:
         """Update all parameters, without a device sync unless torch's functional AdamW needs one.
 
@@ -269,9 +284,11 @@ class StepPlan:
             reading: tensors for which the plan is valid.
             groups: parameter groups of the optimizer.
             scaler: attributes set by a GradScaler.
+            ranks: processes over which gradients are sharded, for clipping.
 
         Returns:
-            Squared gradient norms by layer, float32 [layers]; and in a graph capture the objects that must be kept
+            Squared gradient norms by layer, float32 [layers]: of all ranks with clipping, otherwise of the local
+            shards; and in a graph capture the objects that must be kept
             alive with the graph.
         """
         self.check(groups)
@@ -280,6 +297,8 @@ class StepPlan:
             measured = None
             if self._options.max_grad_norm is not None:
                 measured = _total(backend.measure(scaler.grad_scale) for backend in self._backends)
+                if ranks is not None:
+                    measured = ranks.sum(measured)
             for backend in self._backends:
                 device = backend.device
                 scales = (_to(t, device) for t in (measured, *scaler))
@@ -324,8 +343,13 @@ class _KernelBackend:
         self._settings: list[Any] | None = None
         self.sq_norms = torch.empty(num_layers, dtype=torch.float32, device=device)
 
-        indices = {entry.param: i for i, entry in enumerate(own)}
+        indices = {entry.shard: i for i, entry in enumerate(own)}
         own_units = [residency.parts(unit, indices) for unit in units]
+        updated = {part.tensor for unit in own_units for part in unit.parts}
+        missing = [p for p, i in indices.items() if i not in updated and p.numel()]
+        assert not missing, (
+            f"the residency does not know {len(missing)} parameters, which would not be updated"
+        )
         capturable = any(group["capturable"] for group in groups)
         numbers = {index: number for number, index in enumerate(self._used)}
         group_of = [numbers[entry.group] for entry in own]

@@ -20,6 +20,7 @@ from grass.config import GrassConfig
 from grass.layer_scheduler import Change
 from grass.offload import store
 from grass.optim import AdamW, GrassAdamW
+from grass.optim.sharding import Ranks
 from grass.plan.models import FakeTensorMode, PlanError
 from grass.plan.tracker import DEVICE_STATES, HOST_STATES, MemoryTracker
 
@@ -191,6 +192,9 @@ class _GrassAdamW(GrassAdamW):
         scheduler.active, scheduler.next_active = active, coming
         self._apply_change(Change(drawn, left))
 
+    def _check_agreement(self, ranks: Ranks) -> None:
+        """Do nothing: the other ranks do not exist."""
+
     def _finish_step(self, sq_norms: Tensor, observed: list[bool], accumulated: bool) -> None:
         self._sq_norms = sq_norms
         self._apply_change(Change(None, None))
@@ -238,12 +242,12 @@ def _adapting(
             return Traffic()
         assert optimizer._offload is not None
         host = optimizer._offload.store.max_bytes
-        h2d, d2h = _moved(optimizer)
         if config.offload == "streamed":
-            return Traffic(h2d - begun[0], d2h - begun[1], host)
+            moved = _moved(optimizer) - begun
+            return Traffic(moved, moved, host)
         slabs = [optimizer._offload.store.slab(layer) for layer in coming if layer not in active]
-        moved = sum(slab.num_bytes for slab in slabs) / config.sample_interval
-        return Traffic(moved, moved, host)
+        once = sum(slab.num_bytes for slab in slabs) / config.sample_interval
+        return Traffic(once, once, host)
 
     return Prepared(model, step, traffic)
 
@@ -260,9 +264,9 @@ def _probing(
     return Prepared(model, step)
 
 
-def _moved(optimizer: GrassAdamW) -> tuple[int, int]:
-    stats = None if optimizer._offload is None else optimizer._offload.stats
-    return (0, 0) if stats is None else (stats.h2d_bytes, stats.d2h_bytes)
+def _moved(optimizer: GrassAdamW) -> int:
+    """Return the bytes copied to the host so far; as many are copied to the device, but some of them one step ahead."""
+    return 0 if optimizer._offload is None else optimizer._offload.stats.d2h_bytes
 
 
 @contextlib.contextmanager

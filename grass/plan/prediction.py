@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from grass.errors import GrassError, first_line
 from grass.layers import LayerMap
 from grass.offload.units import elements_in
 from grass.plan import methods
+from grass.plan.cluster import GATHER, REDUCE, SCATTER, Cluster, shard
 from grass.plan.losses import Loss, loss_of
 from grass.plan.methods import Method, Setting
 from grass.plan.models import (
@@ -68,6 +70,7 @@ class Case:
         host_gib: host memory for states, GiB; None for no limit.
         pcie_gbs: bandwidth between host and device in each direction, 1e9 bytes per second.
         tflops: throughput of the device in the dtype of the weights, 1e12 floating-point operations per second.
+        cluster: GPUs that train together, each on `batch` sequences; None for one.
 
     Raises:
         ConfigError: `loss` is not one of the choices.
@@ -89,6 +92,7 @@ class Case:
     host_gib: float | None = None
     pcie_gbs: float = 25.0
     tflops: float = 150.0
+    cluster: Cluster | None = None
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -108,8 +112,13 @@ class Row:
         activations_gib: all other memory: activations, temporaries, inputs.
         h2d_gib_per_step: states copied to the device.
         d2h_gib_per_step: states copied to the host.
-        step_floor_ms: lower bound of the step time: the longest of arithmetic, copies to the device and back.
+        step_floor_ms: lower bound of the step time: the longest of arithmetic, copies to the device and back, and
+            collectives.
         fits: True if the peak is at most the device memory.
+        gathered_gib_per_step: weights that each of several GPUs sends, for forward and backward.
+        reduced_gib_per_step: gradients that each of several GPUs sends.
+        compute_ms: lower bound of the arithmetic alone.
+        collectives_ms: lower bound of the collectives alone.
     """
 
     method: str
@@ -123,6 +132,10 @@ class Row:
     d2h_gib_per_step: float
     step_floor_ms: float
     fits: bool
+    gathered_gib_per_step: float = 0.0
+    reduced_gib_per_step: float = 0.0
+    compute_ms: float = 0.0
+    collectives_ms: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the values by name, in the order of the columns."""
@@ -140,6 +153,10 @@ def predict(case: Case, names: Sequence[str] = tuple(METHODS)) -> Iterator[Row]:
         PlanError: the model cannot be built, or a method cannot train it.
         ConfigError: settings do not fit the model; raised before the first row.
     """
+    if case.cluster is not None and case.loss == "chunked":
+        raise MisfitError(
+            "the chunked loss reads the head outside of the model, where it is sharded: pass --loss full"
+        )
     model = build(case.model, case.dtype)
     _check(case, names, model)
     probing: dict[bool, Row] = {}
@@ -183,14 +200,21 @@ def _check(case: Case, names: Sequence[str], model: nn.Module) -> None:
 
 
 def _predict(case: Case, name: str, meta: nn.Module, frozen: tuple[int, ...] = ()) -> Row:
+    with nullcontext() if case.cluster is None else case.cluster.simulated() as mesh:
+        return _predict_on(mesh, case, name, meta, frozen)
+
+
+def _predict_on(mesh: Any, case: Case, name: str, meta: nn.Module, frozen: tuple[int, ...]) -> Row:
     mode, tracker = FakeTensorMode(), _tracker()
     if METHODS[name] is methods.lora:
         meta = methods.wrap_in_lora(meta)
     model: Any = copy_as_fake(meta, mode)
     if case.checkpointing:  # as `grass finetune` does
         checkpoint_activations(model, LayerMap.from_model(model) if FUSED in name else None)
-    tensors = [*model.parameters(), *model.buffers()]
-    for t in tensors:
+    if mesh is not None:
+        with mode:
+            shard(model, mesh)
+    for t in (*model.parameters(), *model.buffers()):
         tracker.mark(t, WEIGHTS)
     for p in model.parameters():  # before any hook of an optimizer, which may free the gradient
         if p.requires_grad:
@@ -210,8 +234,9 @@ def _predict(case: Case, name: str, meta: nn.Module, frozen: tuple[int, ...] = (
         prepared = METHODS[name](model, mode, tracker, setting)
         tracker.restart()
         tracker.flops = 0
+        tracker.sent.clear()
         try:
-            with mode, tracker:
+            with mode, tracker, tracker.following_resizes():
                 ids = torch.zeros(case.batch, case.seq, dtype=torch.int64)
                 loss_of(prepared.model, ids, case.loss).backward()
                 prepared.step()
@@ -222,8 +247,15 @@ def _predict(case: Case, name: str, meta: nn.Module, frozen: tuple[int, ...] = (
             raise PlanError(f"{case.model} cannot be trained on fake tensors ({name}): {what}") from error
     peak, traffic = tracker.peak(), prepared.traffic()
     parts = [peak[label] / GIBIBYTE for label in (WEIGHTS, GRADIENTS, DEVICE_STATES, ACTIVATIONS)]
+    sent: dict[str, float] = {}
+    between = 0.0
+    if case.cluster is not None:
+        sent = {op: case.cluster.sent(op, size) for op, size in tracker.sent.items()}
+        between = case.cluster.seconds(sent.get(GATHER, 0.0) + sent.get(SCATTER, 0.0), sent.get(REDUCE, 0.0))
+    compute = tracker.flops / (case.tflops * 1e12)
     seconds = max(
-        tracker.flops / (case.tflops * 1e12),
+        compute,
+        between,
         traffic.h2d / (case.pcie_gbs * 1e9),
         traffic.d2h / (case.pcie_gbs * 1e9),
     )
@@ -239,6 +271,10 @@ def _predict(case: Case, name: str, meta: nn.Module, frozen: tuple[int, ...] = (
         d2h_gib_per_step=traffic.d2h / GIBIBYTE,
         step_floor_ms=seconds * 1e3,
         fits=sum(parts) <= case.gpu_gib,
+        gathered_gib_per_step=sent.get(GATHER, 0.0) / GIBIBYTE,
+        reduced_gib_per_step=(sent.get(SCATTER, 0.0) + sent.get(REDUCE, 0.0)) / GIBIBYTE,
+        compute_ms=compute * 1e3,
+        collectives_ms=between * 1e3,
     )
 
 

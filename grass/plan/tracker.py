@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from grass.optim.sharding import local
+
 WEIGHTS, GRADIENTS, DEVICE_STATES, HOST_STATES = "weights", "gradients", "states_device", "states_host"
 ACTIVATIONS = "activations"  # all other memory: activations, temporaries, inputs
 
@@ -52,11 +54,13 @@ class MemoryTracker(TorchDispatchMode):
     Attributes:
         flops: floating-point operations of matrix products, those of experts included, and attention so far; a
             multiply-add counts as two.
+        sent: bytes of the whole tensors in collectives, by operator.
     """
 
     def __init__(self, workspaces: dict[str, Workspace] | None = None) -> None:
         super().__init__()
         self.flops = 0
+        self.sent: Counter[str] = Counter()
         self._workspaces = workspaces or {}
         self._blocks: dict[int, tuple[weakref.ref[Any], Block]] = {}  # by id of live storages
         self._label = ACTIVATIONS
@@ -80,14 +84,38 @@ class MemoryTracker(TorchDispatchMode):
             # allocated in addition to the results, and freed when the operator returns
             block = Block(ACTIVATIONS, _rounded(self._workspaces[name](*args, **kwargs)))
             self._events += [(block, 1), (block, -1)]
+        if name.startswith("c10d::"):
+            whole = max(
+                (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), key=lambda t: t.nbytes
+            )
+            self.sent[name] += whole.nbytes
         count = flop_registry.get(func._overloadpacket) or _FLOPS.get(name)
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=result)
         return result
 
+    @contextmanager
+    def following_resizes(self) -> Iterator[None]:
+        """Follow storages that change their size inside the context, as those of whole weights in FSDP2 do."""
+        original = torch.UntypedStorage.resize_
+
+        def resize(storage: Any, size: int) -> Any:
+            entry = self._blocks.get(id(storage))
+            if entry is not None and entry[0]() is storage:
+                block = Block(entry[1].label, _rounded(size))
+                self._blocks[id(storage)] = entry[0], block
+                self._events += [(entry[1], -1), (block, 1)]
+            return original(storage, size)
+
+        setattr(torch.UntypedStorage, "resize_", resize)  # noqa: B010
+        try:
+            yield
+        finally:
+            setattr(torch.UntypedStorage, "resize_", original)  # noqa: B010
+
     def block_of(self, t: Tensor) -> Block:
         """Return the block of a tensor, and track it if it is new."""
-        storage = t.untyped_storage()
+        storage = local(t).untyped_storage()
         key = id(storage)
         entry = self._blocks.get(key)
         if entry is not None and entry[0]() is storage:
@@ -96,8 +124,7 @@ class MemoryTracker(TorchDispatchMode):
         self._events.append((block, 1))
 
         def on_free(_: object) -> None:
-            self._events.append((block, -1))
-            del self._blocks[key]
+            self._events.append((self._blocks.pop(key)[1], -1))
 
         self._blocks[key] = weakref.ref(storage, on_free), block
         return block

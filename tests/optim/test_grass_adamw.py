@@ -76,7 +76,7 @@ BAD: list[tuple[str, Callable[[], nn.Module], Callable[[nn.Module], object], typ
     ("capturable", tiny.stack, lambda m: grass.GrassAdamW(m, capturable=True), grass.ConfigError, "host"),
     (
         "data parallel", lambda: nn.DataParallel(tiny.stack()), grass.GrassAdamW,
-        grass.ConfigError, "run without DataParallel",
+        grass.ConfigError, "fully_shard",
     ),
 ]  # fmt: skip
 

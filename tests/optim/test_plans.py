@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import grass
 import grass_kernels
+from grass.optim import step_plan
 from grass_kernels import KernelArgumentError, _triton
 from tests.support.pair import BF16, F16, F32, MOMENTS, Pair, misaligned, normal
 
@@ -498,3 +499,20 @@ def test_a_parameter_of_another_shape_in_the_same_memory_is_refused() -> None:
     with pytest.raises(KernelArgumentError, match="exp_avg of parameter 0"):
         optimizer.step()
     assert torch.equal(p.detach().view(2, 3), before)
+
+
+def test_a_residency_that_does_not_know_a_parameter_is_no_silent_step():
+    """Its parameters would not be updated, without a word."""
+
+    class Forgetful(step_plan.InPlace):
+        def parts(self, unit, indices):
+            return grass_kernels.Unit.whole(list(indices)[:-1])
+
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    opt = grass.AdamW(params)
+    for p in params:
+        p.grad = torch.ones(3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("grass.optim.adamw.InPlace", Forgetful)
+        with pytest.raises(AssertionError, match="does not know 1 parameters"):
+            opt.step()

@@ -26,7 +26,8 @@ pytest.importorskip("transformers", reason="plans are of transformers models")
 
 KEYS = [
     "method", "peak_gib", "weights_gib", "gradients_gib", "states_device_gib", "states_host_gib", "activations_gib",
-    "h2d_gib_per_step", "d2h_gib_per_step", "step_floor_ms", "fits",
+    "h2d_gib_per_step", "d2h_gib_per_step", "step_floor_ms", "fits", "gathered_gib_per_step", "reduced_gib_per_step",
+    "compute_ms", "collectives_ms",
 ]  # fmt: skip
 SMALL = ("--batch-size", "1", "--context", "16", "--activation-checkpointing")
 SMALL_MODEL = {**SIZES, "num_hidden_layers": 3, "max_position_embeddings": 16}
