@@ -718,10 +718,12 @@ class GrassAdamW(AdamW):
         for entry in self._current_entries():
             if entry.param.grad is None or bucket not in (None, entry.bucket):
                 continue
-            if entry.is_active:
+            if entry.is_active and entry.can_train:
                 entries.append(entry)
             else:
-                entry.param.grad = None  # set by the user, or before a checkpoint was loaded
+                # Set by the user, or before a checkpoint was loaded; or of a parameter that the user has just unfrozen,
+                # which the store does not have yet: in every mode it trains from the next step on.
+                entry.param.grad = None
         residency: Residency = InPlace()
         buckets = [0]
         if self._offload is not None:
