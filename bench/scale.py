@@ -1,4 +1,4 @@
-"""What llama2-70b needs on many GPUs: predictions by `grass plan`, a table of docs/scale.md and a chart."""
+"""Predict memory and communication of llama2-70b on many GPUs; write the table and the chart of docs/scale.md."""
 
 import argparse
 from collections.abc import Iterator, Sequence

@@ -128,7 +128,10 @@ class LayerScheduler:
         return self.probing or self.sampler.adapts
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what must be equal in all processes that train one model."""
+        """Return the state that must be equal in all processes that train one model.
+
+        No device sync: the importance is on the CPU.
+        """
         return {
             "step": self.schedule.step_count,
             "draws": self.sampler.num_draws,

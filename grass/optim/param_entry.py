@@ -35,7 +35,7 @@ class ParamEntry:
 
     @property
     def shard(self) -> Tensor:
-        """What this process has of the parameter, which kernels, states and the store use: see `sharding`."""
+        """The local shard of the parameter, as kernels, states and the store use it; a whole parameter itself."""
         return local(self.param)
 
 

@@ -123,7 +123,7 @@ class Ranks:
         own = torch.tensor(checksums, dtype=torch.int64, device=self._device)
         all_ranks = [torch.empty_like(own) for _ in range(self.size)]
         torch.distributed.all_gather(all_ranks, own)
-        table = torch.stack(all_ranks).tolist()
+        table = torch.stack(all_ranks).tolist()  # a device sync: before the first forward pass, and at draws
         for rank, row in enumerate(table):
             different = [
                 name for name, found, first in zip(values, row, table[0], strict=True) if found != first
@@ -197,7 +197,8 @@ def num_ranks() -> int:
 def wait_for_copy(grad: Tensor) -> None:
     """Wait until a gradient that FSDP2 copies to host memory (``CPUOffloadPolicy``) has arrived.
 
-    A hook may be called while the copy is in flight: torch waits for it at the end of backward only.
+    A hook may be called while the copy is in flight: torch waits for it at the end of backward only. This blocks the
+    host, which is to read the gradient; with gradients on the device nothing is done.
     """
     if is_sharded(grad) and local(grad).device.type == "cpu" and grad.device_mesh.device_type == "cuda":  # type: ignore[attr-defined]
         torch.cuda.current_stream().synchronize()

@@ -96,7 +96,7 @@ def _run_job(options: ReproduceOptions, config: GrassConfig, job: Job) -> Row:
         # Waits for the device, so not in every step.
         if step % STEPS_BETWEEN_CHECKS == 0 and not losses[-1].isfinite():
             break
-    curve = torch.stack(losses).tolist()
+    curve = torch.stack(losses).tolist()  # a device sync, once at the end
     row: Row = {
         "steps": len(losses),
         "batch_size": options.batch_size,

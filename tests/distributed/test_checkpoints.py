@@ -137,7 +137,7 @@ def test_a_whole_state_dict_is_saved_and_loaded(two):
 
 
 def layout_of_states(training):
-    """What the states of a stepped optimizer are, in it and in its state dict."""
+    """Return type and shape of the states of a stepped optimizer, and of those in its state dict."""
     model, opt = training.make()
     training.run(model, opt, 0, 8)
     states = [

@@ -119,13 +119,18 @@ def two_meshes(_):
     return refused_step(model, grass.GrassAdamW(model, config=tiny.config(always_active="none")))
 
 
-def data_parallel_before_the_process_group(folder):
-    """The optimizer could not know at construction that there would be ranks."""
+def made_before_the_process_group(folder, name):
+    """A model and its optimizer, which could not know at construction that there would be ranks."""
     rank, size = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
     model = tiny.stack()
     opt = grass.GrassAdamW(model, config=tiny.config())
-    dist.init_process_group("gloo", init_method=f"file://{folder}/again", rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=size)
+    return model, opt
+
+
+def data_parallel_before_the_process_group(folder):
+    model, opt = made_before_the_process_group(folder, "parallel")
     return refused_step(model, opt, DistributedDataParallel(model))
 
 
@@ -138,11 +143,7 @@ def sharded_afterwards(_):
 
 
 def sharded_before_the_process_group(folder):
-    rank, size = dist.get_rank(), dist.get_world_size()
-    dist.destroy_process_group()
-    model = tiny.stack()
-    opt = grass.GrassAdamW(model, config=tiny.config())
-    dist.init_process_group("gloo", init_method=f"file://{folder}/once more", rank=rank, world_size=size)
+    model, opt = made_before_the_process_group(folder, "sharded")
     TRAINING.shard(model)
     return refused_step(model, opt)
 

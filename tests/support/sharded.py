@@ -131,7 +131,7 @@ class Training:
 
 @dataclass
 class Result:
-    """What came of a training.
+    """Result of a training.
 
     Attributes:
         weights: whole weights, by name.
