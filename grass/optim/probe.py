@@ -228,7 +228,7 @@ class Probe:
 
 
 def _first(param: Tensor) -> Tensor:
-    """Return the first element of a parameter's gradient, a view; of an empty shard nothing, a view, too."""
+    """Return a view of the first element of a parameter's gradient; of an empty shard an empty view."""
     assert param.grad is not None
     grad = local(param.grad)
     return grad[(0,) * grad.dim()] if grad.numel() else grad

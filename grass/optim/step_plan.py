@@ -33,11 +33,9 @@ _PLAIN = {Tensor, nn.Parameter}
 
 
 class Reading(NamedTuple):
-    """Tensors of a step, and the validity key of its plan."""
+    """Tensors of a step, and the validity key of its plan. Of sharded parameters all tensors are the local shards."""
 
-    params: Sequence[
-        Tensor
-    ]  # parameters that have gradients; of sharded ones the local shards, as in all fields
+    params: Sequence[Tensor]  # parameters that have gradients
     grads: list[Tensor]
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]

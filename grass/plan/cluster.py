@@ -1,4 +1,4 @@
-"""Cluster that exist only on paper: FSDP2 on fake tensors, in a process group of one process."""
+"""Training by FSDP2 on many GPUs, predicted: fake tensors in a process group whose other ranks do not exist."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +10,7 @@ from torch import nn
 from grass.errors import ConfigError
 from grass.layers import LayerMap
 
-_PREFIX = "c10d::"
-GATHER, SCATTER, REDUCE = (
-    _PREFIX + "_allgather_base_",
-    _PREFIX + "_reduce_scatter_base_",
-    _PREFIX + "allreduce_",
-)
+GATHER, SCATTER, REDUCE = "c10d::_allgather_base_", "c10d::_reduce_scatter_base_", "c10d::allreduce_"
 
 
 @dataclass(frozen=True)
