@@ -147,8 +147,11 @@ def trainer(file, folder, resume, fused, accumulation=1):
             dataloader_pin_memory=False,
             disable_tqdm=True,
         )
+        model = tiny.llama()
+        if file == "replicas.yaml":
+            shard(model, (2, 1))
         run = Ordered(
-            tiny.llama(),
+            model,
             args,
             train_dataset=Sums(),
             optimizer_cls_and_kwargs=trainer_optimizer(args=args, config=tiny.config(fused_backward=fused)),
@@ -160,16 +163,18 @@ def trainer(file, folder, resume, fused, accumulation=1):
         return weights(run.model), made.draw_counts, norms
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_trainer_follows_one_process_and_resumes(two, tmp_path, fused):
+@pytest.mark.parametrize(
+    ("file", "fused"), [("fsdp2.yaml", False), ("fsdp2.yaml", True), ("replicas.yaml", False)]
+)
+def test_trainer_follows_one_process_and_resumes(two, tmp_path, file, fused):
     expected, counts, norms = trainer(None, tmp_path / "one", None, fused)
     folder = tmp_path / "two"
-    for found, found_counts, found_norms in two.run(trainer, "fsdp2.yaml", folder, None, fused):
+    for found, found_counts, found_norms in two.run(trainer, file, folder, None, fused):
         assert largest_difference(expected, found) < 1e-6
         assert found_counts == counts
         assert found_norms == pytest.approx(norms, rel=1e-3)
     last = str(folder / f"checkpoint-{STEPS // 2}")
-    for found, found_counts, _ in two.run(trainer, "fsdp2.yaml", tmp_path / "three", last, fused):
+    for found, found_counts, _ in two.run(trainer, file, tmp_path / "three", last, fused):
         assert largest_difference(expected, found) < 1e-6
         assert found_counts == counts
 
@@ -183,8 +188,8 @@ def test_trainer_accumulates_by_ranks_as_one_process_takes_the_whole_batch(two, 
         assert largest_difference(expected, found) < 1e-6
 
 
-def lightning(parts):
-    """Lightning's strategy for FSDP2; one device without it."""
+def lightning(shape, folder, clip=None, resume=None):
+    """Lightning's strategy for FSDP2, with a mesh of a shape; one device without it."""
     import lightning
     from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -193,17 +198,15 @@ def lightning(parts):
     class Module(lightning.LightningModule):
         def __init__(self):
             super().__init__()
-            self.model = tiny.stack()
+            self.model = tiny.llama()
 
         def configure_model(self):
-            if parts > 1:
-                mesh = self.device_mesh["data_parallel"]
-                for block in self.model.blocks:
-                    fully_shard(block, mesh=mesh)
-                fully_shard(self.model, mesh=mesh)
+            if shape:
+                shard(self.model, shape)
 
         def training_step(self, batch, index):
-            return tiny.loss_of(self.model, part(batch) if parts > 1 else batch)
+            ids = tiny.batch(self.global_step, size=BATCH)  # a resumed run reads its data from the beginning
+            return tiny.loss_of(self.model, part(ids) if shape else ids)
 
         def configure_optimizers(self):
             return grass.GrassAdamW(self.model, lr=1e-3, eps=1e-3, config=tiny.config())
@@ -212,28 +215,46 @@ def lightning(parts):
         warnings.simplefilter("ignore")
         run = lightning.Trainer(
             accelerator="cpu",
-            devices=parts,
-            strategy=ModelParallelStrategy(data_parallel_size=parts, tensor_parallel_size=1)
-            if parts > 1
-            else "auto",
+            devices=2 if shape else 1,
+            strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if shape else "auto",
             max_steps=STEPS,
+            gradient_clip_val=clip,
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
             use_distributed_sampler=False,
-            callbacks=[GrassCallback()],
+            callbacks=[GrassCallback(), Save(folder / "half")],
         )
         module = Module()
-        batches = [tiny.batch(index, size=BATCH) for index in range(STEPS)]
-        run.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+        run.fit(module, torch.utils.data.DataLoader(range(STEPS), batch_size=None), ckpt_path=resume)
         return weights(module.model), run.optimizers[0].draw_counts
 
 
-def test_lightning_follows_one_process(two):
+def Save(path):
+    """Return a callback that saves a checkpoint in the middle of a run."""
+    import lightning
+
+    class Saving(lightning.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == STEPS // 2:
+                trainer.save_checkpoint(path)
+
+    return Saving()
+
+
+@pytest.mark.parametrize(("shape", "clip"), [((1, 2), None), ((1, 2), 0.1), ((2, 1), None)])
+def test_lightning_follows_one_process_and_resumes(two, tmp_path, shape, clip):
     pytest.importorskip("lightning", reason="the test is of it")
-    expected, counts = lightning(1)
-    for found, found_counts in two.run(lightning, 2):
+    expected, counts = lightning(None, tmp_path / "one", clip)
+    if clip:
+        assert largest_difference(expected, lightning(None, tmp_path / "unclipped")[0]) > 1e-4
+    for found, found_counts in two.run(lightning, shape, tmp_path / "two", clip):
+        assert largest_difference(expected, found) < 1e-6
+        assert found_counts == counts
+    for found, found_counts in two.run(
+        lightning, shape, tmp_path / "three", clip, str(tmp_path / "two" / "half")
+    ):
         assert largest_difference(expected, found) < 1e-6
         assert found_counts == counts
 
@@ -266,8 +287,11 @@ def supervised(file, folder):
             disable_tqdm=True,
         )
         rows = [{"prompt": question, "completion": answer} for question, answer in make_sums(BATCH * STEPS)]
+        model = make_model()
+        if file == "replicas.yaml":
+            shard(model, (2, 1))
         run = SFTTrainer(
-            make_model(),
+            model,
             args,
             train_dataset=Dataset.from_list(rows),
             processing_class=make_tokenizer(),
@@ -279,11 +303,12 @@ def supervised(file, folder):
         return weights(run.model), made.draw_counts, made.importance
 
 
-def test_the_trainer_of_trl_follows_one_process(two, tmp_path):
+@pytest.mark.parametrize("file", ["fsdp2.yaml", "replicas.yaml"])
+def test_the_trainer_of_trl_follows_one_process(two, tmp_path, file):
     """Completions have one token each, so that the mean of two means is that of all."""
     pytest.importorskip("trl", reason="the test is of it")
     expected, counts, importance = supervised(None, tmp_path)
-    for found, found_counts, found_importance in two.run(supervised, "fsdp2.yaml", tmp_path):
+    for found, found_counts, found_importance in two.run(supervised, file, tmp_path):
         assert found_counts == counts
         assert torch.allclose(found_importance, importance, rtol=1e-3)
         assert largest_difference(expected, found) < 1e-6
