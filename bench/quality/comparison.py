@@ -10,7 +10,7 @@ import numpy as np
 
 from bench.quality.methods import RULES, SETTINGS
 from bench.quality.statistics import Contrast, contrast, corrected_p_values, verdict
-from bench.quality.study import KEY, SEARCH, STUDY, Part, rate_of
+from bench.quality.study import CONFIRMED, KEY, SEARCH, STUDY, Part, rate_of
 from grass.errors import GrassError
 from grass.finetune.run_folder import read_rows
 from grass.reproduce.study import Pair, Row
@@ -177,8 +177,12 @@ FAMILIES: dict[str, tuple[str, list[Names]]] = {
             ("grass-inside", "grass"),
         ],
     ),
-    "rules": ("rules", [(name, "uniform") for name in RULES]),
-    "settings": ("rules", [(name, "grass") for name in SETTINGS]),
+    "rules": ("rules", [(name, "uniform") for name in STUDY.parts["rules"].methods if name in RULES]),
+    "settings": ("rules", [(name, "grass") for name in STUDY.parts["rules"].methods if name in SETTINGS]),
+    "confirmation": (
+        "confirmation",
+        [(name, other) for name in ("grass", *CONFIRMED) for other in ("uniform", "grass") if name != other],
+    ),
 }
 """Name of a family of comparisons, which are corrected together -> part of the study, and comparisons."""
 

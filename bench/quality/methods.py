@@ -268,6 +268,7 @@ RULES: dict[str, Rule] = {
     "signal-squared": by_rule(signal, drawn(2.0)),
     "signal-inverse": by_rule(signal, drawn(-1.0)),
     "noisy": by_rule(noisy, drawn(1.0)),
+    "noisy-squared": by_rule(noisy, drawn(2.0)),
     "absolute": by_rule(absolute, drawn(1.0)),
     "relative": by_rule(relative, drawn(1.0)),
     "progress": by_rule(progress, drawn(1.0)),
