@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bench.quality.methods import RULES, SETTINGS
+from bench.quality.methods import RULES
 from bench.quality.statistics import Contrast, contrast, corrected_p_values, verdict
 from bench.quality.study import CONFIRMED, KEY, SEARCH, STUDY, Part, rate_of
 from grass.errors import GrassError
@@ -178,7 +178,10 @@ FAMILIES: dict[str, tuple[str, list[Names]]] = {
         ],
     ),
     "rules": ("rules", [(name, "uniform") for name in STUDY.parts["rules"].methods if name in RULES]),
-    "settings": ("rules", [(name, "grass") for name in STUDY.parts["rules"].methods if name in SETTINGS]),
+    "settings": (
+        "settings",
+        [(name, "grass") for name in STUDY.parts["settings"].methods if name != "grass"],
+    ),
     "confirmation": (
         "confirmation",
         [(name, other) for name in ("grass", *CONFIRMED) for other in ("uniform", "grass") if name != other],

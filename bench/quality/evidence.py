@@ -1,11 +1,11 @@
 """docs/evidence.md, and the lines of the README that repeat it, written from the stored rows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.output import replace_between
 from bench.quality import real, stability
-from bench.quality.comparison import Compared, Found, is_complete, summarize
+from bench.quality.comparison import Compared, Found, Names, is_complete, summarize
 from bench.quality.methods import CONFIG
 from bench.quality.study import BUDGETS, SEARCH, STUDY
 from bench.quality.tables import interval, log_page, mean_and_range, real_report, tables_page
@@ -59,11 +59,20 @@ def findings(found: Found) -> list[str]:
         sentence("GRASS", "full fine-tuning", key.get(("grass", "full"))),
         sentence("GRASS", "LoRA of rank 32", methods.get(("grass", "lora-r32"))),
     ]
-    rules = found.families["rules"]
-    if not rules:
-        return [*lines, "Rules that see the gradients of all layers: not run yet."]
+    again = {names: of for names, of in found.families["confirmation"].items() if "uniform" in names}
+    return [
+        *lines,
+        _counts("rules that see the gradients of all layers", found.families["rules"]),
+        _counts("methods that ran on other bases, the best of these rules among them", again),
+    ]
+
+
+def _counts(subject: str, found: Mapping[Names, Compared]) -> str:
+    """Return how many methods are better and worse than uniform sampling, with the names of the better ones."""
+    if not found:
+        return f"{subject.capitalize()}: not run yet."
     by_verdict = {
-        verdict: sorted((of.log_loss.mean, name) for (name, _), of in rules.items() if of.verdict == verdict)
+        verdict: sorted((of.log_loss.mean, name) for (name, _), of in found.items() if of.verdict == verdict)
         for verdict in ("better", "worse", "undecided")
     }
     named = ", ".join(f"`{name}` {mean:+.3f}" for mean, name in by_verdict["better"])
@@ -72,10 +81,7 @@ def findings(found: Found) -> list[str]:
         + (f" ({named})" if verdict == "better" and of else "")
         for verdict, of in by_verdict.items()
     )
-    return [
-        *lines,
-        f"Of {len(rules)} rules that see the gradients of all layers, against uniform sampling: {counts}.",
-    ]
+    return f"Of {len(found)} {subject}, against uniform sampling: {counts}."
 
 
 def page(found: Found) -> str:
@@ -104,7 +110,7 @@ def _real(found: Found) -> str:
 
 def _claims(found: Found) -> str:
     """Return a table of the claims of the paper and the doubts of its reviewers, each with the result here."""
-    uniform, shuffled, static, full, lora, rules = findings(found)
+    uniform, shuffled, static, full, lora, rules, again = findings(found)
     of = summarize(found.rows, STUDY.parts["key"], "grass")
     spread = (
         "not run yet." if of is None else f"{of.exact_deviation:.1f} points of exact match, within bases."
@@ -133,7 +139,7 @@ def _claims(found: Found) -> str:
         ("Adapting during training is better than the probe alone.", static),
         ("GRASS is close to full fine-tuning, or better.", full),
         ("GRASS is better than LoRA, by up to 4.38 points.", lora),
-        ("Doubt: is there any rule that beats random layers?", rules),
+        ("Doubt: is there any rule that beats random layers?", f"{rules} {again}"),
         (
             "T_s of 5 is poor.",
             sentence("T_s of 5", "10", found.families["settings"].get(("period-5", "grass"))),

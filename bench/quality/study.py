@@ -99,8 +99,14 @@ STUDY = Design(
         "methods": Part("arithmetic", ("full", "uniform", "grass", *OTHERS), range(10, 12), orders=4),
         "rules": Part(
             "arithmetic",
-            ("uniform", "grass", *(name for name in (*RULES, *SETTINGS) if name not in LATER)),
+            ("uniform", "grass", *(name for name in RULES if name not in LATER)),
             range(20, 22),
+            orders=4,
+        ),
+        "settings": Part(
+            "arithmetic",
+            ("grass", *(name for name in SETTINGS if name not in LATER)),
+            range(40, 42),
             orders=4,
         ),
         "confirmation": Part("arithmetic", ("uniform", "grass", *CONFIRMED), range(30, 34), orders=4),
