@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 import grass_kernels
-from grass.errors import ParameterError
+from grass.errors import GrassError, ParameterError
 from grass.optim.hyperparameters import hyperparameters_of
 from grass.optim.param_entry import ParamEntry
 from grass.optim.sharding import local
@@ -210,4 +211,30 @@ def _check_step(step: Any, index: int) -> None:
         return
     raise KernelArgumentError(
         f"step of parameter {index} is {step!r}: assign the number of its updates, as a float32 tensor of shape ()"
+    )
+
+
+def refuse_scaler(optimizer: Optimizer, *, updates_in_backward: bool) -> None:
+    """Raise if a GradScaler calls the step, which it does with attributes of the optimizer.
+
+    Args:
+        optimizer: the optimizer.
+        updates_in_backward: True with ``fused_backward``; False with sharded parameters.
+
+    Raises:
+        GrassError: a GradScaler calls the step.
+    """
+    # GradScaler deletes them only after a step that returns.
+    given = [optimizer.__dict__.pop(name, None) for name in ("grad_scale", "found_inf")]
+    if given == [None, None]:
+        return
+    if updates_in_backward:
+        raise GrassError(
+            "fused_backward and a GradScaler exclude each other: parameters were already updated inside backward, "
+            "with gradients still scaled; load an earlier checkpoint, and train in bfloat16 without a scaler, or "
+            "without fused_backward"
+        )
+    raise GrassError(
+        "a GradScaler is not supported with sharded parameters, since its scale would differ between ranks: train in "
+        "bfloat16 without one"
     )

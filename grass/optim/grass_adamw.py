@@ -26,18 +26,18 @@ from grass.layer_scheduler import Change, LayerScheduler
 from grass.layers import LayerMap, Pattern
 from grass.optim import state_dict as state_dicts
 from grass.optim.adamw import AdamW
-from grass.optim.checks import check_groups, check_state_shapes, refuse_sparse, refuse_without_memory
+from grass.optim.checks import (
+    check_groups,
+    check_state_shapes,
+    refuse_scaler,
+    refuse_sparse,
+    refuse_without_memory,
+)
 from grass.optim.embeddings import keep_graph_through_frozen_embeddings
 from grass.optim.fused_backward import FusedBackward, tied_parameters
 from grass.optim.offload_manager import OffloadManager, TransferStats, buckets_of, choose_offload
-from grass.optim.param_entry import (
-    ParamEntry,
-    assign_layers,
-    count_elements,
-    make_entries,
-    params_by_layer,
-    weight_norms,
-)
+from grass.optim.param_entry import ParamEntry, assign_layers, weight_norms
+from grass.optim.param_table import ParamTable
 from grass.optim.probe import Probe
 from grass.optim.requires_grad import RequiresGradLease, trainable_flags
 from grass.optim.sharding import (
@@ -48,6 +48,7 @@ from grass.optim.sharding import (
     local,
     num_ranks,
     ranks_of,
+    refuse_sharded_later,
     refuse_wrapper,
 )
 from grass.optim.states import HYPERPARAMETERS, takes_kernel
@@ -193,20 +194,16 @@ class GrassAdamW(AdamW):
             layer_of, trainable: as for `make_entries`.
             reads_weights: False for a copy, which gets the importance of the original.
         """
-        self._entries = make_entries(self.param_groups, layer_of, trainable, len(self._layers))
-        by_layer = params_by_layer(self._entries, len(self._layers))
+        self._table = ParamTable(self.param_groups, layer_of, trainable, len(self._layers))
+        by_layer = self._table.by_layer
         if not any(by_layer):  # all layers are frozen; the user may unfreeze some later
-            self._config.check_layers(
-                len({entry.layer for entry in self._entries if entry.layer < len(self._layers)})
-            )
+            self._config.check_layers(len(set(layer_of.values()) & set(range(len(self._layers)))))
         weights = None
         if self._config.sampler == "weight_norm" and reads_weights:
             sharded = [p for layer in by_layer for p in layer if is_sharded(p)]
             weights = weight_norms(by_layer, ranks_of(sharded))
         device = next((p.device for p, on in trainable.items() if on), next(iter(trainable)).device)
-        self._scheduler = LayerScheduler(
-            self._config, self._layers.names, count_elements(by_layer), device, weights
-        )
+        self._scheduler = LayerScheduler(self._config, self._layers.names, self._table.sizes, device, weights)
         self._are_ranks_known = False
         # Until the first forward pass of a run of several processes no layer is frozen: a model may be sharded before
         # it, and FSDP2 chooses the dtype in which it reduces a layer's gradients by what requires grad then.
@@ -215,15 +212,18 @@ class GrassAdamW(AdamW):
         self._mode: Offload = "none" if self._config.offload == "auto" else self._config.offload
         self._observed_order: list[int] = []
         self._rebuild_store()
-        self._lease = RequiresGradLease(list(trainable), list(trainable.values()))
-        self._lease.bind(self)
+        self._table.take_lease(self, trainable)
         weakref.finalize(self, _tell_if_untrained, self._scheduler.schedule)
         self._probe: Probe | None = None
         self._fused: FusedBackward | None = None
-        self._has_removed_params = self._has_told_of_changes = False
+        self._has_told_of_changes = False
         self._switch_parameters()
         if self._config.fused_backward or num_ranks() > 1:
             self._step_supports_amp_scaling = True  # a GradScaler then calls `step`, which raises
+
+    @property
+    def _lease(self) -> RequiresGradLease:
+        return self._table.lease
 
     # -- properties -----------------------------------------------------------------------------------
 
@@ -355,7 +355,7 @@ class GrassAdamW(AdamW):
 
     def _take_probe_step(self, probe: Probe) -> None:
         probe.discard_if_cleared()
-        if not probe.fired and not self._has_zeros_of_dcp():
+        if not probe.fired and not state_dicts.has_zero_gradients(self.param_groups):
             probe.measure_assigned()
         if not probe.fired:
             self._refuse_replaced_model()
@@ -363,7 +363,7 @@ class GrassAdamW(AdamW):
         self._current_entries()
         self._meet_ranks()
         if self._ranks is not None:
-            self._refuse_scaler()
+            refuse_scaler(self, updates_in_backward=False)
         accumulated = probe.accumulated
         sq_norms, observed = probe.finish_step(getattr(self, "grad_scale", None))
         self._finish_step(sq_norms, observed, accumulated)
@@ -371,7 +371,7 @@ class GrassAdamW(AdamW):
     def _take_adapt_step(self) -> None:
         self._meet_ranks()
         if self._fused is not None or self._ranks is not None:
-            self._refuse_scaler()
+            refuse_scaler(self, updates_in_backward=self._fused is not None)
         if self._fused is not None:
             parts, self._observed_order = self._fused.finish_step(self._update_order(self._scheduler.active))
             self._join_updates()
@@ -399,7 +399,7 @@ class GrassAdamW(AdamW):
         self._are_ranks_known = True
         if self._is_waiting:
             self._is_waiting = False
-            self._freeze()
+            self._table.switch(all_on=False)
 
     def _check_agreement(self, ranks: Ranks) -> None:
         keys = (*HYPERPARAMETERS, "amsgrad", "maximize")
@@ -408,7 +408,7 @@ class GrassAdamW(AdamW):
             {
                 "its GrassConfig": asdict(self._config),
                 "the layers of its model": [self._layers.names, self._scheduler.num_params],
-                "the parameters that are trained": [entry.can_train for entry in self._entries],
+                "the parameters that are trained": [entry.can_train for entry in self._table.entries],
                 "its options": self._options,
                 "its parameter groups": [len(group["params"]) for group in self.param_groups],
                 "lr, betas, eps, weight_decay, amsgrad or maximize": tree_map(float, groups),
@@ -433,31 +433,9 @@ class GrassAdamW(AdamW):
             self._refuse_replaced_model()
 
     def _refuse_replaced_model(self) -> None:
-        """Raise if the model has been sharded, and this optimizer has the parameters from before."""
         model = None if self._model_ref is None else self._model_ref()
-        if model is None or any(is_sharded(entry.param) for entry in self._entries):
-            return
-        if any(is_sharded(p) for p in model.parameters()):
-            raise ParameterError(
-                "the model was sharded after this optimizer was made, which has the parameters from before: make the "
-                "optimizer after fully_shard; accelerate's prepare needs the optimizer together with the model"
-            )
-
-    def _refuse_scaler(self) -> None:
-        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
-            # GradScaler deletes them only after a step that returns.
-            self.__dict__.pop("grad_scale", None)
-            self.__dict__.pop("found_inf", None)
-            if self._fused is None:
-                raise GrassError(
-                    "a GradScaler is not supported with sharded parameters, since its scale would differ between "
-                    "ranks: train in bfloat16 without one"
-                )
-            raise GrassError(
-                "fused_backward and a GradScaler exclude each other: parameters were already updated inside backward, "
-                "with gradients still scaled; load an earlier checkpoint, and train in bfloat16 without a scaler, or "
-                "without fused_backward"
-            )
+        if model is not None:
+            refuse_sharded_later(model, [entry.param for entry in self._table.entries])
 
     def _finish_step(self, sq_norms: Tensor, observed: list[bool], accumulated: bool) -> None:
         is_local = self._ranks is not None and (
@@ -518,10 +496,10 @@ class GrassAdamW(AdamW):
 
     def _update_trainable(self) -> None:
         """Update records, layer sizes and store to the parameters that are trainable."""
-        num_layers, self._are_ranks_known = len(self._layers), False
-        for entry in self._current_entries():
-            entry.can_train = self._lease.is_trainable(entry.param) and entry.layer <= num_layers
-        self._scheduler.recount(count_elements(params_by_layer(self._entries, num_layers)))
+        self._are_ranks_known = False
+        self._current_entries()
+        self._table.update_trainable()
+        self._scheduler.recount(self._table.sizes)
         self._rebuild_store()
         if not (self._scheduler.probing or self._scheduler.active):
             self._apply_change(self._scheduler.draw_at_once())
@@ -534,13 +512,13 @@ class GrassAdamW(AdamW):
             if self._config.offload == "auto" and self._mode == "none" and not self.state:
                 self._rebuild_store()  # the model may have been moved to a GPU after construction
             _logger.debug("step %d: drew layers %s", self.step_count, list(change.drawn))
-            for entry in () if self._may_be_sharded else self._entries:
+            for entry in () if self._may_be_sharded else self._table.entries:
                 if entry.can_train and entry.layer in (*change.drawn, len(self._layers)):
                     group = self.param_groups[entry.group]
                     self._states.allocate(self.state[entry.param], group, entry.shard)
         if change.left is not None:
             if self._config.moments == "reset":
-                for entry in self._entries:
+                for entry in self._table.entries:
                     if entry.layer in change.left and entry.param in self.state:
                         self._states.reset(self.state[entry.param])
                         if not self.state[entry.param]:
@@ -554,11 +532,10 @@ class GrassAdamW(AdamW):
     def _switch_parameters(self) -> None:
         """Set ``requires_grad`` and hooks for the active layers."""
         self._plans.clear()
-        scheduler, outside = self._scheduler, len(self._layers)
-        for entry in self._current_entries():
-            in_layer = entry.layer < outside and (scheduler.probing or entry.layer in scheduler.active)
-            entry.is_active = in_layer or entry.layer == outside
-        self._freeze()
+        scheduler, num_layers = self._scheduler, len(self._layers)
+        self._current_entries()
+        self._table.activate(range(num_layers) if scheduler.probing else scheduler.active)
+        self._table.switch(all_on=self._is_waiting)
         if self._probe is not None:
             self._probe.remove()
             self._probe = None
@@ -568,9 +545,9 @@ class GrassAdamW(AdamW):
             self._fused = None
         if self._lease.ended:
             return
-        training = [entry for entry in self._entries if entry.param.requires_grad and entry.is_active]
+        training = [entry for entry in self._table.entries if entry.param.requires_grad and entry.is_active]
         if scheduler.probing:
-            self._probe = Probe(training, outside + 1)
+            self._probe = Probe(training, num_layers + 1)
             self._lease.handles.extend(self._probe.handles)
         else:
             _logger.debug("step %d: training layers %s", self.step_count, list(scheduler.active))
@@ -584,19 +561,10 @@ class GrassAdamW(AdamW):
                 self._fused.at_end = _Call(self, "_join_updates")
                 self._lease.handles.extend(self._fused.handles)
 
-    def _freeze(self) -> None:
-        """Set ``requires_grad`` for the active layers."""
-        on = {
-            entry.param
-            for entry in self._entries
-            if entry.is_active or (self._is_waiting and entry.can_train)
-        }
-        self._lease.switch(on.__contains__)
-
     @property
     def _may_be_sharded(self) -> bool:
         """True while parameters are whole that may be sharded before the first step: states would be too large."""
-        return self._is_waiting and not any(is_sharded(entry.param) for entry in self._entries)
+        return self._is_waiting and not any(is_sharded(entry.param) for entry in self._table.entries)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the measurements of a probe since the last step."""
@@ -652,61 +620,40 @@ class GrassAdamW(AdamW):
 
     def _current_entries(self) -> list[ParamEntry]:
         """Return the records of all parameters, in the current order of the groups."""
-        members = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
-        known = len(members) == len(self._entries) and all(
-            entry.param is p and entry.group == index
-            for entry, (index, p) in zip(self._entries, members, strict=True)
-        )
-        if not known:
-            by_param = {entry.param: entry for entry in self._entries}
-            if not all(p in by_param for _, p in members):
-                return self._adopt_replaced(members)
-            self._entries = []
-            for position, (index, p) in enumerate(members):
-                entry = by_param[p]
-                entry.group, entry.index = index, position
-                self._entries.append(entry)
-            removed = by_param.keys() - {p for _, p in members}
-            self._lease.drop(removed)
-            self._tied_params -= removed
-            self._has_removed_params |= bool(removed)
-        return self._entries
+        if not self._table.sync(self.param_groups):
+            self._adopt_replaced()
+        return self._table.entries
 
-    def _adopt_replaced(self, members: Sequence[tuple[int, Tensor]]) -> list[ParamEntry]:
+    def _adopt_replaced(self) -> None:
         """Begin anew with parameters that were replaced one by one, as `accelerate` does when it shards a model.
 
         Raises:
             ParameterError: the parameters are others, or the optimizer has taken steps.
         """
-        old = self._entries
-        same = len(members) == len(old) and all(
-            (entry.group, entry.param.shape) == (group, p.shape)
-            for entry, (group, p) in zip(old, members, strict=True)
-        )
-        if not same or self.step_count:
+        old = self._table
+        new = old.successors(self.param_groups)
+        if self.step_count:
             raise ParameterError(
-                "the parameter groups contain parameters unknown to this optimizer: add them with add_param_group, "
-                "or construct the optimizer anew"
+                "the parameters of this optimizer were replaced after its first step: construct the optimizer anew"
             )
-        new = {entry.param: p for entry, (_, p) in zip(old, members, strict=True)}
-        layer_of = {new[entry.param]: entry.layer for entry in old}
-        trainable = {new[entry.param]: self._lease.is_trainable(entry.param) for entry in old}
+        layer_of = {new[p]: layer for p, layer in old.layer_of.items()}
+        trainable = {new[p]: on for p, on in old.trainable.items()}
         self._tied_params = {new[p] for p in self._tied_params if p in new}
-        handles = self._lease.handles
-        self._lease.handles = []  # hooks of the model stay
-        self._lease.end()
+        handles = old.lease.handles
+        old.lease.handles = []  # hooks of the model stay
+        old.lease.end()
         self.state.clear()
         self._start(layer_of, trainable)
         self._lease.handles.extend(handles)
-        return self._entries
 
     def _drop_removed_params(self) -> None:
         """Adapt the parts to parameters that the user has removed from the groups since the last step."""
         self._current_entries()
-        if not self._has_removed_params:
+        if not self._table.has_removed:
             return
-        self._has_removed_params = False
-        self._scheduler.recount(count_elements(params_by_layer(self._entries, len(self._layers))))
+        self._table.has_removed = False
+        self._tied_params &= self._table.layer_of.keys()
+        self._scheduler.recount(self._table.sizes)
         self._rebuild_store()
         self._switch_parameters()
 
@@ -738,10 +685,10 @@ class GrassAdamW(AdamW):
         """Create a store for the states of all trainable parameters, and move states there; atomic."""
         if self._may_be_sharded:
             return
-        buckets = buckets_of(self._entries, self.param_groups, self.state, self._options)
+        buckets = buckets_of(self._table.entries, self.param_groups, self.state, self._options)
         if self._offload is None and self._config.offload == "auto":
             self._mode = choose_offload(
-                buckets, all(self._takes_kernel(entry) for entry in self._entries if entry.can_train)
+                buckets, all(self._takes_kernel(entry) for entry in self._table.entries if entry.can_train)
             )
         if self._mode != "none":
             before = self._offload
@@ -763,7 +710,7 @@ class GrassAdamW(AdamW):
             return
         buckets = buckets_of(self._current_entries(), self.param_groups, self.state, self._options)
         if not self._offload.store.has_room_for(buckets):
-            for entry in self._entries:
+            for entry in self._table.entries:
                 check_state_shapes(self.state.get(entry.param, {}), entry.shard, entry.index)
             self._rebuild_store()
 
@@ -771,7 +718,7 @@ class GrassAdamW(AdamW):
         """Check that all states in the store can be updated there, and clone those that are in another's place."""
         if self._offload is None:
             return
-        for entry in self._entries:
+        for entry in self._table.entries:
             if entry.shard in self._offload and not self._takes_kernel(entry):
                 raise ConfigError(
                     f"parameter {entry.index} is in a group with settings that the kernels do not support "
@@ -797,7 +744,7 @@ class GrassAdamW(AdamW):
         """Return the active buckets in the order of updates: as last observed, or as expected of backward."""
         training = {
             entry.bucket
-            for entry in self._entries
+            for entry in self._table.entries
             if entry.can_train and (entry.layer in active or entry.layer == len(self._layers))
         }
         outside = sorted((bucket for bucket in training if bucket >= len(self._layers)), reverse=True)
@@ -813,34 +760,31 @@ class GrassAdamW(AdamW):
             ParameterError: parameters that do not belong to the model, or the optimizer is a copy.
             ConfigError: ``min_probability`` too high for the new number of layers.
         """
-        if "_lease" not in self.__dict__:  # torch's constructor adds the first groups
+        if "_table" not in self.__dict__:  # torch's constructor adds the first groups
             super().add_param_group(param_group)
             return
         self._refuse_if_ended()
         given = param_group["params"]
         given = [given] if isinstance(given, Tensor) else list(given)
         params = [entry[1] if isinstance(entry, tuple) else entry for entry in given]
-        known, groups = self._current_entries(), len(self.param_groups)
-        layer_of = {entry.param: entry.layer for entry in known}
-        layer_of.update(zip(params, self._assign_layers(params), strict=True))
-        trainable = {entry.param: self._lease.is_trainable(entry.param) for entry in known}
-        trainable.update(zip(params, trainable_flags(params), strict=True))
+        self._current_entries()
+        known, num_groups = self._table, len(self.param_groups)
+        layer_of = {**known.layer_of, **dict(zip(params, self._assign_layers(params), strict=True))}
+        trainable = {**known.trainable, **dict(zip(params, trainable_flags(params), strict=True))}
         try:
             super().add_param_group({**param_group, "params": given})
-            self._entries = make_entries(self.param_groups, layer_of, trainable, len(self._layers))
-            counts = count_elements(params_by_layer(self._entries, len(self._layers)))
-            self._config.check_layers(sum(count > 0 for count in counts))
+            self._table = ParamTable(self.param_groups, layer_of, trainable, len(self._layers))
+            self._config.check_layers(sum(size > 0 for size in self._table.sizes))
             self._rebuild_store()
         except Exception:
-            self._entries = known
-            del self.param_groups[groups:]
+            self._table = known
+            del self.param_groups[num_groups:]
             raise
-        self._scheduler.recount(counts)
+        self._scheduler.recount(self._table.sizes)
         self._are_ranks_known = False
-        handles = self._lease.handles
-        self._lease.handles = []  # the new lease ends the old one, and takes over its hooks
-        self._lease = RequiresGradLease(list(trainable), list(trainable.values()))
-        self._lease.bind(self)
+        handles = known.lease.handles
+        known.lease.handles = []  # the new lease ends the old one, and takes over its hooks
+        self._table.take_lease(self, trainable)
         self._lease.handles = handles
         self._switch_parameters()
 
@@ -979,18 +923,7 @@ class GrassAdamW(AdamW):
         """
         if self.step_count or (self._probe is not None and self._probe.fired):
             return False
-        return self._has_zeros_of_dcp()
-
-    def _has_zeros_of_dcp(self) -> bool:
-        """Return if all gradients and learning rates are zero; a device sync if the learning rates are."""
-        if any(float(group["lr"]) != 0 for group in self.param_groups):
-            return False
-        grads = [p.grad for _, p in self._members() if p.grad is not None]
-        if not grads:
-            return False
-        has_values = torch.tensor([float(any(bool(local(grad).any()) for grad in grads))], device="cpu")
-        ranks = ranks_of([p for _, p in self._members() if is_sharded(p)])
-        return not bool(has_values if ranks is None else ranks.sum(has_values))
+        return state_dicts.has_zero_gradients(self.param_groups)
 
     def _init_state_for_dcp(self) -> None:
         """Create the state of all trainable parameters, which then require grad until the next switch."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grass.errors import ConfigError, GrassError, StateMismatchError
+from grass.errors import ConfigError, GrassError, ParameterError, StateMismatchError
 
 _REPLICAS = (
     "shard it by torch.distributed.fsdp.fully_shard; a mesh of shape (ranks, 1) keeps a whole copy on each"
@@ -236,4 +236,21 @@ def refuse_wrapper(model: nn.Module) -> None:
         raise ConfigError(
             "the model has DTensors that fully_shard did not make, as by tensor parallelism: only FSDP2 and HSDP are "
             "supported"
+        )
+
+
+def refuse_sharded_later(model: nn.Module, params: Sequence[Tensor]) -> None:
+    """Raise if a model has been sharded, and an optimizer has the parameters from before.
+
+    Args:
+        model: the model.
+        params: the optimizer's parameters.
+
+    Raises:
+        ParameterError: the parameters are whole, and the model has sharded ones.
+    """
+    if not any(is_sharded(p) for p in params) and any(is_sharded(p) for p in model.parameters()):
+        raise ParameterError(
+            "the model was sharded after this optimizer was made, which has the parameters from before: make the "
+            "optimizer after fully_shard; accelerate's prepare needs the optimizer together with the model"
         )

@@ -5,6 +5,7 @@ A parameter that was never stepped has an empty entry: torch's optimizers initia
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from grass.errors import StateMismatchError
 from grass.offload.store import zeros_on_demand
-from grass.optim.sharding import local
+from grass.optim.sharding import is_sharded, local, ranks_of
 from grass.optim.states import KINDS, Options, has_remainder, moment_dtype, moment_keys, own_keys
 
 
@@ -146,3 +147,19 @@ def _describe(found: Any) -> str:
     if not isinstance(found, Tensor):
         return f"of type {type(found).__name__}"
     return f"{found.dtype}, {found.layout}, on {found.device}"
+
+
+def has_zero_gradients(groups: Sequence[dict[str, Any]]) -> bool:
+    """Return True if all learning rates are 0, and all gradients zeros: a step that initializes states.
+
+    `torch.distributed.checkpoint` takes one before it saves or loads. A device sync if the learning rates are 0.
+    """
+    if any(float(group["lr"]) != 0 for group in groups):
+        return False
+    params = [p for group in groups for p in group["params"]]
+    grads = [p.grad for p in params if p.grad is not None]
+    if not grads:
+        return False
+    has_values = torch.tensor([float(any(bool(local(grad).any()) for grad in grads))], device="cpu")
+    ranks = ranks_of([p for p in params if is_sharded(p)])
+    return not bool(has_values if ranks is None else ranks.sum(has_values))
