@@ -202,6 +202,8 @@ class GrassAdamW(AdamW):
         if self._config.sampler == "weight_norm" and reads_weights:
             sharded = [p for layer in by_layer for p in layer if is_sharded(p)]
             weights = weight_norms(by_layer, ranks_of(sharded))
+        if any(map(is_sharded, layer_of)):  # refuses meshes that are not supported
+            ranks_of([entry.param for entry in self._table.entries if entry.can_train])
         device = next((p.device for p, on in trainable.items() if on), next(iter(trainable)).device)
         self._scheduler = LayerScheduler(self._config, self._layers.names, self._table.sizes, device, weights)
         self._are_ranks_known = False
@@ -359,6 +361,8 @@ class GrassAdamW(AdamW):
             probe.measure_assigned()
         if not probe.fired:
             self._refuse_replaced_model()
+            if num_ranks() > 1:
+                self._meet_ranks()  # raises if an engine has taken the place of the parameters
             return
         self._current_entries()
         self._meet_ranks()
@@ -508,7 +512,7 @@ class GrassAdamW(AdamW):
         """Allocate and reset states, and switch parameters, for a change of active layers."""
         if change.drawn is not None:
             if self._ranks is not None:
-                self._ranks.check_equal(self._scheduler.fingerprint())
+                self._check_agreement(self._ranks)
             if self._config.offload == "auto" and self._mode == "none" and not self.state:
                 self._rebuild_store()  # the model may have been moved to a GPU after construction
             _logger.debug("step %d: drew layers %s", self.step_count, list(change.drawn))
@@ -737,7 +741,9 @@ class GrassAdamW(AdamW):
         super()._restore(saved)
 
     def _reset_caches(self) -> None:
+        ranks = self.__dict__.get("_ranks")  # a load, also one that is refused, changes no parameters
         super()._reset_caches()
+        self._ranks = ranks
         self._states.storage = self.__dict__.get("_offload")
 
     def _update_order(self, active: Sequence[int]) -> list[int]:
@@ -871,6 +877,7 @@ class GrassAdamW(AdamW):
             self._scheduler.load_state_dict(self._scheduler.beginning)
         else:
             self._load_method(method)
+        self._are_ranks_known = False  # they may have loaded different states
         self._switch_parameters()
 
     def _load_method(self, method: dict[str, Any]) -> None:

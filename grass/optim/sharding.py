@@ -45,6 +45,9 @@ def as_shard_of(p: Any, value: Any) -> Any:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
+    if value.storage_offset():
+        # A DTensor takes the offset of its shard, without the storage: `dcp.async_save` would read at that address.
+        value = torch.from_dlpack(value.detach())
     meta = TensorMeta(p.shape, p.stride(), value.dtype)
     spec = DTensorSpec(p.device_mesh, p.placements, tensor_meta=meta)
     # as FSDP2 makes its parameters: `from_local` would move the state to the device of the mesh
@@ -158,19 +161,18 @@ def ranks_of(params: Sequence[Tensor]) -> Ranks | None:
     first: Any = sharded[0]
     mesh, placements = first.device_mesh, first.placements
     for p in sharded:
+        if not _is_by_fsdp(p):
+            raise ConfigError(
+                f"a parameter is sharded as {_describe(p)}, as by tensor parallelism: only FSDP2 and HSDP are "
+                "supported, which shard one dimension"
+            )
+    for p in sharded:
         placed: Any = p
         if (placed.device_mesh, placed.placements) != (mesh, placements):
             raise ConfigError(
                 "the parameters are sharded over different meshes, or in different ways "
                 f"({_describe(placed)} and {_describe(first)}): shard all by fully_shard with one mesh"
             )
-    if [type(placement).__name__ for placement in placements].count("Shard") != 1 or not all(
-        placement.is_replicate() or type(placement).__name__ == "Shard" for placement in placements
-    ):
-        raise ConfigError(
-            f"the parameters are sharded as {_describe(first)}, as by tensor parallelism: only FSDP2 and HSDP are "
-            "supported, which shard one dimension"
-        )
     if mesh.size() != world:
         raise ConfigError(
             f"the parameters are sharded over {mesh.size()} of {world} ranks: use a mesh of all ranks"
@@ -202,6 +204,11 @@ def wait_for_copy(grad: Tensor) -> None:
     """
     if is_sharded(grad) and local(grad).device.type == "cpu" and grad.device_mesh.device_type == "cuda":  # type: ignore[attr-defined]
         torch.cuda.current_stream().synchronize()
+
+
+def _is_by_fsdp(p: Any) -> bool:
+    kinds = [type(placement).__name__ for placement in p.placements]
+    return kinds.count("Shard") == 1 and kinds.count("Replicate") == len(kinds) - 1
 
 
 def _describe(p: Any) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import grass_kernels
+from grass.errors import GrassError
 from grass.optim.fallback import Fallback
 from grass.optim.hyperparameters import are_plain, hyperparameters_of, settings_of
 from grass.optim.param_entry import ParamEntry
@@ -345,9 +346,11 @@ class _KernelBackend:
         own_units = [residency.parts(unit, indices) for unit in units]
         updated = {part.tensor for unit in own_units for part in unit.parts}
         missing = [p for p, i in indices.items() if i not in updated and p.numel()]
-        assert not missing, (
-            f"the residency does not know {len(missing)} parameters, which would not be updated"
-        )
+        if missing:
+            raise GrassError(
+                f"the store of states does not know {len(missing)} parameters, which would not be updated; please "
+                "report this, and train with offload='none'"
+            )
         capturable = any(group["capturable"] for group in groups)
         numbers = {index: number for number, index in enumerate(self._used)}
         group_of = [numbers[entry.group] for entry in own]

@@ -13,6 +13,7 @@ def row(gpus, shard, method, collectives):
         "shard": shard,
         "method": method,
         "peak_gib": 20.25,
+        "states_host_gib": 64.2,
         "gathered_gib_per_step": 255.5,
         "reduced_gib_per_step": 4.2,
         "collectives_ms": collectives,
@@ -31,8 +32,10 @@ ROWS = [
 
 def test_the_table_has_the_rows(tmp_path):
     text = scale.table(ROWS)
-    assert "| 512 | 64 | GRASS, 2 of 80 layers | 20.2 | 255.5 | 4.2 | 1,012 | 2,000 |" in text
+    assert "| 512 | 64 | GRASS, 2 of 80 layers | 20.2 | 64.2 | 255.5 | 4.2 | 1,012 | 2,000 |" in text
     assert "| 8 | 1 | full fine-tuning |" in text
+    assert "Compute takes longer" in text
+    assert "Compute takes longer" not in scale.table([{**r, "compute_ms": 100.0} for r in ROWS])
 
 
 def test_the_chart_is_drawn(tmp_path):

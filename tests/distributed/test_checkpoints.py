@@ -108,8 +108,19 @@ def test_two_ranks_resume_bitwise_and_other_numbers_within_rounding(two, four, t
         assert found_counts == counts, name
 
 
-def test_an_asynchronous_save_has_the_state_of_its_beginning(two, tmp_path):
-    training = replace(TRAINING, mesh=(2,))
+def test_the_state_of_the_method_is_saved_once(two, tmp_path):
+    """Not a copy by each rank."""
+    two.run(save, replace(TRAINING, mesh=(2,)), 8, str(tmp_path))
+    metadata = dcp.FileSystemReader(str(tmp_path)).read_metadata()
+    names = [name for name in metadata.state_dict_metadata if ".grass." in name]
+    assert len(names) > 10
+    stored = [index.fqn for index in metadata.storage_data if ".grass." in index.fqn]
+    assert sorted(stored) == sorted(names)
+
+
+@pytest.mark.parametrize("offload", ["none", "resident"])
+def test_an_asynchronous_save_has_the_state_of_its_beginning(two, tmp_path, offload):
+    training = replace(TRAINING, mesh=(2,), config={"offload": offload}, dtype=torch.float32)
     expected = two.run(save, training, 8, str(tmp_path), True)[0][0]
     for found in two.run(resume, training, 8, str(tmp_path)):
         assert largest_difference(expected, found[0]) == 0
@@ -166,6 +177,27 @@ def test_states_are_local_tensors_and_dtensors_in_state_dicts(two):
     assert answers[0][2] == answers[1][2]  # point 4: counters of empty shards count, too
 
 
+def reload(training):
+    """Load the optimizer's own state in the middle of a run, and go on."""
+    model, opt = training.make()
+    training.run(model, opt, 0, 8)
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    training.run(model, opt, 8, STEPS)
+    return weights(model), opt.importance
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_a_state_that_is_loaded_between_steps_changes_nothing(two, clip):
+    """Norms are summed over the ranks afterwards, too."""
+    training = replace(TRAINING, mesh=(2,), options={"max_grad_norm": clip})
+    expected_model, expected = replace(training, mesh=None).make()
+    replace(training, mesh=None).run(expected_model, expected, 0, STEPS)
+    first, second = two.run(reload, training)
+    assert torch.equal(first[1], second[1])
+    assert torch.allclose(first[1], expected.importance, rtol=1e-5)
+    assert largest_difference(weights(expected_model), first[0]) < 1e-9
+
+
 def load_what_does_not_fit(training):
     model, opt = training.make()
     training.run(model, opt, 0, 8)
@@ -190,7 +222,8 @@ def load_what_does_not_fit(training):
 
 
 def test_states_that_are_sharded_otherwise_are_refused_and_nothing_changes(two):
-    for messages, difference, _ in two.run(load_what_does_not_fit, replace(TRAINING, mesh=(2,))):
+    training = replace(TRAINING, mesh=(2,), options={"max_grad_norm": 0.05})
+    for messages, difference, _ in two.run(load_what_does_not_fit, training):
         assert len(messages) == 2
         assert "full_state_dict=True" in messages[0]
         assert "sharded otherwise" in messages[1]

@@ -59,12 +59,14 @@ def reduced(bytes_by_name):
     return sum(count for name, count in bytes_by_name.items() if name.startswith("reduce_scatter"))
 
 
-def test_gradients_of_frozen_layers_are_not_reduced(two):
-    """gamma of L layers: the share of the bytes that full fine-tuning reduces."""
-    steps, block, layers = two.run(traffic, TRAINING, 0, 6)[0]
-    assert reduced(steps[0][1]) == layers * block  # the probe reduces all
-    for _, sizes in steps[1:]:
-        assert reduced(sizes) == 2 * block
+@pytest.mark.parametrize("mesh", [(2,), (1, 2), (2, 1)], ids=str)
+def test_gradients_of_frozen_layers_are_not_reduced(two, mesh):
+    """gamma of L layers: the share of the bytes that full fine-tuning reduces. Replicas use all-reduce."""
+    steps, block, layers = two.run(traffic, replace(TRAINING, mesh=mesh), 0, 6)[0]
+    norms = 4 * (layers + 1)
+    for index, (_, sizes) in enumerate(steps):
+        found = sizes["all_reduce"] - norms if mesh == (2, 1) else reduced(sizes)
+        assert found == (2 if index else layers) * block  # the probe reduces all
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 of ranks.
 """
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,17 +20,22 @@ ROOT = Path(__file__).parents[2]
 
 def launch(ranks: int, folder: Path) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    found = subprocess.run(
+    process = subprocess.Popen(
         [*command, "examples/fsdp2.py", str(folder)],
         cwd=ROOT,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=240,
-        check=False,
+        start_new_session=True,
     )
-    assert found.returncode == 0, found.stderr[-2000:]
-    return found.stdout
+    try:
+        output, errors = process.communicate(timeout=240)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # ranks outlive their launcher
+    assert process.returncode == 0, errors[-2000:]
+    return output
 
 
 def test_the_example_trains_and_resumes_on_another_number_of_ranks(tmp_path):

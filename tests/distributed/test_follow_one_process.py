@@ -30,6 +30,7 @@ CASES = {
     "activation checkpointing": Training(block="checkpointed"),
     "uniform": Training(config={"sampler": "uniform"}),
     "weight norms": Training(config={"sampler": "weight_norm"}),
+    "float32, eps of 1e-8": Training(options={"eps": 1e-8}, dtype=FLOAT32),
     "resident": Training(config={"offload": "resident"}, dtype=FLOAT32),
     "streamed": Training(
         config={"offload": "streamed", "buffer_mb": 0.2}, dtype=FLOAT32, block="ragged", width=7

@@ -71,16 +71,44 @@ def tensor_parallel(_):
     return message_of(ConfigError, lambda: grass.GrassAdamW(model))
 
 
+def tensor_parallel_and_sharded(_):
+    model = tiny.stack()
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("parallel", "shard"))
+    for block in model.blocks:
+        parallelize_module(block, mesh["parallel"], {"up": ColwiseParallel()})
+        fully_shard(block, mesh=mesh["shard"])
+    return message_of(ConfigError, lambda: grass.GrassAdamW(model, config=tiny.config(always_active="none")))
+
+
+def partly_sharded(_):
+    """Point 6: parameters that no engine synchronizes, whose norms would be counted once a rank."""
+    model = tiny.stack()
+    for block in model.blocks:
+        fully_shard(block)
+    return message_of(ConfigError, lambda: grass.GrassAdamW(model))
+
+
+def two_meshes(_):
+    model = tiny.stack()
+    for index, block in enumerate(model.blocks):
+        shape, names = ((2,), ("shard",)) if index else ((2, 1), ("replicate", "shard"))
+        fully_shard(block, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names))
+    return message_of(ConfigError, lambda: grass.GrassAdamW(model, config=tiny.config(always_active="none")))
+
+
 AT_CONSTRUCTION = {
     data_parallel_before: "DistributedDataParallel",
     fsdp1: "FullyShardedDataParallel",
     deepspeed: "DeepSpeed",
     tensor_parallel: "tensor parallelism",
+    tensor_parallel_and_sharded: "tensor parallelism",
+    partly_sharded: "are not sharded",
+    two_meshes: "different meshes",
 }
 
 
 @pytest.mark.parametrize("case", list(AT_CONSTRUCTION), ids=lambda case: case.__name__)
-def test_other_engines_are_refused_at_construction(two, case):
+def test_what_is_not_supported_is_refused_at_construction(two, case):
     for message in two.run(case, None):
         assert AT_CONSTRUCTION[case] in message
 
@@ -103,20 +131,13 @@ def inner_module_of_data_parallel(_):
     return refused_step(model, grass.GrassAdamW(model, config=tiny.config()), parallel)
 
 
-def partly_sharded(_):
-    """Point 6: parameters that no engine synchronizes, whose norms would be counted once a rank."""
+def fsdp1_afterwards(_):
+    """It takes the parameters out of the model, so that no gradient ever arrives."""
     model = tiny.stack()
-    for block in model.blocks:
-        fully_shard(block)
-    return refused_step(model, grass.GrassAdamW(model, config=tiny.config()))
-
-
-def two_meshes(_):
-    model = tiny.stack()
-    for index, block in enumerate(model.blocks):
-        shape, names = ((2,), ("shard",)) if index else ((2, 1), ("replicate", "shard"))
-        fully_shard(block, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names))
-    return refused_step(model, grass.GrassAdamW(model, config=tiny.config(always_active="none")))
+    opt = grass.GrassAdamW(model, config=tiny.config())
+    parallel = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    tiny.loss_of(parallel, tiny.batch(0)).backward()
+    return message_of(ConfigError, opt.step), True, opt.step_count
 
 
 def made_before_the_process_group(folder, name):
@@ -155,8 +176,7 @@ AT_THE_FIRST_STEP = {
     copies: "fully_shard",
     data_parallel_afterwards: "fully_shard",
     inner_module_of_data_parallel: "fully_shard",
-    partly_sharded: "are not sharded",
-    two_meshes: "different meshes",
+    fsdp1_afterwards: "fully_shard",
 }
 
 
@@ -189,11 +209,11 @@ def half_of_the_ranks(_):
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return refused_step(model, grass.GrassAdamW(model, config=tiny.config()))
+    return message_of(ConfigError, lambda: grass.GrassAdamW(model))
 
 
 def test_a_mesh_of_some_ranks_is_refused(four):
-    assert all("2 of 4 ranks" in message for message, _, _ in four.run(half_of_the_ranks, None))
+    assert all("2 of 4 ranks" in message for message in four.run(half_of_the_ranks, None))
 
 
 def different(training, name, value):
@@ -237,9 +257,18 @@ def drift(training):
     return message_of(GrassError, lambda: training.run(model, opt, 4, 20)), opt.step_count
 
 
-def test_ranks_that_draw_differently_stop_at_the_next_draw(two):
-    for message, step_count in two.run(drift, TRAINING):
-        assert "rank 1 differs from rank 0 in" in message
+def drift_of_lr(training):
+    """Rank 1 has another learning rate from some step on."""
+    model, opt = training.make()
+    training.run(model, opt, 0, 4)
+    opt.param_groups[0]["lr"] *= 1 + dist.get_rank()
+    return message_of(GrassError, lambda: training.run(model, opt, 4, 20)), opt.step_count
+
+
+@pytest.mark.parametrize(("function", "what"), [(drift, "its state"), (drift_of_lr, "lr, betas")])
+def test_ranks_that_drift_apart_stop_at_the_next_draw(two, function, what):
+    for message, step_count in two.run(function, TRAINING):
+        assert message.startswith(f"rank 1 differs from rank 0 in {what}")
         assert step_count < 20
 
 

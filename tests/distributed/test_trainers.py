@@ -4,6 +4,8 @@ logs of a trainer that are those of one rank.
 """
 
 import contextlib
+import io
+import runpy
 import sys
 import warnings
 from pathlib import Path
@@ -79,6 +81,22 @@ def test_a_loop_of_accelerate_with_replicas_of_shards_follows_one_process(four):
     for found, _, found_counts in four.run(loop, "hsdp.yaml", 3, False):
         assert largest_difference(expected, found) < 1e-6
         assert found_counts == counts
+
+
+def example(file):
+    """What examples/accelerate_loop.py prints."""
+    output = io.StringIO()
+    with launched(FILES / file), contextlib.redirect_stdout(output), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sys.path.insert(0, str(FILES.parent))
+        runpy.run_path(str(FILES.parent / "accelerate_loop.py"), run_name="__main__")
+    return output.getvalue()
+
+
+def test_the_example_of_accelerate_runs_with_its_configuration_file(two):
+    first, second = two.run(example, "fsdp2.yaml")
+    assert first.startswith("12 steps, loss ")
+    assert first.partition("draws")[2] == second.partition("draws")[2] != ""
 
 
 @pytest.mark.parametrize(
