@@ -174,7 +174,7 @@ def _norms(arguments: argparse.Namespace) -> int:
 
 def _origin() -> Row:
     """Return commit, device and version of torch, for rows."""
-    environment = describe_environment(torch.device("cpu"))
+    environment = describe_environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return {name: environment[name] for name in ("commit", "dirty", "device", "torch")}
 
 

@@ -54,13 +54,13 @@ class Compared(NamedTuple):
 
 
 def results(rows: Sequence[Row], part: Part, method: str) -> dict[Pair, Row]:
-    """Return the rows of a method by pair, each at the learning rate of its base; also those that diverged."""
+    """Return the rows of a method by pair, at its learning rate; also those that diverged."""
     found = {}
-    rates = {base: SEARCH.next_rates(rows, part.task, rate_of(method), base)[0] for base in part.bases}
+    lr, _ = SEARCH.next_rates(rows, part.task, rate_of(method), part.bases)
     for row in rows:
         pair = (row["base"], row["order"])
         is_result = (row["task"], row["method"]) == (part.task, method) and pair in part.pairs
-        if is_result and row["lr"] == rates[row["base"]]:
+        if is_result and row["lr"] == lr:
             found[pair] = row
     return found
 

@@ -27,7 +27,7 @@ LATER = ("noisy-top", "noisy-squared", "first-top", "tau-0.05")
 CONFIRMED = ("lowest", "signal-squared", "signal-top", *LATER)
 """What is run again on other bases: the best of many on two bases look better than they are."""
 SEARCH = Search(rates=(2e-3, 4e-3, 8e-3), orders=(1000,))
-"""Learning rates are chosen for each base, since the largest stable one differs between bases."""
+"""Learning rates are chosen by a run on each base of a part."""
 
 
 def rate_of(method: str) -> str:

@@ -45,7 +45,7 @@ def make_report(rows: Sequence[Row], options: ReproduceOptions) -> dict[str, Any
 
 def results_of(rows: Sequence[Row], options: ReproduceOptions, method: str) -> tuple[float | None, list[Row]]:
     """Return the learning rate of a method, None before it is chosen, and the rows of its results."""
-    lr, _ = options.search.next_rates(rows, options.table, method, options.base)
+    lr, _ = options.search.next_rates(rows, options.table, method, [options.base])
     own = [
         row
         for row in rows

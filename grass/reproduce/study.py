@@ -45,7 +45,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Search:
-    """Search for the learning rate of a method on each base.
+    """Search for the learning rate of a method, the same on all bases: a mean over bases has less noise.
 
     Args:
         rates: rates that are tried first, ascending, each twice the one before.
@@ -59,24 +59,24 @@ class Search:
     orders: Sequence[int]
     factor: float = 8.0
 
-    def losses(self, rows: Iterable[Row], task: str, method: str, base: int | str) -> dict[float, float]:
-        """Return the mean log-loss of each rate that was run on all orders; infinity if a run diverged."""
-        values: dict[float, dict[int, float]] = {}
+    def losses(
+        self, rows: Iterable[Row], task: str, method: str, bases: Iterable[int | str]
+    ) -> dict[float, float]:
+        """Return the mean log-loss of each rate that was run on all bases and orders; infinity if a run diverged."""
+        wanted = {(base, order) for base in bases for order in self.orders}
+        values: dict[float, dict[Pair, float]] = {}
         for row in rows:
-            if (row["task"], row["method"], row["base"]) == (task, method, base) and row[
-                "order"
-            ] in self.orders:
+            pair = (row["base"], row["order"])
+            if (row["task"], row["method"]) == (task, method) and pair in wanted:
                 loss = float("inf") if row["log_loss"] is None else row["log_loss"]
-                values.setdefault(row["lr"], {})[row["order"]] = loss
-        return {
-            lr: sum(of.values()) / len(of) for lr, of in sorted(values.items()) if len(of) == len(self.orders)
-        }
+                values.setdefault(row["lr"], {})[pair] = loss
+        return {lr: sum(of.values()) / len(of) for lr, of in sorted(values.items()) if of.keys() == wanted}
 
     def next_rates(
-        self, rows: Iterable[Row], task: str, method: str, base: int | str
+        self, rows: Iterable[Row], task: str, method: str, bases: Iterable[int | str]
     ) -> tuple[float | None, list[float]]:
         """Return the chosen rate and no others, or None and the rates that have to be tried before."""
-        losses = self.losses(rows, task, method, base)
+        losses = self.losses(rows, task, method, bases)
         missing = [lr for lr in self.rates if lr not in losses]
         if missing:
             return None, missing
@@ -112,12 +112,11 @@ def missing_jobs(
         orders: dict[int | str, list[int]] = {}
         for base, order in pairs:
             orders.setdefault(base, []).append(order)
-        for base in orders:
-            lr, rates = search.next_rates(rows, task, rate_of(method), base)
-            tried = [(rate, order) for rate in rates for order in search.orders]
-            searches |= {Job(task, rate_of(method), rate, base, order): None for rate, order in tried}
-            if lr is not None:
-                results |= {Job(task, method, lr, base, order): None for order in orders[base]}
+        lr, rates = search.next_rates(rows, task, rate_of(method), orders)
+        tried = [(rate, base, order) for rate in rates for base in orders for order in search.orders]
+        searches |= {Job(task, rate_of(method), *job): None for job in tried}
+        if lr is not None:
+            results |= {Job(task, method, lr, base, order): None for base in orders for order in orders[base]}
     jobs = [*sorted(searches, key=lambda job: job.lr), *sorted(results, key=lambda job: job.order)]
     return [job for job in jobs if job not in done]
 

@@ -1,6 +1,7 @@
 """Tables of the paper: their tasks, their files as LLM-Adapters names them, and what the paper reports."""
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ from grass.finetune.records import Conversation, Record
 from grass.reproduce.options import TableName
 
 MAX_SKIPPED = 0.01  # largest share of unusable training records: math_data.json has three without an output
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3})")
+_PUNCTUATION = re.compile(r"(?<!\d)\.|\.(?!\d)|[^\w\s.]")  # but for the point in a number
 PAPER_MODELS = ("TinyLlama", "Gemma-2B", "LLaMA2-7B")
 
 
@@ -146,9 +149,9 @@ def _conversations(records: Sequence[Record]) -> list[Conversation]:
 
 
 def _folded(record: Conversation) -> str:
-    """Return the question without differences of case and white space."""
-    texts = (f"{m.content} {m.input}" for m in record.messages if m.role == "user")
-    return " ".join(" ".join(texts).lower().split())
+    """Return the question without differences of case, white space and punctuation; numbers keep their points."""
+    texts = " ".join(f"{m.content} {m.input}" for m in record.messages if m.role == "user").lower()
+    return " ".join(_PUNCTUATION.sub(" ", _THOUSANDS.sub("", texts)).split())
 
 
 def limited(records: Sequence[Conversation], limit: int) -> Sequence[Conversation]:

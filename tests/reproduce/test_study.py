@@ -31,7 +31,7 @@ def rows_of(losses, method="a", base=0):
 
 
 def chosen(losses):
-    return SEARCH.next_rates(rows_of(losses), "t", "a", 0)
+    return SEARCH.next_rates(rows_of(losses), "t", "a", [0])
 
 
 def test_a_rate_is_chosen_if_its_neighbours_are_worse():
@@ -51,11 +51,11 @@ def test_the_search_goes_on_beyond_its_edges_up_to_a_factor():
 
 def test_a_rate_counts_when_it_was_run_on_all_orders_and_other_rows_do_not():
     rows = rows_of({1.0: 3.0, 2.0: 1.0, 4.0: 2.0})
-    assert SEARCH.next_rates(rows[:-1], "t", "a", 0) == (None, [4.0])
+    assert SEARCH.next_rates(rows[:-1], "t", "a", [0]) == (None, [4.0])
     result = {**asdict(Job("t", "a", 4.0, 0, 0)), "log_loss": 0.0}
-    assert SEARCH.next_rates([*rows, *[result] * 2], "t", "a", 0) == (2.0, [])
-    assert SEARCH.next_rates(rows, "t", "b", 0) == (None, [1.0, 2.0, 4.0])
-    assert SEARCH.next_rates(rows, "t", "a", 1) == (None, [1.0, 2.0, 4.0])
+    assert SEARCH.next_rates([*rows, *[result] * 2], "t", "a", [0]) == (2.0, [])
+    assert SEARCH.next_rates(rows, "t", "b", [0]) == (None, [1.0, 2.0, 4.0])
+    assert SEARCH.next_rates(rows, "t", "a", [1]) == (None, [1.0, 2.0, 4.0])
 
 
 def test_each_base_has_a_rate_and_a_method_may_use_that_of_another():
