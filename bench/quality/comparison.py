@@ -1,6 +1,6 @@
 """Comparisons of methods in the stored rows of study A."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -36,8 +36,10 @@ class Compared(NamedTuple):
         log_loss: difference of held-out log-loss.
         exact: difference of exact match, points.
         p_value: of the log-loss, corrected for the number of comparisons.
-        verdict: "better", "worse" or "undecided", by the log-loss.
+        verdict: "better", "worse" or "undecided", by the log-loss: decided only if the interval excludes 0 also without
+            any one of the bases.
         bases: mean difference of log-loss of each base model.
+        diverged: number of pairs that are left out as a run of them diverged.
     """
 
     log_loss: Contrast
@@ -45,6 +47,7 @@ class Compared(NamedTuple):
     p_value: float
     verdict: str
     bases: dict[int, float]
+    diverged: int
 
     @property
     def agreement(self) -> str:
@@ -100,15 +103,27 @@ def compare(rows: Sequence[Row], part: Part, family: Sequence[Names]) -> dict[Na
         }
         loss = contrast(list(of.values()), len(losses))
         points = contrast(list(differences(rows, part, names, exact).values()), len(losses))
-        found[names] = Compared(loss, points, p_values[names], verdict(loss, p_values[names]), bases)
+        decided = verdict(loss, p_values[names])
+        if any(verdict(rest, p_values[names]) != decided for rest in _without_a_base(of)):
+            decided = "undecided"
+        done = [results(rows, part, name).keys() for name in names]
+        diverged = len(done[0] & done[1]) - len(of)
+        found[names] = Compared(loss, points, p_values[names], decided, bases, diverged)
     return found
+
+
+def _without_a_base(of: Mapping[Pair, float]) -> list[Contrast]:
+    """Return the difference without the pairs of each base; nothing if there is only one base."""
+    bases = {base for base, _ in of}
+    parts = [[loss for (other, _), loss in of.items() if other != base] for base in bases]
+    return [contrast(part) for part in parts if len(part) > 1] if len(bases) > 1 else []
 
 
 class Summary(NamedTuple):
     """Means of a method over its pairs, and standard deviations over orders of the data, within bases.
 
     Attributes:
-        rates: smallest and largest learning rate over bases.
+        rate: learning rate.
         runs, diverged: number of runs, and of those without a result.
         log_loss, exact: means.
         log_loss_deviation, exact_deviation: deviations within bases.
@@ -116,7 +131,7 @@ class Summary(NamedTuple):
         longest_wait: largest number of steps in a row in which a layer did not train.
     """
 
-    rates: tuple[float, float]
+    rate: float
     runs: int
     diverged: int
     log_loss: float
@@ -133,7 +148,6 @@ def summarize(rows: Sequence[Row], part: Part, method: str) -> Summary | None:
     of = {pair: row for pair, row in everything.items() if row["log_loss"] is not None}
     if len(of) < 2:
         return None
-    rates = [row["lr"] for row in of.values()]
 
     def statistics(value: Callable[[Row], float]) -> tuple[float, float]:
         by_base: dict[int | str, list[float]] = {}
@@ -145,7 +159,7 @@ def summarize(rows: Sequence[Row], part: Part, method: str) -> Summary | None:
         )
 
     return Summary(
-        (min(rates), max(rates)),
+        next(row["lr"] for row in of.values()),
         len(everything),
         len(everything) - len(of),
         *statistics(log_loss),

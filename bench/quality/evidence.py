@@ -8,7 +8,7 @@ from bench.quality import real, stability
 from bench.quality.comparison import Compared, Found, Names, is_complete, summarize
 from bench.quality.methods import CONFIG
 from bench.quality.study import BUDGETS, SEARCH, STUDY
-from bench.quality.tables import interval, log_page, mean_and_range, real_report, tables_page
+from bench.quality.tables import interval, log_page, mean_and_range, p_value, real_report, tables_page
 from grass import GrassConfig
 
 _HEAD = """\
@@ -19,10 +19,11 @@ _HEAD = """\
 Is the gradient norm worth anything? The paper's reviewers asked for spread, stability, and the experiment that would
 settle it: the same sampling with the norm replaced by chance. This page says what we found, for or against.
 *Log-loss* is that of the answers of held-out problems, in nats a token; lower is better. A difference has a 95 %
-bootstrap interval. *Undecided* means that the interval includes 0, or p, corrected for the number of comparisons, is
-above 0.05. *Detectable* is the difference that would have been found in four of five such studies. All of it is about
-the few base models that were trained: *bases* says on how many of them the difference has the same sign. All numbers
-are in the [tables](evidence-tables.md); rules and settings that were tried, in the [log](evidence-log.md).
+bootstrap interval. *Undecided* means that the interval includes 0, with all bases or without one of them, or that p,
+corrected for the number of comparisons, is above 0.05: it does not mean that there is no difference. *Detectable* is
+the difference that would have been found in four of five such studies. All of it is about the few base models that
+were trained: *bases* says on how many of them the difference has the same sign. All numbers are in the
+[tables](evidence-tables.md); rules and settings that were tried, in the [log](evidence-log.md).
 """
 
 _METHOD = """\
@@ -32,9 +33,10 @@ A Llama of eight layers and 0.77 million parameters learns sums, look-ups and ea
 a *base*. It is then fine-tuned on what it does not know: **arithmetic** (word problems, {arithmetic} steps) or
 **relations** (who of three is the oldest, answered by option, {relations} steps), 16 problems a step. Layer methods
 train two of eight layers at a time for {period} steps, and what is outside of the layers. A pair is a base and an order
-of the data; methods are compared on the same pairs. Each method has the best of at least three learning rates, chosen
-for each base on problems of their own; it rises from zero after the probe, whose steps count. `python -m bench.quality
-run` repeats all of it; rows are in bench/results/quality.
+of the data; methods are compared on the same pairs. Each method has the best of at least three learning rates, by its
+mean over the bases on problems of their own; rules and settings use those of uniform sampling and of GRASS, but for the
+ones that the log names. The rate rises from zero after the probe, whose steps count. `python -m bench.quality run`
+repeats all of it, in about {hours:.0f} hours on two cores; rows are in bench/results/quality.
 """
 
 
@@ -43,7 +45,9 @@ def sentence(subject: str, other: str, found: Compared | None) -> str:
     if found is None:
         return f"{subject} against {other}: not run yet."
     loss = found.log_loss
-    numbers = f"{interval(loss)} nats, {loss.num_pairs} pairs, bases {found.agreement}"
+    numbers = f"{interval(loss)} nats, p {p_value(found)}, {loss.num_pairs} pairs, bases {found.agreement}"
+    if found.diverged:
+        numbers += f", without {found.diverged} in which a run diverged"
     if found.verdict == "undecided":
         return f"{subject} against {other}: **undecided** ({numbers}; detectable: {loss.detectable:.3f})."
     return f"{subject} is **{found.verdict}** than {other} ({numbers})."
@@ -81,13 +85,18 @@ def _counts(subject: str, found: Mapping[Names, Compared]) -> str:
         + (f" ({named})" if verdict == "better" and of else "")
         for verdict, of in by_verdict.items()
     )
-    return f"Of {len(found)} {subject}, against uniform sampling: {counts}."
+    detectable = sorted(of.log_loss.detectable for of in found.values())
+    return (
+        f"Of {len(found)} {subject}, against uniform sampling: {counts}; detectable: {detectable[0]:.2f} to "
+        f"{detectable[-1]:.2f}."
+    )
 
 
 def page(found: Found) -> str:
     """Return docs/evidence.md."""
     budgets = {task: str(budget.steps) for task, budget in BUDGETS.items()}
-    method = _METHOD.format(**budgets, period=CONFIG.sample_interval)
+    hours = sum(row["processor_seconds"] for row in found.rows) / 3600 / 2
+    method = _METHOD.format(**budgets, period=CONFIG.sample_interval, hours=hours)
     return "\n".join([_HEAD, _claims(found), method, _defaults(found), _figures(found), _limits(found)])
 
 
@@ -121,11 +130,12 @@ def _claims(found: Found) -> str:
         correlation = stability.drift(found.norms, 16, steps[0], steps[-1])
         drift = f"Here, rank correlation of the layers, first with last step: {correlation:+.2f}."
         repeated = [stability.repeatability(found.norms, 16, step, 1) for step in steps]
+        shares = [stability.noise_share(found.norms, 16, step) for step in steps]
         repeats = (
-            f"Two batches of 16 problems order the layers alike: rank correlation {min(repeated):.2f} to "
-            f"{max(repeated):.2f}."
+            f"Of the squared norm of a batch of 16 problems, {min(shares):.0%} to {max(shares):.0%} is noise. All the "
+            f"same, two batches order the layers alike: rank correlation {min(repeated):.2f} to {max(repeated):.2f}."
         )
-    relations = found.families["relations"]
+    relations, methods = found.families["relations"], found.families["methods"]
     lines = [
         ("Sampling by gradient norms is better than uniform sampling (LISA).", uniform),
         ("Doubt: the same probabilities would do as well without the norms.", shuffled),
@@ -138,8 +148,26 @@ def _claims(found: Found) -> str:
         ("The same on a real model, SmolLM2-135M-Instruct.", _real(found)),
         ("Adapting during training is better than the probe alone.", static),
         ("GRASS is close to full fine-tuning, or better.", full),
-        ("GRASS is better than LoRA, by up to 4.38 points.", lora),
+        (
+            "GRASS is better than LoRA, by up to 4.38 points, and than DoRA.",
+            f"{lora} {sentence('GRASS', 'DoRA of rank 32', methods.get(('grass', 'dora-r32')))}",
+        ),
+        (
+            "GRASS is better than LISA as it is, whose moments restart.",
+            sentence("GRASS", "uniform sampling with moments that restart", methods.get(("grass", "lisa"))),
+        ),
         ("Doubt: is there any rule that beats random layers?", f"{rules} {again}"),
+        (
+            "Sampling is needed: without it some layers are never trained.",
+            " ".join(
+                sentence(title, "GRASS", found.families["confirmation"].get((name, "grass")))
+                for name, title in (
+                    ("lowest", "Always the layers nearest to the input"),
+                    ("first-top", "Always the layers with the largest norms before training"),
+                    ("signal-top", "Always those with the largest norms now"),
+                )
+            ),
+        ),
         (
             "T_s of 5 is poor.",
             sentence("T_s of 5", "10", found.families["settings"].get(("period-5", "grass"))),
@@ -179,7 +207,7 @@ def _defaults(found: Found) -> str:
         [
             "`sample_interval`",
             str(default.sample_interval),
-            differences(["period-5", "period-20", "period-40"]),
+            differences(["period-5", "period-20", "period-25", "period-40"]),
         ],
         ["`update_interval`", str(default.update_interval), differences(["window-10", "window-80"])],
         ["`temperature`", str(default.temperature), differences(["tau-0.25", "tau-0.5", "tau-2"])],
@@ -192,14 +220,16 @@ def _defaults(found: Found) -> str:
         ["`min_probability`", str(default.min_probability), differences(["grass-floor"])],
         ["`always_active`", str(default.always_active), differences(["grass-inside"])],
         ["`moments`", default.moments, differences(["reset"])],
+        ["`draw_ahead`", str(default.draw_ahead), differences(["ahead-5"])],
+        ["`active_layers`", str(default.active_layers), differences(["active-1", "active-4"])],
     ]
     rows = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return (
         f"## Defaults\n\nDifference from GRASS as it is run here (`probe_steps` {CONFIG.probe_steps}, "
         f"`sample_interval` {CONFIG.sample_interval}, `update_interval` {CONFIG.update_interval}, the rest as by "
         "default), at its learning rates: negative is better. Intervals are shorter than the defaults, as runs are "
-        "short. `sampler`: the key contrast. Modes of offloading train the same bits, and `active_layers` is what "
-        "memory allows.\n\n"
+        "short; `period-25` has the defaults of both. `sampler`: the key contrast. Modes of offloading train the same "
+        "bits. `active_layers` is what memory allows.\n\n"
         f"| option | default | alternatives |\n| --- | --- | --- |\n{rows}\n"
     )
 
@@ -231,9 +261,8 @@ def _limits(found: Found) -> str:
             f"{method} ({part.task})"
             for part in STUDY.parts.values()
             for method in part.methods
-            for base in part.bases
-            if (losses := SEARCH.losses(rows, part.task, method, base))
-            and SEARCH.next_rates(rows, part.task, method, base)[0] in (min(losses), max(losses))
+            if (losses := SEARCH.losses(rows, part.task, method, part.bases))
+            and SEARCH.next_rates(rows, part.task, method, part.bases)[0] in (min(losses), max(losses))
         }
     )
     missing = [name for name, part in STUDY.parts.items() if not is_complete(rows, part)]

@@ -86,6 +86,7 @@ NOTES: dict[str, Note] = {
     "period-5": Note("T_s of 5: the paper found it poor.", "worse than 10 by 0.01"),
     "period-20": Note("T_s of 20.", "equal"),
     "period-40": Note("T_s of 40: 9 sets in a run.", "equal in the mean, larger deviation"),
+    "period-25": Note("T_s of 25 and T_u of 100, the defaults: 20 sets in a run.", "equal"),
     "window-10": Note("T_u of 10: importance after each period.", "equal"),
     "window-80": Note("T_u of 80.", "equal"),
     "probe-0": Note("No probe: 20 more steps train; importance starts at ones.", "better by 0.02"),
@@ -106,6 +107,9 @@ NOTES: dict[str, Note] = {
     "scale-zscore": Note("softmax of standardized importance.", "equal"),
     "scale-none": Note("The formula to the letter: norms near 0.1 make it uniform.", "equal to uniform"),
     "reset": Note("Moments restart when a layer is drawn again.", "worse by 0.02"),
+    "ahead-5": Note("Layers are drawn five steps before they train, rather than one.", "equal"),
+    "active-1": Note("One of eight layers at a time, half of the budget.", "worse by 0.05"),
+    "active-4": Note("Four of eight layers at a time, twice the budget.", "better by 0.05"),
     "grass-floor": Note("Each layer has at least half of its uniform probability.", "equal"),
 }
 

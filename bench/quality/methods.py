@@ -284,6 +284,7 @@ SETTINGS: dict[str, Method] = {
     "period-5": methods.sampled(sample_interval=5),
     "period-20": methods.sampled(sample_interval=20),
     "period-40": methods.sampled(sample_interval=40, update_interval=40),
+    "period-25": methods.sampled(sample_interval=25, update_interval=100),
     "window-10": methods.sampled(update_interval=10),
     "window-80": methods.sampled(update_interval=80),
     "probe-0": methods.sampled(probe_steps=0),
@@ -298,6 +299,9 @@ SETTINGS: dict[str, Method] = {
     "scale-zscore": methods.sampled(importance_scale="zscore"),
     "scale-none": methods.sampled(importance_scale="none"),
     "reset": methods.sampled(moments="reset"),
+    "ahead-5": methods.sampled(draw_ahead=5),
+    "active-1": methods.sampled(active_layers=1),
+    "active-4": methods.sampled(active_layers=4),
 }
 """GRASS with one setting changed. Their learning rate is that of ``grass``."""
 

@@ -96,7 +96,7 @@ STUDY = Design(
     {
         "key": Part("arithmetic", KEY, range(4), orders=8),
         "relations": Part("relations", KEY, range(4), orders=2),
-        "methods": Part("arithmetic", ("full", "uniform", "grass", *OTHERS), range(10, 12), orders=4),
+        "methods": Part("arithmetic", ("full", "uniform", "grass", *OTHERS), range(10, 14), orders=2),
         "rules": Part(
             "arithmetic",
             ("uniform", "grass", *(name for name in RULES if name not in LATER)),
@@ -106,8 +106,8 @@ STUDY = Design(
         "settings": Part(
             "arithmetic",
             ("grass", *(name for name in SETTINGS if name not in LATER)),
-            range(40, 42),
-            orders=4,
+            range(40, 44),
+            orders=2,
         ),
         "confirmation": Part("arithmetic", ("uniform", "grass", *CONFIRMED), range(30, 34), orders=4),
     }

@@ -62,7 +62,17 @@ def interval(found: Contrast, digits: int = 3) -> str:
     return f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
 
 
-_COLUMNS = ["log-loss", "exact, points", "pairs", "bases", "p", "detectable", "verdict"]
+def p_value(found: Compared) -> str:
+    """Return the corrected p-value as text."""
+    return "< 0.001" if found.p_value < 0.001 else f"{found.p_value:.3f}"
+
+
+def by_base(found: Compared) -> str:
+    """Return the difference of each base."""
+    return ", ".join(f"{of:+.3f}" for of in found.bases.values())
+
+
+_COLUMNS = ["log-loss", "exact, points", "pairs", "by base", "p", "detectable", "verdict"]
 
 
 def _line(title: str, found: Compared | None) -> list[str]:
@@ -73,8 +83,8 @@ def _line(title: str, found: Compared | None) -> list[str]:
         interval(found.log_loss),
         interval(found.exact, 1),
         str(found.log_loss.num_pairs),
-        found.agreement,
-        "< 0.001" if found.p_value < 0.001 else f"{found.p_value:.3f}",
+        by_base(found),
+        p_value(found),
         f"{found.log_loss.detectable:.3f}",
         found.verdict,
     ]
@@ -88,14 +98,13 @@ def _part(title: str, found: Found, family: str, methods: Sequence[str]) -> str:
         of = summarize(found.rows, STUDY.parts[name], method)
         if of is None:
             continue
-        low, high = of.rates
         lines.append(
             [
                 TITLES[method],
                 f"{of.log_loss:.3f} ± {of.log_loss_deviation:.3f}",
                 f"{of.exact:.1f} ± {of.exact_deviation:.1f}",
                 f"{of.runs}" + (f" ({of.diverged} diverged)" if of.diverged else ""),
-                f"{low:g}" if low == high else f"{low:g} to {high:g}",
+                f"{of.rate:g}",
                 f"{of.trained_share:.0%}",
                 str(of.longest_wait) if of.longest_wait else "",
             ]
@@ -257,7 +266,12 @@ def log_page(found: Found) -> str:
 
     def outcome(family: str, name: str, other: str) -> str:
         of = found.families[family].get((name, other))
-        return "not run" if of is None else f"{interval(of.log_loss)} {of.verdict}, bases {of.agreement}"
+        if of is None:
+            return "not run"
+        return (
+            f"{interval(of.log_loss)} {of.verdict}, p {p_value(of)}, detectable {of.log_loss.detectable:.3f}; by base "
+            f"{by_base(of)}"
+        )
 
     def lines(names: Iterable[str], family: str, other: str) -> list[str]:
         return [
