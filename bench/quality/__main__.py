@@ -11,6 +11,7 @@ import torch
 
 from bench.kernels.rows import describe_environment
 from bench.quality.evidence import written_pages
+from bench.quality.figures import check_figures, draw_all
 from bench.quality.real import CONFIG, TASKS, options_for
 from bench.quality.stability import measure
 from bench.quality.study import BUDGETS, SMALL, STUDY, RunJob
@@ -130,12 +131,12 @@ def _verify(arguments: argparse.Namespace) -> int:
         if lines:
             raise GrassError(f"{path.name} is not what the rows say: {' '.join(lines[3:5])}")
         print(f"{path.name}: as the rows say")
+    check_figures(RESULTS, FIGURES)
+    print("figures: as drawn from the rows")
     return 0
 
 
 def _figures(arguments: argparse.Namespace) -> int:
-    from bench.quality.figures import draw_all
-
     for path in draw_all(RESULTS, arguments.output):
         print(path)
     return 0

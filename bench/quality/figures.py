@@ -1,5 +1,7 @@
 """The paper's figures from stored rows and from what can be computed without a GPU, and our own of the differences."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,14 @@ from grass.reproduce.study import Row
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+MANIFEST = "figures.json"
+SOURCES = {
+    "losses.png": "study.jsonl",
+    "differences.png": "study.jsonl",
+    "norms-small.png": "stability.jsonl",
+    "norms.png": "norms.jsonl",
+}
+"""Rows of each figure that is drawn from some."""
 _INK, _PALE = "#333333", "#e6e6e6"
 COLORS = {  # of Okabe and Ito's palette for colour-blind readers
     "full": "#777777",
@@ -28,7 +38,7 @@ COLORS = {  # of Okabe and Ito's palette for colour-blind readers
 
 
 def draw_all(results_folder: Path, output: Path) -> list[Path]:
-    """Draw every figure for which there are rows; return the paths.
+    """Draw every figure for which there are rows, and write `MANIFEST` beside them; return the paths.
 
     Args:
         results_folder: folder of the rows.
@@ -38,20 +48,42 @@ def draw_all(results_folder: Path, output: Path) -> list[Path]:
     rows = STUDY.matching(read_rows(results_folder / "study.jsonl"))
     stability = read_rows(results_folder / "stability.jsonl")
     norms = read_rows(results_folder / "norms.jsonl")
-    figures: list[tuple[str, Callable[[Path], Any]]] = [
-        ("timeline.png", _timeline),
-        ("memory.png", _memory),
-    ]
+    figures: dict[str, Callable[[Path], Any]] = {"timeline.png": _timeline, "memory.png": _memory}
     if any(results(rows, STUDY.parts["key"], method) for method in KEY):
-        figures.append(("losses.png", lambda path: draw_losses(rows, path)))
-        figures.append(("differences.png", lambda path: draw_differences(rows, path)))
+        figures["losses.png"] = lambda path: draw_losses(rows, path)
+        figures["differences.png"] = lambda path: draw_differences(rows, path)
     if stability:
-        figures.append(("norms-small.png", lambda path: draw_norms(_small_norms(stability), path)))
+        figures["norms-small.png"] = lambda path: draw_norms(_small_norms(stability), path)
     if norms:
-        figures.append(("norms.png", lambda path: draw_norms(_real_norms(norms), path)))
-    for name, draw in figures:
+        figures["norms.png"] = lambda path: draw_norms(_real_norms(norms), path)
+    for name, draw in figures.items():
         draw(output / name)
-    return [output / name for name, _ in figures]
+    manifest = {name: _digests(results_folder, output, name) for name in figures}
+    (output / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return [output / name for name in figures]
+
+
+def check_figures(results_folder: Path, output: Path) -> None:
+    """Compare figures, and the rows that they were drawn from, with `MANIFEST`.
+
+    Raises:
+        GrassError: a figure or its rows have changed since it was drawn, or there is no manifest.
+    """
+    path = output / MANIFEST
+    if not path.exists():
+        raise GrassError(f"there is no {path}: run python -m bench.quality figures")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    for name, digests in manifest.items():
+        if digests != _digests(results_folder, output, name):
+            raise GrassError(
+                f"{name} is not as it was drawn, or its rows have changed: run python -m bench.quality figures"
+            )
+
+
+def _digests(results_folder: Path, output: Path, name: str) -> list[str]:
+    """Return checksums of the rows of a figure, if it has some, and of its PNG."""
+    paths = [output / name] if name not in SOURCES else [results_folder / SOURCES[name], output / name]
+    return [hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else "" for path in paths]
 
 
 def _timeline(path: Path) -> None:

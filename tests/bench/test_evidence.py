@@ -202,6 +202,10 @@ def project(tmp_path, rows, monkeypatch):
     (tmp_path / "README.md").write_text(f"Before\n{BEGIN}\nold\n{END}\nAfter\n")
     monkeypatch.setattr(command, "ROOT", tmp_path)
     monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(command, "FIGURES", tmp_path / "figures")
+    for name in ("_timeline", "_memory"):
+        monkeypatch.setattr(figures, name, lambda path: path.write_bytes(b"drawn by another command"))
+    figures.draw_all(tmp_path / "results", tmp_path / "figures")
     assert command.main(["verify", "--write"]) == 0
     return tmp_path
 
@@ -238,6 +242,28 @@ def test_a_changed_row_is_found(project, rows, capsys):
     write_rows(project / "results" / "study.jsonl", rows)
     assert command.main(["verify"]) == 1
     assert "is not what the rows say" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["losses.png", "memory.png"])
+def test_a_changed_figure_is_found(project, name, capsys):
+    path = project / "figures" / name
+    path.write_bytes(path.read_bytes() + b"by hand")
+    assert command.main(["verify"]) == 1
+    assert f"{name} is not as it was drawn" in capsys.readouterr().err
+
+
+def test_a_figure_of_other_rows_is_found(project, rows, capsys):
+    """Of a part that no page mentions, such as the curve of a run."""
+    rows[-1]["curve"] = [9.0] * 10
+    write_rows(project / "results" / "study.jsonl", rows)
+    assert command.main(["verify"]) == 1
+    assert "its rows have changed" in capsys.readouterr().err
+
+
+def test_figures_that_were_never_drawn_are_missed(project, capsys):
+    (project / "figures" / figures.MANIFEST).unlink()
+    assert command.main(["verify"]) == 1
+    assert "run python -m bench.quality figures" in capsys.readouterr().err
 
 
 def test_a_readme_without_its_part_is_refused(project):
@@ -367,6 +393,7 @@ def test_the_page_of_this_checkout_is_that_of_its_rows():
             f"run python -m bench.quality verify --write ({path})"
         )
     assert "evidence.md" in {path.name for path in pages}
+    figures.check_figures(command.RESULTS, command.FIGURES)
 
 
 def test_the_page_is_written_with_all_rows(tmp_path, rows, measured):
