@@ -107,11 +107,15 @@ def _real(found: Found) -> str:
         differences = real_report(found.folder, name)[1]
         others = [
             f"{other} {mean_and_range(differences[other])}"
-            for other in ("uniform", "shuffled", "static", "full")
+            for other in ("uniform", "shuffled", "static", "full", "lora-r8")
             if differences.get(other)
         ]
         if others:
-            texts.append(f"GRASS on {name}, against {', '.join(others)} nats.")
+            orders = max(map(len, differences.values()))
+            texts.append(
+                f"GRASS on {name}, mean and range over {orders} orders of the data, too few to decide: against "
+                f"{', '.join(others)} nats."
+            )
         else:
             texts.append(f"GRASS on {name}: not run yet.")
     return " ".join(texts)

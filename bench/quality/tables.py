@@ -191,7 +191,12 @@ def real_report(folder: Path, name: TableName) -> tuple[dict[str, Any], dict[str
         The report of each method, and the differences of log-loss GRASS - method, one for each order of the data that
         both finished; both are empty without rows.
     """
-    rows = read_rows(folder / f"{name}.jsonl")
+    budgets = ((real.STEPS, real.BATCH), (real.STEPS // 2, real.BATCH))
+    rows = [
+        row
+        for row in read_rows(folder / f"{name}.jsonl")
+        if row["log_loss"] is None or (row["steps"], row["batch_size"]) in budgets
+    ]
     if not rows:
         return {}, {}
     options = real.options_for(name, str(rows[0]["base"]), "data", "", 1, 1.0)

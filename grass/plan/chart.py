@@ -73,7 +73,7 @@ def make_chart(rows: Mapping[int, Sequence[Row]], gpu_gib: float, title: str) ->
         peaks = [next(row.peak_gib for row in rows[seq] if row.method == method) * scale for seq in seqs]
         color, style = _OTHERS.get(method) or (next(colors), "-")
         axes.plot(seqs, peaks, style, color=color, marker="o", ms=3, lw=1.6, label=method)
-    head = f"peak device memory, {unit}"
+    head = f"predicted peak of device memory, {unit}"
     if gpu_gib <= _ROOM * highest:
         limit = gpu_gib * scale
         axes.axhline(limit, color=_INK, lw=0.8, ls=(0, (4, 3)))
