@@ -131,7 +131,7 @@ class StaticSampler(Sampler):
 class ShuffledSampler(Sampler):
     """Assign the adaptive probabilities to permuted layers, with one permutation that depends on the seed.
 
-    A control experiment: the probabilities keep their values, but not their layers.
+    A control experiment: the probabilities keep their values, and each layer gets that of another.
     """
 
     def __init__(self, config: "GrassConfig", eligible: list[bool]) -> None:
@@ -140,7 +140,7 @@ class ShuffledSampler(Sampler):
         generator = torch.Generator().manual_seed(config.seed)
         order = torch.randperm(len(indices), generator=generator, device="cpu")
         self.permutation = torch.arange(len(eligible), device="cpu")
-        self.permutation[indices] = indices[order]
+        self.permutation[indices[order]] = indices[order.roll(1)]  # a cycle: no layer has its own
 
     def refresh(self, importance: Tensor) -> None:
         """Recompute the probabilities from the importance, [L], and permute them."""

@@ -267,6 +267,8 @@ def test_shuffled_gives_the_same_probabilities_to_other_layers() -> None:
     shuffled.refresh(importance.square())
     honest.refresh(importance.square())
     assert torch.equal(shuffled.probabilities, honest.probabilities[places])
+    assert sorted(places) == list(range(12))
+    assert all(place != layer for layer, place in enumerate(places))
     again, other = sampler(12, sampler="shuffled", seed=0), sampler(12, sampler="shuffled", seed=1)
     again.refresh(importance.square())
     other.refresh(importance.square())
