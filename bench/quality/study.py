@@ -19,11 +19,11 @@ BUDGETS = {"arithmetic": Budget(steps=500), "relations": Budget(steps=600)}
 KEY = ("full", "uniform", "static", "grass", "shuffled")
 """Methods of the key contrast, of which most pairs are run."""
 FIXED = (
-    "lowest", "highest", "signal-top", "noisy-top", "first-top", "progress-top", "decrease-top", "tau-0.05",
+    "lowest", "highest", "signal-top", "noisy-top", "first-top", "progress-top", "decrease-top", "tau-0.05", "static-top",
 )  # fmt: skip
 """Rules and settings that may train the same layers for long, and so have learning rates of their own."""
-LATER = ("noisy-top", "noisy-squared", "first-top", "tau-0.05")
-"""Rules and a setting that the results of the others suggested."""
+LATER = ("noisy-top", "noisy-squared", "first-top", "tau-0.05", "static-top")
+"""Rules and settings that the results of the others suggested."""
 CONFIRMED = ("lowest", "signal-squared", "signal-top", *LATER)
 """What is run again on other bases: the best of many on two bases look better than they are."""
 SEARCH = Search(rates=(2e-3, 4e-3, 8e-3), orders=(1000,))
