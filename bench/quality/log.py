@@ -104,8 +104,8 @@ NOTES: dict[str, Note] = {
     "tau-0.5": Note("p proportional to m^2.", "better by 0.02"),
     "tau-2": Note("p proportional to the root of m: half way to uniform.", "worse by 0.01"),
     "static-top": Note(
-        "`first-top` as a user can have it: static GRASS with a temperature near 0. Added after a quarter of the runs of "
-        "`first-top`.",
+        "`first-top` as a user can have it: static GRASS with a temperature near 0. Added after a quarter of the "
+        "runs of `first-top`.",
         "as `first-top` within 0.02, though the probe takes 20 steps",
     ),
     "scale-mean": Note("softmax(m / mean(m)), the paper's normalised figures.", "equal"),
