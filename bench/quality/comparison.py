@@ -183,6 +183,7 @@ FAMILIES: dict[str, tuple[str, list[Names]]] = {
             *(("grass", other) for other in ("lisa", "weight-norm", "cyclic", "badam")),
             *(("grass", other) for other in ("lora-r8", "lora-r32", "dora-r32", "galore")),
             ("grass-floor", "grass"),
+            ("static-top", "grass"),
             ("lisa", "uniform"),
             ("badam", "cyclic"),
             ("modules-grass", "modules-uniform"),

@@ -107,7 +107,7 @@ def _real(found: Found) -> str:
         differences = real_report(found.folder, name)[1]
         others = [
             f"{other} {mean_and_range(differences[other])}"
-            for other in ("uniform", "shuffled", "static", "full", "lora-r8")
+            for other in ("uniform", "shuffled", "static", "static-top", "full", "lora-r8")
             if differences.get(other)
         ]
         if others:

@@ -295,7 +295,6 @@ SETTINGS: dict[str, Method] = {
     "tau-0.25": methods.sampled(temperature=0.25),
     "tau-0.5": methods.sampled(temperature=0.5),
     "tau-2": methods.sampled(temperature=2.0),
-    "static-top": methods.sampled(sampler="static", temperature=0.01),
     "scale-mean": methods.sampled(importance_scale="mean"),
     "scale-zscore": methods.sampled(importance_scale="zscore"),
     "scale-none": methods.sampled(importance_scale="none"),

@@ -7,7 +7,7 @@ takes a step of a process in 1 to 2 s, and a table about an hour of two cores; o
 from grass.config import GrassConfig
 from grass.reproduce.options import ReproduceOptions, TableName
 
-METHODS = ("full", "lora-r8", "uniform", "static", "grass", "shuffled")
+METHODS = ("full", "lora-r8", "uniform", "static", "static-top", "grass", "shuffled")
 TASKS: dict[TableName, tuple[str, ...]] = {
     "arithmetic": ("MultiArith", "AddSub", "SingleEq", "SVAMP"),
     "commonsense": ("ARC-Easy", "openbookqa"),

@@ -20,7 +20,6 @@ KEY = ("full", "uniform", "static", "grass", "shuffled")
 """Methods of the key contrast, of which most pairs are run."""
 FIXED = (
     "lowest", "highest", "signal-top", "noisy-top", "first-top", "progress-top", "decrease-top", "tau-0.05",
-    "static-top",
 )  # fmt: skip
 """Rules and settings that may train the same layers for long, and so have learning rates of their own."""
 LATER = ("noisy-top", "noisy-squared", "first-top", "tau-0.05", "static-top")

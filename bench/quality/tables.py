@@ -30,6 +30,7 @@ TITLES = {
     "cyclic": "in order (LIFT-like)",
     "badam": "in order, moments restart (BAdam-like)",
     "static": "static GRASS",
+    "static-top": "static GRASS, temperature near 0",
     "grass": "GRASS",
     "shuffled": "GRASS's probabilities on permuted layers",
     "grass-floor": "GRASS with a floor",

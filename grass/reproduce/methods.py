@@ -17,6 +17,7 @@ name                  method
 ``cyclic``            layers in order, as in LIFT
 ``badam``             the same, but moments restart, as in BAdam
 ``static``            static GRASS: layers drawn by the norms of the probe
+``static-top``        the same at a temperature near 0: always the layers with the largest norms
 ``grass``             GRASS
 ``shuffled``          the probabilities of GRASS, on permuted layers
 ``grass-floor``       GRASS, each layer with at least half of its uniform probability
@@ -137,6 +138,7 @@ METHODS: dict[str, Method] = {
     "cyclic": sampled(sampler="cyclic"),
     "badam": sampled(sampler="cyclic", moments="reset"),
     "static": sampled(sampler="static"),
+    "static-top": sampled(sampler="static", temperature=0.01),
     "grass": sampled(),
     "shuffled": sampled(sampler="shuffled"),
     "grass-floor": floored,
