@@ -109,7 +109,7 @@ NOTES: dict[str, Note] = {
         "better than GRASS by 0.03: as `noisy-squared`, less a tenth of the steps",
     ),
     "reprobe-20": Note(
-        "The same every second period (`update_interval` 20), which takes a twentieth of the steps. Added likewise.",
+        "The same every second period (`update_interval` 20), so that it takes a twentieth of the steps. Added likewise.",
         "better than GRASS by 0.035",
     ),
     "static-top": Note(
