@@ -20,9 +20,6 @@ class GrassConfig:
         sample_interval: T_s, number of steps between two changes of the active layers.
         update_interval: T_u, number of steps between two updates of the importance; a multiple of
             ``sample_interval``.
-        reprobe_steps: number of steps before each update of the importance that measure all layers, as the probe does,
-            and update nothing. With 0, a layer is measured in the steps that train it, so that the importance of a
-            layer that is frozen for long is old.
         temperature: tau, temperature of the softmax over layers.
         ema: alpha, weight of the newest measurement in a layer's importance, in (0, 1].
         importance_scale: transformation of the importance before the softmax. ``"mean"`` divides by the mean
@@ -58,14 +55,13 @@ class GrassConfig:
         ConfigError: a value is out of range, or values cannot be combined.
 
     Source: paper sections "probing", "sampling probability" and "adaptation". ``importance_scale``,
-    ``min_probability``, ``moments``, ``draw_ahead`` and ``reprobe_steps`` are additions of this library.
+    ``min_probability``, ``moments`` and ``draw_ahead`` are additions of this library.
     """
 
     active_layers: int = 2
     probe_steps: int = 20
     sample_interval: int = 25
     update_interval: int = 100
-    reprobe_steps: int = 0
     temperature: float = 1.0
     ema: float = 0.5
     importance_scale: ImportanceScale = "log"
@@ -84,7 +80,7 @@ class GrassConfig:
         check_choices(self)
         for name in ("active_layers", "sample_interval", "update_interval", "buffer_count"):
             _check_int(name, getattr(self, name), least=1)
-        for name in ("probe_steps", "reprobe_steps", "draw_ahead", "seed"):
+        for name in ("probe_steps", "draw_ahead", "seed"):
             _check_int(name, getattr(self, name), least=0)
         if self.seed >= 2**32:
             raise ConfigError(
@@ -109,13 +105,6 @@ class GrassConfig:
             raise ConfigError(
                 f"draw_ahead ({self.draw_ahead}) must be at most sample_interval - 1 "
                 f"({self.sample_interval - 1}): layers are drawn in the period before the one they train in"
-            )
-        most = self.sample_interval - 1 - self.effective_draw_ahead
-        if self.reprobe_steps > most:
-            raise ConfigError(
-                f"reprobe_steps ({self.reprobe_steps}) must be at most {max(0, most)}: of the "
-                f"{self.sample_interval} steps of a period, {self.effective_draw_ahead} follow the draw (draw_ahead), "
-                "and one must train before it"
             )
         if not isinstance(self.always_active, (str, Sequence)):
             raise ConfigError(

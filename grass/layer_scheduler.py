@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from grass.config import GrassConfig, choices_of
-from grass.errors import ConfigError, StateMismatchError
+from grass.errors import StateMismatchError
 from grass.importance import MeanGradientNorm
 from grass.sampling import make_sampler
 from grass.schedule import Events, Schedule
@@ -69,18 +69,12 @@ class LayerScheduler:
         if any(eligible):  # otherwise the user may unfreeze some later
             config.check_layers(sum(eligible))
         self.sampler = make_sampler(config, eligible)
-        if config.reprobe_steps and not self.sampler.adapts:
-            raise ConfigError(
-                f"sampler {config.sampler!r} does not update the importance, so it takes no reprobe_steps: leave them "
-                "out, or use adaptive"
-            )
         self.importance = MeanGradientNorm(num_params, config.ema, device)
         self.schedule = Schedule(
             config.probe_steps if self.sampler.probes else 0,
             config.sample_interval,
             config.update_interval,
             config.effective_draw_ahead,
-            config.reprobe_steps,
         )
         self.active: tuple[int, ...] = ()
         self.next_active: tuple[int, ...] | None = None
@@ -131,7 +125,7 @@ class LayerScheduler:
     @property
     def reads_norms(self) -> bool:
         """True if the norms of the next step can change what is drawn."""
-        return self.probing or (self.sampler.adapts and not self.config.reprobe_steps)
+        return self.probing or self.sampler.adapts
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the state that must be equal in all processes that train one model.
@@ -172,10 +166,9 @@ class LayerScheduler:
         for layer, has_grad in enumerate(observed):
             if has_grad:
                 mask[layer] = True
-        if self.probing or not self.config.reprobe_steps:
-            self.importance.observe(sq_norms, mask, skipped)
-        events = self.schedule.advance()
-        return self._apply(events, ends_probe=self.schedule.step_count == self.schedule.probe_steps)
+        self.importance.observe(sq_norms, mask, skipped)
+        was_probing = self.probing
+        return self._apply(self.schedule.advance(), ends_probe=was_probing and not self.probing)
 
     def _apply(self, events: Events, ends_probe: bool) -> Change:
         drawn: tuple[int, ...] | None = None
@@ -238,7 +231,7 @@ class LayerScheduler:
                 f"trainable elements, this model has {len(self.num_params)} of {self.num_params[:3]}...; load it into "
                 "the model it was saved from"
             )
-        own, other = _config_numbers(self.config), {"reprobe_steps": 0, **state["config"]}
+        own, other = _config_numbers(self.config), state["config"]
         different = sorted(name for name in own if other.get(name) != own[name])
         if different:
             listed = ", ".join(

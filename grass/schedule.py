@@ -7,8 +7,6 @@ steps, sampling interval ``T_s``, update interval ``T_u``, draws ``d`` steps ahe
     (a + d) % T_s == 0    draw the layers of the next period;  if (a + d) % T_u == 0, refresh first
     a % T_s == 0          switch to the layers drawn last
 
-The last ``r`` steps until a refresh may belong to the probe again.
-
 Source: paper, "sampling" and "adaptation". A measurement window closes at a draw, which the paper leaves open.
 """
 
@@ -33,7 +31,6 @@ class Schedule:
         sample_interval: T_s.
         update_interval: T_u, a multiple of T_s.
         draw_ahead: d, at most T_s - 1.
-        reprobe_steps: r, at most T_s - 1 - d.
         step_count: number of steps taken so far.
     """
 
@@ -41,16 +38,12 @@ class Schedule:
     sample_interval: int
     update_interval: int
     draw_ahead: int
-    reprobe_steps: int = 0
     step_count: int = 0
 
     @property
     def phase(self) -> str:
         """Phase of the next step, ``"probe"`` or ``"adapt"``."""
-        if self.step_count < self.probe_steps:
-            return "probe"
-        steps_until_refresh = -(self.adapt_steps + 1 + self.draw_ahead) % self.update_interval
-        return "probe" if steps_until_refresh < self.reprobe_steps else "adapt"
+        return "probe" if self.step_count < self.probe_steps else "adapt"
 
     @property
     def adapt_steps(self) -> int:
@@ -60,7 +53,7 @@ class Schedule:
     @property
     def begins_period(self) -> bool:
         """True if the next step is the first of a period."""
-        return self.step_count >= self.probe_steps and self.adapt_steps % self.sample_interval == 0
+        return self.phase == "adapt" and self.adapt_steps % self.sample_interval == 0
 
     def start(self) -> Events:
         """Return the actions due before the first step: the first draw, if there is no probe."""

@@ -47,8 +47,6 @@ BAD = [
     ({"always_active": [3]}, "name patterns"),
     ({"draw_ahead": -1}, "draw_ahead must be an integer of at least 0"),
     ({"sample_interval": 5, "update_interval": 5, "draw_ahead": 5}, "at most sample_interval - 1 (4)"),
-    ({"reprobe_steps": 4, "sample_interval": 5, "update_interval": 5}, "reprobe_steps (4) must be at most 3"),
-    ({"reprobe_steps": 1, "sample_interval": 1, "update_interval": 1}, "reprobe_steps (1) must be at most 0"),
     ({"seed": -1}, "seed must be an integer of at least 0"),
     ({"seed": 0.5}, "integer"),
 ]

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from grass import ConfigError, GrassConfig, StateMismatchError
+from grass import GrassConfig, StateMismatchError
 from grass.layer_scheduler import LayerScheduler
 from grass.sampling import SAMPLER_CLASSES
 
@@ -58,47 +58,6 @@ def test_importance_and_probabilities_follow_the_formula_at_every_step(ahead: in
         torch.testing.assert_close(method.importance.importance, wanted, rtol=1e-5, atol=0)
         p = wanted / wanted.sum() if taken >= 4 else torch.full((5,), 0.2)  # "log" at temperature 1
         torch.testing.assert_close(method.sampler.probabilities.float(), p, rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("ahead", [0, 1])
-def test_with_reprobe_steps_importance_is_that_of_all_layers(ahead: int) -> None:
-    """Norms of steps that train are not mixed with those of the reprobe."""
-    method = scheduler(draw_ahead=ahead, reprobe_steps=1, sample_interval=4, update_interval=8)
-    importance, measured = [0.0] * 5, 0
-    for step in range(40):
-        is_measured = step >= 4 and (step + 1 - 4 + ahead) % 8 == 0
-        assert method.probing == (step < 4 or is_measured)
-        assert method.reads_norms == method.probing
-        draws = method.sampler.num_draws
-        advance(method, step, step + 1)
-        rms = [math.sqrt(n / size) for n, size in zip(norms(step), SIZES, strict=True)]
-        if step < 4:
-            importance = [m + r / 4 for m, r in zip(importance, rms, strict=True)]
-        elif is_measured:
-            importance = [0.3 * r + 0.7 * m for m, r in zip(importance, rms, strict=True)]
-            measured += 1
-            assert method.sampler.num_draws == draws + 1
-        if step >= 3:
-            wanted = torch.tensor(importance)
-            torch.testing.assert_close(method.importance.importance, wanted, rtol=1e-5, atol=0)
-    assert measured == 4
-
-
-@pytest.mark.parametrize("name", sorted(SAMPLER_CLASSES))
-def test_reprobe_steps_are_for_samplers_that_adapt(name: str) -> None:
-    if SAMPLER_CLASSES[name].adapts:
-        scheduler(sampler=name, reprobe_steps=1)
-    else:
-        with pytest.raises(ConfigError, match=f"{name!r} does not update the importance"):
-            scheduler(sampler=name, reprobe_steps=1)
-
-
-def test_a_state_from_before_reprobe_steps_is_one_without() -> None:
-    state = scheduler().state_dict()
-    del state["config"]["reprobe_steps"]
-    scheduler().check(state)
-    with pytest.raises(StateMismatchError, match="reprobe_steps: saved 0, now 1"):
-        scheduler(reprobe_steps=1).check(state)
 
 
 def test_a_refresh_counts_for_the_draw_of_the_same_step() -> None:

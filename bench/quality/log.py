@@ -103,15 +103,6 @@ NOTES: dict[str, Note] = {
     ),
     "tau-0.5": Note("p proportional to m^2.", "better by 0.02"),
     "tau-2": Note("p proportional to the root of m: half way to uniform.", "worse by 0.01"),
-    "reprobe": Note(
-        "`noisy-squared` as a user can have it: the last step before each draw measures all layers and trains none "
-        "(`reprobe_steps` 1, `update_interval` 10, `temperature` 0.5, `ema` 1). Added after `noisy-squared` had run.",
-        "better than GRASS by 0.03: as `noisy-squared`, less a tenth of the steps",
-    ),
-    "reprobe-20": Note(
-        "The same every second period (`update_interval` 20), so that it takes a twentieth of the steps. Added likewise.",
-        "better than GRASS by 0.035",
-    ),
     "static-top": Note(
         "`first-top` as a user can have it: static GRASS with a temperature near 0. Added after a quarter of the "
         "runs of `first-top`.",

@@ -295,8 +295,6 @@ SETTINGS: dict[str, Method] = {
     "tau-0.25": methods.sampled(temperature=0.25),
     "tau-0.5": methods.sampled(temperature=0.5),
     "tau-2": methods.sampled(temperature=2.0),
-    "reprobe": methods.sampled(reprobe_steps=1, update_interval=10, temperature=0.5, ema=1.0),
-    "reprobe-20": methods.sampled(reprobe_steps=1, temperature=0.5, ema=1.0),
     "scale-mean": methods.sampled(importance_scale="mean"),
     "scale-zscore": methods.sampled(importance_scale="zscore"),
     "scale-none": methods.sampled(importance_scale="none"),

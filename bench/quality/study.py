@@ -22,7 +22,7 @@ FIXED = (
     "lowest", "highest", "signal-top", "noisy-top", "first-top", "progress-top", "decrease-top", "tau-0.05",
 )  # fmt: skip
 """Rules and settings that may train the same layers for long, and so have learning rates of their own."""
-LATER = ("noisy-top", "noisy-squared", "first-top", "tau-0.05", "static-top", "reprobe", "reprobe-20")
+LATER = ("noisy-top", "noisy-squared", "first-top", "tau-0.05", "static-top")
 """Rules and settings that the results of the others suggested."""
 CONFIRMED = ("lowest", "signal-squared", "signal-top", *LATER)
 """What is run again on other bases: the best of many on two bases look better than they are."""

@@ -197,7 +197,8 @@ def fine_tune(
     num_layers = len(sampled.layers.names) if sampled else 0
     probed, trained, longest_wait, active, waits = 0, 0, 0, [0] * num_layers, [0] * num_layers
     for step, batch in enumerate(train.batches(budget.batch, budget.steps, order)):
-        probed += probed == step and sampled is not None and sampled.phase == "probe"
+        is_probe = sampled is not None and sampled.phase == "probe"
+        probed += is_probe
         set_lr(optimizer, lr * schedule(step - probed, budget.steps - probed))
         loss = loss_of(model, *batch)
         loss.backward()

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from grass.errors import ConfigError
-from grass.integrations.monitor import Monitor, check_run_length, find_optimizer, has_trained_nothing
+from grass.integrations.monitor import Monitor, check_run_length, find_optimizer
 from grass.optim.grass_adamw import GrassAdamW
 
 
@@ -87,7 +87,7 @@ class GrassCallback(Callback):
             metrics = monitor.metrics()
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
-        if has_trained_nothing(monitor.optimizer):
+        if monitor.optimizer.phase == "probe":
             for callback in trainer.early_stopping_callbacks:
                 self._held.setdefault(callback, callback.state_dict())
                 callback.patience = sys.maxsize

@@ -26,11 +26,6 @@ def find_optimizer(optimizer: Any) -> GrassAdamW:
     return inner
 
 
-def has_trained_nothing(optimizer: GrassAdamW) -> bool:
-    """Return True inside the probe at the beginning of training, which changes no parameter."""
-    return optimizer.phase == "probe" and optimizer.step_count < optimizer.config.probe_steps
-
-
 def check_run_length(optimizer: GrassAdamW, steps: float) -> None:
     """Raise if a run ends inside the probe.
 
@@ -42,7 +37,7 @@ def check_run_length(optimizer: GrassAdamW, steps: float) -> None:
         ConfigError: the run would update no parameter.
     """
     probe_steps = optimizer.config.probe_steps - optimizer.step_count
-    if has_trained_nothing(optimizer) and steps <= probe_steps:
+    if optimizer.phase == "probe" and steps <= probe_steps:
         raise ConfigError(
             f"the run ends after {steps:.0f} steps, inside the probe of {probe_steps} steps, and would update no "
             "parameter: pass a smaller GrassConfig(probe_steps=...), or train for more steps"

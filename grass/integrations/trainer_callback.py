@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback
 
 from grass.errors import GrassError
-from grass.integrations.monitor import Monitor, check_run_length, find_optimizer, has_trained_nothing
+from grass.integrations.monitor import Monitor, check_run_length, find_optimizer
 from grass.integrations.transformers import warn_of_clipping
 from grass.optim.grass_adamw import GrassAdamW
 
@@ -88,7 +88,7 @@ class GrassCallback(TrainerCallback):
 
     def _tell_of_schedule(self, optimizer: GrassAdamW, args: Any, state: Any) -> None:
         """Log that the learning-rate schedule advances during the probe; a warning if the warm-up is lost by it."""
-        if has_trained_nothing(optimizer):
+        if optimizer.phase == "probe":
             end = state.global_step + optimizer.config.probe_steps - optimizer.step_count
             warmup = args.get_warmup_steps(state.max_steps)
             lost = 0 < warmup <= end
@@ -126,7 +126,7 @@ class GrassCallback(TrainerCallback):
         self._skip_evaluation(state, control)
 
     def _skip_evaluation(self, state: Any, control: Any) -> None:
-        probing = self._monitor is not None and has_trained_nothing(self._monitor.optimizer)
+        probing = self._monitor is not None and self._monitor.optimizer.phase == "probe"
         if probing and control.should_evaluate and not control.should_training_stop:
             control.should_evaluate = False
             _logger.info(

@@ -64,8 +64,7 @@ class GrassAdamW(AdamW):
     The first ``probe_steps`` steps measure the gradients of all layers and update nothing. Then ``active_layers``
     layers are drawn for each period of ``sample_interval`` steps. All other layers are frozen: ``requires_grad`` is
     False, they get no gradients, and their weights, moments and step counters are bitwise unchanged. Every
-    ``update_interval`` steps the importance, and with it the probabilities, is updated from the measured norms. With
-    ``reprobe_steps`` the last steps before that measure all layers again, and update nothing.
+    ``update_interval`` steps the importance, and with it the probabilities, is updated from the measured norms.
 
     Args:
         params: a model, or its parameters or parameter groups together with ``model``.
@@ -251,7 +250,7 @@ class GrassAdamW(AdamW):
     @property
     def active_layers(self) -> tuple[int, ...]:
         """Layers that the next step trains; () while probing."""
-        return () if self._scheduler.probing else self._scheduler.active
+        return self._scheduler.active
 
     @property
     def next_active_layers(self) -> tuple[int, ...] | None:
@@ -453,10 +452,10 @@ class GrassAdamW(AdamW):
             observed = [False] * len(observed)
         self._sq_norms, self._norms_are_local = sq_norms, is_local
         found_inf = getattr(self, "found_inf", None)
-        changed, was_probing = self._adopt_requires_grad(), self._scheduler.probing
+        changed = self._adopt_requires_grad()
         change = self._scheduler.finish_step(sq_norms[:-1], observed[:-1], found_inf, accumulated)
         self._apply_change(change)
-        if change.left is None and (changed or self._scheduler.probing != was_probing):
+        if changed and change.left is None:
             self._switch_parameters()
 
     def _adopt_requires_grad(self) -> bool:

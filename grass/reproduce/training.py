@@ -90,8 +90,7 @@ def _run_job(options: ReproduceOptions, config: GrassConfig, job: Job) -> Row:
     optimizer = METHODS[job.method](model, replace(config.for_run(steps), seed=job.order))
     losses, probed, pad = list[Tensor](), 0, pad_token_id(tokenizer)
     for step, batch in enumerate(batches(prepared.train, options.batch_size, steps, job.order)):
-        # The rate rises from zero after the probe at the beginning.
-        probed += probed == step and getattr(optimizer, "phase", "adapt") == "probe"
+        probed += getattr(optimizer, "phase", "adapt") == "probe"  # the rate rises from zero after the probe
         set_lr(optimizer, job.lr * schedule(step - probed, steps - probed))
         losses.append(train_step(model, optimizer, batch, options, pad, chunked=chunked))
         # Waits for the device, so not in every step.

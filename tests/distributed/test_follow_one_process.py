@@ -29,8 +29,6 @@ CASES = {
     "accumulation, fused": Training(micro_batches=2, config={"fused_backward": True}),
     "activation checkpointing": Training(block="checkpointed"),
     "uniform": Training(config={"sampler": "uniform"}),
-    "reprobe": Training(config={"reprobe_steps": 1}),
-    "reprobe, fused": Training(config={"reprobe_steps": 1, "fused_backward": True}),
     "weight norms": Training(config={"sampler": "weight_norm"}),
     "float32, eps of 1e-8": Training(options={"eps": 1e-8}, dtype=FLOAT32),
     "resident": Training(config={"offload": "resident"}, dtype=FLOAT32),

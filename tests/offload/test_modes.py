@@ -146,8 +146,7 @@ METHOD: list[dict[str, dict[str, Any]]] = [  # the last columns of a case
         "outside": {}, "nothing": {"always_active": "none"},
         "patterns": {"always_active": ("head", "blocks.*.bias", "blocks.2.turned")},
     },
-    {"probe": {}, "none": {"probe_steps": 0}, "uniform": {"sampler": "uniform"},
-     "again": {"reprobe_steps": 1}},
+    {"probe": {}, "none": {"probe_steps": 0}, "uniform": {"sampler": "uniform"}},
 ]  # fmt: skip
 
 
@@ -155,8 +154,7 @@ def is_possible(case: Case) -> bool:
     clips_late = case.settings == "clipping" and "fused" in case.mode  # refused: test_offload_input.py
     widens = case.gradients == "float32" and WEIGHTS[case.weights].get("dtype") is None
     ringless = ("streamed" in case.mode) == (case.ring == "no ring")
-    too_short = case.start == "again" and case.draws in ("early", "every step")  # refused: test_config.py
-    return not (clips_late or widens or ringless or too_short)
+    return not (clips_late or widens or ringless)
 
 
 COLUMNS = [list(choices) for choices in (MODES, RINGS, WEIGHTS, SETTINGS, GRADIENTS, RATES, *METHOD)]
@@ -243,9 +241,7 @@ def test_every_mode_is_plain_training_to_the_bit(case: Case) -> None:
 
 def test_every_two_values_meet() -> None:
     pairs = sum(len(a) * len(b) for i, a in enumerate(COLUMNS) for b in COLUMNS[:i])
-    impossible = (
-        2 + 3 * 4 + 3 + 2 + 2
-    )  # rings and modes; clipping while fused; wide gradients of wide weights; no time
+    impossible = 2 + 3 * 4 + 3 + 2  # rings and modes; clipping while fused; wide gradients of wide weights
     found = {((i, case[i]), (j, case[j])) for case in CASES for i in range(len(case)) for j in range(i)}
     assert len(found) == pairs - impossible
 

@@ -40,7 +40,6 @@ CASES = {
     "weight_norm": {"sampler": "weight_norm"},
     "cyclic": {"sampler": "cyclic"},
     "none": {"always_active": "none"},
-    "reprobe": {"reprobe_steps": 1, "draw_ahead": 1, "sample_interval": 3, "update_interval": 3},
     "one step": {"sample_interval": 1, "update_interval": 2},
 }
 
