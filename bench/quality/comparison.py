@@ -10,7 +10,7 @@ import numpy as np
 
 from bench.quality.methods import RULES
 from bench.quality.statistics import Contrast, contrast, corrected_p_values, verdict
-from bench.quality.study import CONFIRMED, KEY, SEARCH, STUDY, Part, rate_of
+from bench.quality.study import CONFIRMED, KEY, REMOVED, SEARCH, STUDY, Part, rate_of
 from grass.errors import GrassError
 from grass.finetune.run_folder import read_rows
 from grass.reproduce.study import Pair, Row
@@ -199,7 +199,12 @@ FAMILIES: dict[str, tuple[str, list[Names]]] = {
     ),
     "confirmation": (
         "confirmation",
-        [(name, other) for name in ("grass", *CONFIRMED) for other in ("uniform", "grass") if name != other],
+        [
+            (name, other)
+            for name in ("grass", *CONFIRMED, *REMOVED)
+            for other in ("uniform", "grass")
+            if name != other
+        ],
     ),
 }
 """Name of a family of comparisons, which are corrected together -> part of the study, and comparisons."""

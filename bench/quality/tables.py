@@ -11,7 +11,7 @@ from bench.quality.comparison import FAMILIES, Compared, Found, summarize
 from bench.quality.log import CONFIRMATIONS, NOTES
 from bench.quality.methods import CONFIG, MEASURED, RULES, SETTINGS
 from bench.quality.statistics import Contrast
-from bench.quality.study import CONFIRMED, FIXED, KEY, LATER, OTHERS, STUDY
+from bench.quality.study import CONFIRMED, FIXED, KEY, LATER, OTHERS, REMOVED, STUDY
 from grass import GrassConfig
 from grass.finetune.run_folder import read_rows
 from grass.reproduce.options import TableName
@@ -286,12 +286,13 @@ def log_page(found: Found) -> str:
             if name not in LATER
         ]
 
+    reasons = {"grass": "the default"} | {name: NOTES[name].reason for name in (*LATER, *REMOVED)}
     confirmed = [
-        f"| `{name}` | {NOTES[name].reason if name in LATER else 'above' if name in NOTES else 'the default'} | "
+        f"| `{name}` | {reasons.get(name, 'above')} | "
         f"{CONFIRMATIONS[name] if name in CONFIRMATIONS else NOTES[name].prediction} | "
         f"{outcome('confirmation', name, 'uniform')} | "
         f"{'' if name == 'grass' else outcome('confirmation', name, 'grass')} |"
-        for name in ("grass", *CONFIRMED)
+        for name in ("grass", *CONFIRMED, *REMOVED)
     ]
     part = STUDY.parts["confirmation"]
 

@@ -19,7 +19,7 @@ from bench.quality.evidence import BEGIN, END, findings, page, written_pages
 from bench.quality.log import NOTES
 from bench.quality.methods import CONFIG, RULES, SETTINGS
 from bench.quality.stability import measure
-from bench.quality.study import BUDGETS, KEY, LATER, OTHERS, SEARCH, STUDY
+from bench.quality.study import BUDGETS, KEY, LATER, OTHERS, REMOVED, SEARCH, STUDY
 from bench.quality.tables import TITLES, tables_page
 from bench.quality.training import Budget, make_model
 from grass import GrassConfig
@@ -187,10 +187,10 @@ def test_rules_are_counted_by_verdict(rows, tmp_path):
 
 def test_every_arm_has_a_title_or_a_reason_and_a_prediction():
     assert set(TITLES) >= {*KEY, *OTHERS}
-    assert set(NOTES) == {*RULES, *SETTINGS, "grass-floor", "static-top"}
+    assert set(NOTES) == {*RULES, *SETTINGS, *REMOVED, "grass-floor", "static-top"}
     assert all(note.reason.endswith((".", "?")) and note.prediction for note in NOTES.values())
     for part, family in FAMILIES.values():
-        assert {name for names in family for name in names} <= set(STUDY.parts[part].methods)
+        assert {name for names in family for name in names} <= {*STUDY.parts[part].methods, *REMOVED}
 
 
 @pytest.fixture
