@@ -68,6 +68,11 @@ def findings(found: Found) -> list[str]:
         *lines,
         _counts("rules that see the gradients of all layers", found.families["rules"]),
         _counts("methods that ran on other bases, the best of these rules among them", again),
+        sentence(
+            "Training always the layers nearest to the input",
+            "GRASS",
+            found.families["confirmation"].get(("lowest", "grass")),
+        ),
     ]
 
 
@@ -123,7 +128,7 @@ def _real(found: Found) -> str:
 
 def _claims(found: Found) -> str:
     """Return a table of the claims of the paper and the doubts of its reviewers, each with the result here."""
-    uniform, shuffled, static, full, lora, rules, again = findings(found)
+    uniform, shuffled, static, full, lora, rules, again, lowest = findings(found)
     of = summarize(found.rows, STUDY.parts["key"], "grass")
     spread = (
         "not run yet." if of is None else f"{of.exact_deviation:.1f} points of exact match, within bases."
@@ -164,12 +169,16 @@ def _claims(found: Found) -> str:
         (
             "Sampling is needed: without it some layers are never trained.",
             " ".join(
-                sentence(title, "GRASS", found.families["confirmation"].get((name, "grass")))
-                for name, title in (
-                    ("lowest", "Always the layers nearest to the input"),
-                    ("first-top", "Always the layers with the largest norms before training"),
-                    ("signal-top", "Always those with the largest norms now"),
-                )
+                [
+                    lowest,
+                    *(
+                        sentence(title, "GRASS", found.families["confirmation"].get((name, "grass")))
+                        for name, title in (
+                            ("first-top", "Those with the largest norms before training"),
+                            ("signal-top", "Those with the largest norms now"),
+                        )
+                    ),
+                ]
             ),
         ),
         (
