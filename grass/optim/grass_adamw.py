@@ -194,6 +194,8 @@ class GrassAdamW(AdamW):
             layer_of, trainable: as for `make_entries`.
             reads_weights: False for a copy, which gets the importance of the original.
         """
+        if any(map(is_sharded, layer_of)):  # refuses meshes that are not supported
+            ranks_of([p for p, on in trainable.items() if on and layer_of[p] <= len(self._layers)])
         self._table = ParamTable(self.param_groups, layer_of, trainable, len(self._layers))
         by_layer = self._table.by_layer
         if not any(by_layer):  # all layers are frozen; the user may unfreeze some later
@@ -202,8 +204,6 @@ class GrassAdamW(AdamW):
         if self._config.sampler == "weight_norm" and reads_weights:
             sharded = [p for layer in by_layer for p in layer if is_sharded(p)]
             weights = weight_norms(by_layer, ranks_of(sharded))
-        if any(map(is_sharded, layer_of)):  # refuses meshes that are not supported
-            ranks_of([entry.param for entry in self._table.entries if entry.can_train])
         device = next((p.device for p, on in trainable.items() if on), next(iter(trainable)).device)
         self._scheduler = LayerScheduler(self._config, self._layers.names, self._table.sizes, device, weights)
         self._are_ranks_known = False
@@ -643,20 +643,19 @@ class GrassAdamW(AdamW):
         layer_of = {new[p]: layer for p, layer in old.layer_of.items()}
         trainable = {new[p]: on for p, on in old.trainable.items()}
         self._tied_params = {new[p] for p in self._tied_params if p in new}
-        handles = old.lease.handles
+        self._start(layer_of, trainable)
+        self.state.clear()
+        self._lease.handles.extend(old.lease.handles)
         old.lease.handles = []  # hooks of the model stay
         old.lease.end()
-        self.state.clear()
-        self._start(layer_of, trainable)
-        self._lease.handles.extend(handles)
 
     def _drop_removed_params(self) -> None:
         """Adapt the parts to parameters that the user has removed from the groups since the last step."""
         self._current_entries()
-        if not self._table.has_removed:
+        if not self._table.removed:
             return
-        self._table.has_removed = False
-        self._tied_params &= self._table.layer_of.keys()
+        self._tied_params -= self._table.removed
+        self._table.removed = set()
         self._scheduler.recount(self._table.sizes)
         self._rebuild_store()
         self._switch_parameters()
@@ -786,6 +785,7 @@ class GrassAdamW(AdamW):
             self._table = known
             del self.param_groups[num_groups:]
             raise
+        self._table.removed = known.removed
         self._scheduler.recount(self._table.sizes)
         self._are_ranks_known = False
         handles = known.lease.handles

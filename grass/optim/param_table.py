@@ -21,7 +21,7 @@ class ParamTable:
     Attributes:
         entries: the records, as of the last `sync`.
         lease: control of ``requires_grad``, once `take_lease` has been called.
-        has_removed: True if parameters were removed from the groups, until it is reset.
+        removed: parameters that were removed from the groups since the caller has last cleared it.
     """
 
     lease: RequiresGradLease
@@ -34,7 +34,7 @@ class ParamTable:
         num_layers: int,
     ) -> None:
         self.num_layers = num_layers
-        self.has_removed = False
+        self.removed: set[Tensor] = set()
         self.entries = make_entries(groups, layer_of, trainable, num_layers)
 
     def take_lease(self, owner: object, trainable: dict[Tensor, bool]) -> None:
@@ -64,7 +64,7 @@ class ParamTable:
             self.entries.append(entry)
         removed = by_param.keys() - {p for _, p in members}
         self.lease.drop(removed)
-        self.has_removed |= bool(removed)
+        self.removed |= removed
         return True
 
     def successors(self, groups: Sequence[dict[str, Any]]) -> dict[Tensor, Tensor]:

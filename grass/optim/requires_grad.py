@@ -36,13 +36,15 @@ class RequiresGradLease:
         self._current = {p: p.requires_grad for p in params}  # as last set
         self.handles: list[RemovableHandle] = []
         self.ended = False
+        self._finalizer: weakref.finalize[..., object] | None = None
         ref = weakref.ref(self)
         for p in params:
             _LEASES[p] = ref
 
     def bind(self, owner: object) -> None:
         """End the lease when the owner is garbage-collected; the lease must not refer to the owner."""
-        weakref.finalize(owner, self.end).atexit = False
+        self._finalizer = weakref.finalize(owner, self.end)
+        self._finalizer.atexit = False
 
     def switch(self, is_on: Callable[[Tensor], bool]) -> None:
         """Set ``requires_grad`` of trainable parameters, and drop the gradients of those that are switched off.
@@ -107,6 +109,10 @@ class RequiresGradLease:
             handle.remove()
         self.adopt_changes()
         self.ended = True
+        if (
+            self._finalizer is not None
+        ):  # it would keep this lease and its parameters alive as long as the owner
+            self._finalizer.detach()
         for p, trainable in self._trainable.items():
             _set_requires_grad(p, trainable)
             _LEASES.pop(p, None)

@@ -348,8 +348,8 @@ class _KernelBackend:
         missing = [p for p, i in indices.items() if i not in updated and p.numel()]
         if missing:
             raise GrassError(
-                f"the store of states does not know {len(missing)} parameters, which would not be updated; please "
-                "report this, and train with offload='none'"
+                f"the store of states does not know {len(missing)} parameters, which would not be updated: "
+                "please report this"
             )
         capturable = any(group["capturable"] for group in groups)
         numbers = {index: number for number, index in enumerate(self._used)}

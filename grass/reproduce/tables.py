@@ -13,7 +13,7 @@ from grass.reproduce.options import TableName
 
 MAX_SKIPPED = 0.01  # largest share of unusable training records: math_data.json has three without an output
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3})")
-_PUNCTUATION = re.compile(r"(?<!\d)\.|\.(?!\d)|[^\w\s.]")  # but for the point in a number
+_PUNCTUATION = re.compile(r"[,;:!?\"'`]|\.(?!\d)")  # not what belongs to a number or an equation
 PAPER_MODELS = ("TinyLlama", "Gemma-2B", "LLaMA2-7B")
 
 
@@ -149,7 +149,7 @@ def _conversations(records: Sequence[Record]) -> list[Conversation]:
 
 
 def _folded(record: Conversation) -> str:
-    """Return the question without differences of case, white space and punctuation; numbers keep their points."""
+    """Return the question without differences of case, white space, punctuation and thousands separators."""
     texts = " ".join(f"{m.content} {m.input}" for m in record.messages if m.role == "user").lower()
     return " ".join(_PUNCTUATION.sub(" ", _THOUSANDS.sub("", texts)).split())
 

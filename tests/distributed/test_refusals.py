@@ -136,8 +136,10 @@ def fsdp1_afterwards(_):
     model = tiny.stack()
     opt = grass.GrassAdamW(model, config=tiny.config())
     parallel = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    before = [p.detach().clone() for p in parallel.parameters()]
     tiny.loss_of(parallel, tiny.batch(0)).backward()
-    return message_of(ConfigError, opt.step), True, opt.step_count
+    message = message_of(ConfigError, opt.step)
+    return message, all(map(torch.equal, before, parallel.parameters())), opt.step_count
 
 
 def made_before_the_process_group(folder, name):

@@ -165,7 +165,7 @@ def trainer(file, folder, resume, fused, accumulation=1):
             dataloader_pin_memory=False,
             disable_tqdm=True,
         )
-        model = tiny.llama()
+        model = tiny.llama(seed=1 if resume else 0)  # of a run that resumes, the checkpoint has the weights
         if file == "replicas.yaml":
             shard(model, (2, 1))
         run = Ordered(
@@ -216,7 +216,7 @@ def lightning(shape, folder, clip=None, resume=None):
     class Module(lightning.LightningModule):
         def __init__(self):
             super().__init__()
-            self.model = tiny.llama()
+            self.model = tiny.llama(seed=1 if resume else 0)
 
         def configure_model(self):
             if shape:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import grass
+from tests.support import tiny
 from tests.support.twins import (
     BF16,
     F32,
@@ -436,6 +437,35 @@ def test_a_loaded_dict_is_collected(kind):
     del saved
     assert_collected(refs)
     train(optimizer, params, 1)
+
+
+def renew(model: nn.Module, old: list[nn.Parameter]) -> None:
+    """Put new parameters in the place of some."""
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if any(p is q for q in old):
+                setattr(module, name, nn.Parameter(p.detach().clone()))
+
+
+@pytest.mark.parametrize("change", ["replaced", "removed after a group was added"])
+def test_parameters_of_the_past_are_collected(change: str) -> None:
+    """Those that accelerate has replaced by shards, and those that the user has removed."""
+    model = tiny.stack()
+    blocks = list(model.blocks.parameters())
+    opt = grass.GrassAdamW(blocks, lr=1e-2, model=model, config=tiny.config(probe_steps=0))
+    if change == "replaced":
+        renew(model, blocks)
+        old = [weakref.ref(p) for p in blocks]
+        opt.param_groups[0]["params"] = list(model.blocks.parameters())
+    else:
+        opt.add_param_group({"params": list(model.head.parameters())})
+        renew(model, blocks[-2:])
+        old = [weakref.ref(p) for p in blocks[-2:]]
+        opt.param_groups[0]["params"] = blocks[:-2]
+    del blocks
+    tiny.train(model, opt, 0, 2)
+    gc.collect()
+    assert [ref() is None for ref in old] == [True] * len(old)
 
 
 @pytest.mark.parametrize("kind", ["torch", "AdamW", "none"])

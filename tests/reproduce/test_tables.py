@@ -33,6 +33,32 @@ def test_training_validation_and_test_records_are_disjoint(data_dir):
     assert list(again.tests) == ["AddSub"]
 
 
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("A firm of 2,041 employees .", "a firm of 2041 employees."),
+        ("How many are left?  He has $3.50.", "how many are left ? He has $3.50"),
+        ('Ann\'s "box"', "Ann s box"),
+    ],
+)
+def test_questions_that_differ_in_writing_only_are_the_same(data_dir, text, same):
+    records = json.loads((data_dir / "math_data.json").read_text())
+    write(data_dir / "math_data.json", [*records, records[0] | {"instruction": text}])
+    write(data_dir / "AddSub" / "test.json", [records[0] | {"instruction": t} for t in (same, "Another one")])
+    data = read_table(data_dir, "arithmetic", ("AddSub",), validation=10)
+    assert data.shared["AddSub"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "other"), [("3 + 4", "3 - 4"), ("-5", "5"), ("x^2 + 1", "x^2 - 1"), ("0.5", "5"), ("1.5", "15")]
+)
+def test_questions_with_other_numbers_or_operators_are_others(data_dir, text, other):
+    records = json.loads((data_dir / "math_data.json").read_text())
+    write(data_dir / "math_data.json", [*records, records[0] | {"instruction": text}])
+    write(data_dir / "AddSub" / "test.json", [records[0] | {"instruction": other}])
+    assert read_table(data_dir, "arithmetic", ("AddSub",), validation=10).shared["AddSub"] == 0
+
+
 def test_unusable_training_records_are_counted_and_many_are_an_error(data_dir):
     records = json.loads((data_dir / "math_data.json").read_text())
     write(data_dir / "math_data.json", [*records * 5, records[0] | {"output": ""}])
