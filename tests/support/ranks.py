@@ -67,6 +67,8 @@ class RankPool:
             function, seconds: as for `run`.
             waits: after an error on one rank, wait for the others, too.
         """
+        if not all(process.is_alive() for process in self.processes):  # killed between two runs
+            self.stop()
         if not self.processes:
             self._start()
         for connection in self._connections:
