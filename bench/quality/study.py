@@ -25,7 +25,7 @@ FIXED = (
 LATER = ("noisy-top", "noisy-squared", "first-top", "tau-0.05", "static-top")
 """Rules and settings that the results of the others suggested."""
 CONFIRMED = ("lowest", "signal-squared", "signal-top", *LATER)
-"""What is run again on other bases: the best of many on two bases look better than they are."""
+"""Run again on other bases, since the best of many on two bases look better than they are."""
 REMOVED = ("reprobe", "reprobe-20")
 """Settings that did not help, and whose code is gone: their rows are compared, and not run again."""
 SEARCH = Search(rates=(2e-3, 4e-3, 8e-3), orders=(1000,))

@@ -84,7 +84,7 @@ def test_a_loop_of_accelerate_with_replicas_of_shards_follows_one_process(four):
 
 
 def example(file):
-    """What examples/accelerate_loop.py prints."""
+    """Return the output of examples/accelerate_loop.py."""
     output = io.StringIO()
     with launched(FILES / file), contextlib.redirect_stdout(output), warnings.catch_warnings():
         warnings.simplefilter("ignore")
