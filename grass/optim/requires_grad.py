@@ -109,9 +109,8 @@ class RequiresGradLease:
             handle.remove()
         self.adopt_changes()
         self.ended = True
-        if (
-            self._finalizer is not None
-        ):  # it would keep this lease and its parameters alive as long as the owner
+        if self._finalizer is not None:
+            # It would keep this lease and its parameters alive as long as the owner.
             self._finalizer.detach()
         for p, trainable in self._trainable.items():
             _set_requires_grad(p, trainable)
