@@ -29,7 +29,9 @@ class GrassConfig:
         sampler: ``"adaptive"`` follows the gradient norms during training and is the method of the paper;
             ``"static"`` uses the norms of the probe only; ``"uniform"`` and ``"cyclic"`` use no norms;
             ``"weight_norm"`` uses the root mean square of the weights; ``"shuffled"`` assigns the adaptive
-            probabilities to randomly permuted layers, as a control.
+            probabilities to randomly permuted layers, as a control; ``"remeasured"`` is adaptive, but takes the
+            importance from the last step before each update of it, which measures frozen layers too (a full
+            backward, whose other gradients are freed layer by layer, and the activations of the probe).
         min_probability: lower bound f of each layer's probability, p = (1 - L f) softmax + f.
         always_active: parameters trained in every step: ``"outside"`` for all parameters that belong to no
             layer, ``"none"`` for no parameters, or name patterns (``"lm_head*"``), which may also match
@@ -55,7 +57,7 @@ class GrassConfig:
         ConfigError: a value is out of range, or values cannot be combined.
 
     Source: paper sections "probing", "sampling probability" and "adaptation". ``importance_scale``,
-    ``min_probability``, ``moments`` and ``draw_ahead`` are additions of this library.
+    ``min_probability``, ``moments``, ``draw_ahead`` and ``"remeasured"`` are additions of this library.
     """
 
     active_layers: int = 2

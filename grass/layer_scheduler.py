@@ -125,7 +125,12 @@ class LayerScheduler:
     @property
     def reads_norms(self) -> bool:
         """True if the norms of the next step can change what is drawn."""
-        return self.probing or self.sampler.adapts
+        return self.probing or (self.remeasuring if self.sampler.remeasures else self.sampler.adapts)
+
+    @property
+    def remeasuring(self) -> bool:
+        """True if the next step trains the active layers and measures all layers."""
+        return self.sampler.remeasures and self.schedule.refreshes_next
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the state that must be equal in all processes that train one model.
@@ -166,7 +171,8 @@ class LayerScheduler:
         for layer, has_grad in enumerate(observed):
             if has_grad:
                 mask[layer] = True
-        self.importance.observe(sq_norms, mask, skipped)
+        if self.reads_norms or not self.sampler.remeasures:
+            self.importance.observe(sq_norms, mask, skipped)
         was_probing = self.probing
         return self._apply(self.schedule.advance(), ends_probe=was_probing and not self.probing)
 

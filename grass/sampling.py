@@ -58,12 +58,14 @@ class Sampler:
     Attributes:
         probes: True if gradients are measured before the first draw.
         adapts: True if the importance is updated during training.
+        remeasures: True if it is updated by the norms of one step that measures all layers, also frozen ones.
         probabilities: float64 [L], probabilities of the next draw.
         num_draws: number of draws so far.
     """
 
     probes = True
     adapts = True
+    remeasures = False
 
     def __init__(self, config: "GrassConfig", eligible: list[bool]) -> None:
         self.config = config
@@ -128,6 +130,12 @@ class StaticSampler(Sampler):
     adapts = False
 
 
+class RemeasuredSampler(Sampler):
+    """Adapt to norms of all layers at the same weights and data: those of a frozen layer are never old."""
+
+    remeasures = True
+
+
 class ShuffledSampler(Sampler):
     """Assign the adaptive probabilities to permuted layers, with one permutation that depends on the seed.
 
@@ -188,6 +196,7 @@ SAMPLER_CLASSES: dict[str, type[Sampler]] = {
     "weight_norm": WeightNormSampler,
     "cyclic": CyclicSampler,
     "shuffled": ShuffledSampler,
+    "remeasured": RemeasuredSampler,
 }
 
 

@@ -51,6 +51,11 @@ class Schedule:
         return max(0, self.step_count - self.probe_steps)
 
     @property
+    def refreshes_next(self) -> bool:
+        """True if the next step is not of the probe, and the importance is refreshed at its end."""
+        return self.phase == "adapt" and (self.adapt_steps + 1 + self.draw_ahead) % self.update_interval == 0
+
+    @property
     def begins_period(self) -> bool:
         """True if the next step is the first of a period."""
         return self.phase == "adapt" and self.adapt_steps % self.sample_interval == 0

@@ -37,7 +37,7 @@ BAD = [
     ({"min_probability": 1.1}, "[0, 1]"),
     ({"min_probability": float("nan")}, "[0, 1]"),
     ({"importance_scale": "max"}, "one of mean, log, zscore, none"),
-    ({"sampler": "random"}, "one of adaptive, static, uniform, weight_norm, cyclic, shuffled"),
+    ({"sampler": "random"}, "one of adaptive, static, uniform, weight_norm, cyclic, shuffled, remeasured"),
     ({"moments": "drop"}, "one of keep, reset"),
     ({"offload": "disk"}, "one of auto, none, resident, streamed"),
     ({"offload": None}, "one of auto, none, resident, streamed"),

@@ -60,6 +60,34 @@ def test_importance_and_probabilities_follow_the_formula_at_every_step(ahead: in
         torch.testing.assert_close(method.sampler.probabilities.float(), p, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("probe_steps", [0, 4])
+def test_remeasured_takes_the_norms_of_the_last_step_of_a_window(ahead: int, probe_steps: int) -> None:
+    """Norms of other steps, of active layers only, are left out."""
+    method = scheduler(
+        sampler="remeasured", draw_ahead=ahead, probe_steps=probe_steps, sample_interval=4, update_interval=8
+    )
+    importance, num_measured = [0.0 if probe_steps else 1.0] * 5, 0
+    for step in range(40):
+        is_measured = step >= probe_steps and (step + 1 - probe_steps + ahead) % 8 == 0
+        assert method.probing == (step < probe_steps)
+        assert method.remeasuring == is_measured
+        assert method.reads_norms == (is_measured or method.probing)
+        observed = [True] * 5 if method.reads_norms else [layer in method.active for layer in range(5)]
+        method.finish_step(torch.tensor(norms(step)), observed)
+        rms = [math.sqrt(n / size) for n, size in zip(norms(step), SIZES, strict=True)]
+        if step < probe_steps:
+            importance = [m + r / probe_steps for m, r in zip(importance, rms, strict=True)]
+        elif is_measured:
+            importance = [0.3 * r + 0.7 * m for m, r in zip(importance, rms, strict=True)]
+            num_measured += 1
+        if step >= probe_steps - 1:
+            torch.testing.assert_close(
+                method.importance.importance, torch.tensor(importance), rtol=1e-5, atol=0
+            )
+    assert num_measured == (40 - probe_steps + ahead) // 8
+
+
 def test_a_refresh_counts_for_the_draw_of_the_same_step() -> None:
     """The draw uses the probabilities just made: with a cold temperature it must take the new favourite."""
     method = scheduler(temperature=0.01, ema=1.0, active_layers=1, draw_ahead=1, update_interval=3)
@@ -81,7 +109,7 @@ def test_a_refresh_counts_for_the_draw_of_the_same_step() -> None:
 
 
 def test_static_keeps_the_probe_and_adaptive_does_not() -> None:
-    for name in ("static", "adaptive", "shuffled"):
+    for name in ("static", "adaptive", "shuffled", "remeasured"):
         method = scheduler(sampler=name)
         advance(method, 0, 4)
         probed = method.importance.importance.clone()

@@ -231,8 +231,8 @@ def test_a_saved_state_is_a_copy() -> None:
 def test_which_samplers_probe_and_adapt() -> None:
     probes = {name for name in SAMPLER_CLASSES if sampler(sampler=name).probes}
     adapts = {name for name in SAMPLER_CLASSES if sampler(sampler=name).adapts}
-    assert probes == {"adaptive", "static", "shuffled"}
-    assert adapts == {"adaptive", "shuffled"}
+    assert probes == {"adaptive", "static", "shuffled", "remeasured"}
+    assert adapts == {"adaptive", "shuffled", "remeasured"}
 
 
 def test_uniform_ignores_importance() -> None:

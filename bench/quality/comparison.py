@@ -10,7 +10,7 @@ import numpy as np
 
 from bench.quality.methods import RULES
 from bench.quality.statistics import Contrast, contrast, corrected_p_values, verdict
-from bench.quality.study import CONFIRMED, KEY, REMOVED, SEARCH, STUDY, Part, rate_of
+from bench.quality.study import ALTERNATIVES, CONFIRMED, KEY, REMOVED, SEARCH, STUDY, Part, rate_of
 from grass.errors import GrassError
 from grass.finetune.run_folder import read_rows
 from grass.reproduce.study import Pair, Row
@@ -176,6 +176,7 @@ def is_complete(rows: Sequence[Row], part: Part) -> bool:
 
 FAMILIES: dict[str, tuple[str, list[Names]]] = {
     "key": ("key", [("grass", other) for other in KEY if other != "grass"]),
+    "alternatives": ("key", [(name, other) for name in ALTERNATIVES for other in ("uniform", "grass")]),
     "relations": ("relations", [("grass", other) for other in KEY if other != "grass"]),
     "methods": (
         "methods",
@@ -183,7 +184,6 @@ FAMILIES: dict[str, tuple[str, list[Names]]] = {
             *(("grass", other) for other in ("lisa", "weight-norm", "cyclic", "badam")),
             *(("grass", other) for other in ("lora-r8", "lora-r32", "dora-r32", "galore")),
             ("grass-floor", "grass"),
-            ("static-top", "grass"),
             ("lisa", "uniform"),
             ("badam", "cyclic"),
             ("modules-grass", "modules-uniform"),

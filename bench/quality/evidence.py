@@ -64,6 +64,7 @@ def findings(found: Found) -> list[str]:
         sentence("GRASS", "LoRA of rank 32", methods.get(("grass", "lora-r32"))),
     ]
     again = {names: of for names, of in found.families["confirmation"].items() if "uniform" in names}
+    alternatives = found.families["alternatives"]
     return [
         *lines,
         _counts("rules that see the gradients of all layers", found.families["rules"]),
@@ -72,6 +73,11 @@ def findings(found: Found) -> list[str]:
             "Training always the layers nearest to the input",
             "GRASS",
             found.families["confirmation"].get(("lowest", "grass")),
+        ),
+        sentence(
+            'Drawing by the squares of norms that are remeasured (`sampler="remeasured"`)',
+            "uniform sampling",
+            alternatives.get(("remeasured", "uniform")),
         ),
     ]
 
@@ -128,7 +134,7 @@ def _real(found: Found) -> str:
 
 def _claims(found: Found) -> str:
     """Return a table of the claims of the paper and the doubts of its reviewers, each with the result here."""
-    uniform, shuffled, static, full, lora, rules, again, lowest = findings(found)
+    uniform, shuffled, static, full, lora, rules, again, lowest, remeasured = findings(found)
     of = summarize(found.rows, STUDY.parts["key"], "grass")
     spread = (
         "not run yet." if of is None else f"{of.exact_deviation:.1f} points of exact match, within bases."
@@ -165,7 +171,7 @@ def _claims(found: Found) -> str:
             "GRASS is better than LISA as it is, whose moments restart.",
             sentence("GRASS", "uniform sampling with moments that restart", methods.get(("grass", "lisa"))),
         ),
-        ("Doubt: is there any rule that beats random layers?", f"{rules} {again}"),
+        ("Doubt: is there any rule that beats random layers?", f"{rules} {again} {remeasured}"),
         (
             "Sampling is needed: without it some layers are never trained.",
             " ".join(
@@ -177,6 +183,11 @@ def _claims(found: Found) -> str:
                             ("first-top", "Those with the largest norms before training"),
                             ("signal-top", "Those with the largest norms now"),
                         )
+                    ),
+                    sentence(
+                        "Those with the largest norms in the probe (`static` at a temperature near 0)",
+                        "GRASS",
+                        found.families["alternatives"].get(("static-top", "grass")),
                     ),
                 ]
             ),
@@ -209,13 +220,23 @@ def _defaults(found: Found) -> str:
     def differences(names: Sequence[str]) -> str:
         texts = []
         for name in names:
-            of = found.families["settings"].get((name, "grass")) or found.families["methods"].get(
-                (name, "grass")
+            of = next(
+                (
+                    found.families[family][name, "grass"]
+                    for family in ("settings", "methods", "alternatives")
+                    if (name, "grass") in found.families[family]
+                ),
+                None,
             )
             texts.append(f"{name} " + ("not run" if of is None else f"{interval(of.log_loss)} {of.verdict}"))
         return "; ".join(texts)
 
     lines = [
+        [
+            "`sampler`",
+            default.sampler,
+            differences(["remeasured", "static-top"]) + "; others: the key contrast",
+        ],
         ["`probe_steps`", str(default.probe_steps), differences(["probe-0", "probe-5"])],
         [
             "`sample_interval`",
@@ -241,7 +262,7 @@ def _defaults(found: Found) -> str:
         f"## Defaults\n\nDifference from GRASS as it is run here (`probe_steps` {CONFIG.probe_steps}, "
         f"`sample_interval` {CONFIG.sample_interval}, `update_interval` {CONFIG.update_interval}, the rest as by "
         "default), at its learning rates: negative is better. Intervals are shorter than the defaults, as runs are "
-        "short; `period-25` has the defaults of both. `sampler`: the key contrast. Modes of offloading train the same "
+        "short; `period-25` has the defaults of both. Modes of offloading train the same "
         "bits. `active_layers` is what memory allows.\n\n"
         f"| option | default | alternatives |\n| --- | --- | --- |\n{rows}\n"
     )

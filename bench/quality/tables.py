@@ -8,10 +8,10 @@ from typing import Any
 
 from bench.quality import real, stability
 from bench.quality.comparison import FAMILIES, Compared, Found, summarize
-from bench.quality.log import CONFIRMATIONS, NOTES
+from bench.quality.log import ALTERNATIVE_PREDICTIONS, CONFIRMATIONS, NOTES
 from bench.quality.methods import CONFIG, MEASURED, RULES, SETTINGS
 from bench.quality.statistics import Contrast
-from bench.quality.study import CONFIRMED, FIXED, KEY, LATER, OTHERS, REMOVED, STUDY
+from bench.quality.study import ALTERNATIVES, CONFIRMED, FIXED, KEY, LATER, OTHERS, REMOVED, STUDY
 from grass import GrassConfig
 from grass.finetune.run_folder import read_rows
 from grass.reproduce.options import TableName
@@ -32,6 +32,7 @@ TITLES = {
     "static": "static GRASS",
     "static-top": "static GRASS, temperature near 0",
     "grass": "GRASS",
+    "remeasured": "GRASS, all layers remeasured, by squares",
     "shuffled": "GRASS's probabilities on permuted layers",
     "grass-floor": "GRASS with a floor",
     "modules-uniform": "attention and MLP, uniform",
@@ -91,12 +92,12 @@ def _line(title: str, found: Compared | None) -> list[str]:
     ]
 
 
-def _part(title: str, found: Found, family: str, methods: Sequence[str]) -> str:
-    """Return the methods of a part of study A, and a family of comparisons between them."""
-    name, names = FAMILIES[family]
+def _part(title: str, found: Found, methods: Sequence[str], *families: str) -> str:
+    """Return the methods of a part of study A, and families of comparisons between them."""
+    part = STUDY.parts[FAMILIES[families[0]][0]]
     lines = []
     for method in methods:
-        of = summarize(found.rows, STUDY.parts[name], method)
+        of = summarize(found.rows, part, method)
         if of is None:
             continue
         lines.append(
@@ -113,7 +114,11 @@ def _part(title: str, found: Found, family: str, methods: Sequence[str]) -> str:
     if not lines:
         return f"## {title}\n\nNot run yet.\n"
     header = ["method", "log-loss", "exact, %", "runs", "rate", "trained", "longest wait"]
-    comparisons = [_line(f"{TITLES[a]} - {TITLES[b]}", found.families[family].get((a, b))) for a, b in names]
+    comparisons = [
+        _line(f"{TITLES[a]} - {TITLES[b]}", found.families[family].get((a, b)))
+        for family in families
+        for a, b in FAMILIES[family][1]
+    ]
     return (
         f"## {title}\n\n{table(header, lines)}\n\n"
         f"{table(['difference (negative is better)', *_COLUMNS], comparisons)}\n"
@@ -258,9 +263,9 @@ def tables_page(found: Found) -> str:
     return "\n".join(
         [
             _HEAD,
-            _part("Arithmetic: the key contrast", found, "key", KEY),
-            _part("Relations", found, "relations", KEY),
-            _part("Arithmetic: other methods", found, "methods", ("full", "uniform", "grass", *OTHERS)),
+            _part("Arithmetic: the key contrast", found, (*KEY, *ALTERNATIVES), "key", "alternatives"),
+            _part("Relations", found, KEY, "relations"),
+            _part("Arithmetic: other methods", found, ("full", "uniform", "grass", *OTHERS), "methods"),
             _real(found.folder),
             _stability(found.norms),
         ]
@@ -295,6 +300,11 @@ def log_page(found: Found) -> str:
         for name in ("grass", *CONFIRMED, *REMOVED)
     ]
     part = STUDY.parts["confirmation"]
+    alternatives = [
+        f"| `{name}` | {NOTES[name].reason} | {ALTERNATIVE_PREDICTIONS[name]} | "
+        f"{outcome('alternatives', name, 'uniform')} | {outcome('alternatives', name, 'grass')} |"
+        for name in ALTERNATIVES
+    ]
 
     header = ["| arm | reason | prediction | outcome |", "| --- | --- | --- | --- |"]
     own_rates = ", ".join(f"`{name}`" for name in FIXED)
@@ -321,6 +331,11 @@ def log_page(found: Found) -> str:
             "| arm | reason | prediction | against uniform sampling | against GRASS |",
             "| --- | --- | --- | --- | --- |",
             *confirmed,
+            "\n## What became of them\n",
+            "Methods that a user can choose, on the bases and orders of the key contrast, at their own rates.\n",
+            "| arm | reason | prediction | against uniform sampling | against GRASS |",
+            "| --- | --- | --- | --- | --- |",
+            *alternatives,
             "",
         ]
     )

@@ -194,7 +194,8 @@ def fine_tune(
     losses: list[float] = []
     num_params = sum(p.numel() for p in model.parameters())
     sampled = optimizer if isinstance(optimizer, GrassAdamW) else None
-    num_layers = len(sampled.layers.names) if sampled else 0
+    blocks = [[*block.parameters()] for block in sampled.layers.modules(model)] if sampled else []
+    num_layers = len(blocks)
     probed, trained, longest_wait, active, waits = 0, 0, 0, [0] * num_layers, [0] * num_layers
     for step, batch in enumerate(train.batches(budget.batch, budget.steps, order)):
         is_probe = sampled is not None and sampled.phase == "probe"
@@ -205,12 +206,10 @@ def fine_tune(
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
             return Trained(math.inf, 0.0, losses, 0.0)
-        updated = (
-            []
-            if sampled and sampled.phase == "probe"
-            else [p for p in model.parameters() if p.grad is not None]
-        )
-        trained += sum(p.numel() for p in updated)
+        if not is_probe:  # a frozen parameter may have a gradient: see `grass.optim.probe`
+            active_layers = sampled.active_layers if sampled else ()
+            frozen = {p for layer in range(num_layers) if layer not in active_layers for p in blocks[layer]}
+            trained += sum(p.numel() for p in model.parameters() if p.grad is not None and p not in frozen)
         for layer in range(num_layers):
             is_active = sampled is not None and layer in sampled.active_layers
             active[layer] += is_active

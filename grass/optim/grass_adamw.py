@@ -38,7 +38,7 @@ from grass.optim.fused_backward import FusedBackward, tied_parameters
 from grass.optim.offload_manager import OffloadManager, TransferStats, buckets_of, choose_offload
 from grass.optim.param_entry import ParamEntry, assign_layers, weight_norms
 from grass.optim.param_table import ParamTable
-from grass.optim.probe import Probe
+from grass.optim.probe import Measured, Probe
 from grass.optim.requires_grad import RequiresGradLease, trainable_flags
 from grass.optim.sharding import (
     Ranks,
@@ -340,7 +340,7 @@ class GrassAdamW(AdamW):
         with torch.no_grad():
             if self._is_dcp_init_step():
                 self._init_state_for_dcp()
-            elif self._probe is not None:
+            elif self._probe is not None and self._scheduler.probing:
                 self._take_probe_step(self._probe)
             else:
                 self._take_adapt_step()
@@ -376,6 +376,7 @@ class GrassAdamW(AdamW):
         self._meet_ranks()
         if self._fused is not None or self._ranks is not None:
             refuse_scaler(self, updates_in_backward=self._fused is not None)
+        measured = self._measure_all()
         if self._fused is not None:
             parts, self._observed_order = self._fused.finish_step(self._update_order(self._scheduler.active))
             self._join_updates()
@@ -389,7 +390,16 @@ class GrassAdamW(AdamW):
             self._refuse_replaced_model()
         else:
             observed = [layer in layers for layer in range(len(self._layers) + 1)]
-            self._finish_step(sq_norms, observed, accumulated=False)
+            self._finish_step(sq_norms, observed, accumulated=False, measured=measured)
+
+    def _measure_all(self) -> Measured | None:
+        """Return what the probe has measured in a step that trains; None if it measures nothing else."""
+        if self._probe is None:
+            return None
+        self._probe.discard_if_cleared()
+        if not self._probe.fired:
+            self._probe.measure_assigned()
+        return self._probe.finish_step(getattr(self, "grad_scale", None)) if self._probe.fired else None
 
     def _meet_ranks(self) -> None:
         """Find the processes that train this model, and check that they agree, before the first update."""
@@ -441,21 +451,32 @@ class GrassAdamW(AdamW):
         if model is not None:
             refuse_sharded_later(model, [entry.param for entry in self._table.entries])
 
-    def _finish_step(self, sq_norms: Tensor, observed: list[bool], accumulated: bool) -> None:
-        is_local = self._ranks is not None and (
-            self._scheduler.probing or self._options.max_grad_norm is None
-        )
-        if is_local and self._scheduler.reads_norms:
+    def _finish_step(
+        self, sq_norms: Tensor, observed: list[bool], accumulated: bool, measured: Measured | None = None
+    ) -> None:
+        """End a step: keep its norms, and change the layers.
+
+        Args:
+            sq_norms, observed, accumulated: as for `LayerScheduler.finish_step`, but of L + 1 layers.
+            measured: norms and layers that the importance observes instead, if a probe has measured all of them.
+        """
+        scheduler = self._scheduler
+        is_local = self._ranks is not None and (scheduler.probing or self._options.max_grad_norm is None)
+        if is_local and scheduler.reads_norms and measured is None:
             assert self._ranks is not None
             sq_norms, is_local = self._ranks.sum(sq_norms), False
         if is_local:
             observed = [False] * len(observed)
         self._sq_norms, self._norms_are_local = sq_norms, is_local
+        if measured is not None:
+            sq_norms, observed = measured
+            if self._ranks is not None:
+                sq_norms = self._ranks.sum(sq_norms)
         found_inf = getattr(self, "found_inf", None)
-        changed = self._adopt_requires_grad()
-        change = self._scheduler.finish_step(sq_norms[:-1], observed[:-1], found_inf, accumulated)
+        changed, was_remeasuring = self._adopt_requires_grad(), scheduler.remeasuring
+        change = scheduler.finish_step(sq_norms[:-1], observed[:-1], found_inf, accumulated)
         self._apply_change(change)
-        if changed and change.left is None:
+        if change.left is None and (changed or scheduler.remeasuring != was_remeasuring):
             self._switch_parameters()
 
     def _adopt_requires_grad(self) -> bool:
@@ -539,7 +560,7 @@ class GrassAdamW(AdamW):
         scheduler, num_layers = self._scheduler, len(self._layers)
         self._current_entries()
         self._table.activate(range(num_layers) if scheduler.probing else scheduler.active)
-        self._table.switch(all_on=self._is_waiting)
+        self._table.switch(all_on=self._is_waiting or scheduler.remeasuring)
         if self._probe is not None:
             self._probe.remove()
             self._probe = None
@@ -550,10 +571,14 @@ class GrassAdamW(AdamW):
         if self._lease.ended:
             return
         training = [entry for entry in self._table.entries if entry.param.requires_grad and entry.is_active]
-        if scheduler.probing:
-            self._probe = Probe(training, num_layers + 1)
+        measured = training
+        if scheduler.remeasuring:
+            measured = [e for e in self._table.entries if e.param.requires_grad and e.layer < num_layers]
+        if scheduler.probing or any(not entry.is_active for entry in measured):
+            # Its hooks run before those of the fused backward, which frees gradients.
+            self._probe = Probe(measured, num_layers + 1, trains=not scheduler.probing)
             self._lease.handles.extend(self._probe.handles)
-        else:
+        if not scheduler.probing:
             _logger.debug("step %d: training layers %s", self.step_count, list(scheduler.active))
             if self._config.fused_backward:
                 by_bucket: dict[int, list[Tensor]] = {}

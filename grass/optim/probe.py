@@ -25,21 +25,28 @@ from grass_kernels import NormPlan
 # Too small to affect a logged norm or clipping; a power of two, so that dividing by a loss scale is exact.
 _MARK = 2.0**-20
 
+Measured = tuple[Tensor, list[bool]]
+"""Squared norms, float32 [L + 1], and whether each layer had gradients."""
+
 
 class Probe:
     """Measures the gradients of one step, over any number of micro-batches.
 
     Args:
-        entries: records of the parameters to hook; each parameter must require grad.
+        entries: records of the parameters to hook; each parameter must require grad. Gradients of parameters that are
+            ``is_active`` in a step that trains are left as they are. They add up over micro-batches, so only the first
+            of them is measured; it counts as often as other layers have gradients.
         num_layers: L + 1.
+        trains: True for a step that trains the active parameters, False for one that only measures.
 
     Attributes:
         handles: handles of the hooks.
         accumulated: some gradient has been measured more than once since the last `finish_step` or `discard`.
     """
 
-    def __init__(self, entries: Sequence[ParamEntry], num_layers: int) -> None:
+    def __init__(self, entries: Sequence[ParamEntry], num_layers: int, *, trains: bool = False) -> None:
         self.accumulated = False
+        self._training = {entry.bucket for entry in entries if trains and entry.is_active}
         self.handles: list[RemovableHandle] = []
         self._members: dict[int, list[Tensor]] = {}  # parameters of each bucket
         self._layers: dict[int, int] = {}  # layer of each bucket
@@ -108,6 +115,8 @@ class Probe:
 
     def _measure(self, bucket: int, params: Sequence[Tensor]) -> None:
         """Measure and free the gradients of parameters of a bucket, all on one device."""
+        if bucket in self._training and any(param in self._fired for param in params):
+            return
         grads = [local(param.grad) for param in params if param.grad is not None]
         wait_for_copy(params[-1].grad)  # type: ignore[arg-type]
         device = grads[0].device
@@ -116,6 +125,8 @@ class Probe:
         if kept is not None and again:
             _first(kept).sub_(_MARK)  # this backward has added to it
         norm = self._observe(bucket, params, grads)
+        if bucket in self._training:
+            return
         # 0 * inf and 0 * nan are nan: adds nothing unless a gradient overflowed.
         overflow = norm * 0
         if device in self._overflow:
@@ -161,7 +172,7 @@ class Probe:
                     found.setdefault(grad.device, []).append((param, local(grad)))
             for pairs in found.values():
                 self._observe(bucket, [param for param, _ in pairs], [grad for _, grad in pairs])
-                for param, _ in pairs:
+                for param, _ in pairs if bucket not in self._training else ():
                     param.grad = None
 
     def _sq_norm(self, bucket: int, grads: Sequence[Tensor]) -> Tensor:
@@ -181,7 +192,7 @@ class Probe:
         return sum(norms[1:], norms[0])
 
     @torch.no_grad()
-    def finish_step(self, grad_scale: Tensor | None) -> tuple[Tensor, list[bool]]:
+    def finish_step(self, grad_scale: Tensor | None) -> Measured:
         """Return the squared norms of the step, unscaled, and the layers that had gradients; then start a new step.
 
         Args:
@@ -193,6 +204,9 @@ class Probe:
         self._measure_all_open()  # left by a backward that failed
         assert self._sums is not None, "nothing has been measured"
         sums, ratios = self._sums, []
+        backwards = max(self._fired.values(), default=1)
+        for layer in {self._layers[bucket] for bucket in self._training} if backwards > 1 else ():
+            sums[layer] *= backwards
         for param in self._kept.values():
             if param.grad is not None:
                 first = _first(param)

@@ -20,6 +20,7 @@ from grass.config import GrassConfig
 from grass.layer_scheduler import Change
 from grass.offload import store
 from grass.optim import AdamW, GrassAdamW
+from grass.optim.probe import Measured
 from grass.optim.sharding import Ranks
 from grass.plan.models import FakeTensorMode, PlanError
 from grass.plan.tracker import DEVICE_STATES, HOST_STATES, MemoryTracker
@@ -195,7 +196,9 @@ class _GrassAdamW(GrassAdamW):
     def _check_agreement(self, ranks: Ranks) -> None:
         """Do nothing: the other ranks do not exist."""
 
-    def _finish_step(self, sq_norms: Tensor, observed: list[bool], accumulated: bool) -> None:
+    def _finish_step(
+        self, sq_norms: Tensor, observed: list[bool], accumulated: bool, measured: Measured | None = None
+    ) -> None:
         self._sq_norms = sq_norms
         self._apply_change(Change(None, None))
 

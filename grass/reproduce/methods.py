@@ -19,6 +19,7 @@ name                  method
 ``static``            static GRASS: layers drawn by the norms of the probe
 ``static-top``        the same at a temperature near 0: always the layers with the largest norms
 ``grass``             GRASS
+``remeasured``        the same by the squares of norms that the last step of each period measures, of all layers
 ``shuffled``          the probabilities of GRASS, on permuted layers
 ``grass-floor``       GRASS, each layer with at least half of its uniform probability
 ``modules-uniform``   attention and MLP drawn uniformly, on average as many parameters as in the layers
@@ -87,6 +88,12 @@ def floored(model: nn.Module, config: GrassConfig) -> Optimizer:
     return sampled(min_probability=least)(model, config)
 
 
+def remeasured(model: nn.Module, config: GrassConfig) -> Optimizer:
+    """Return GRASS without a probe, by the squares of norms that the last step of each period measures."""
+    changes = {"probe_steps": 0, "update_interval": config.sample_interval, "ema": 1.0, "temperature": 0.5}
+    return sampled(sampler="remeasured", **changes)(model, config)
+
+
 def low_rank(rank: int, **options: Any) -> Method:
     """Return LoRA, or a variant of it that peft's configuration names, with alpha twice the rank."""
 
@@ -140,6 +147,7 @@ METHODS: dict[str, Method] = {
     "static": sampled(sampler="static"),
     "static-top": sampled(sampler="static", temperature=0.01),
     "grass": sampled(),
+    "remeasured": remeasured,
     "shuffled": sampled(sampler="shuffled"),
     "grass-floor": floored,
     "modules-uniform": modules(sampler="uniform"),

@@ -19,7 +19,7 @@ from bench.quality.evidence import BEGIN, END, findings, page, written_pages
 from bench.quality.log import NOTES
 from bench.quality.methods import CONFIG, RULES, SETTINGS
 from bench.quality.stability import measure
-from bench.quality.study import BUDGETS, KEY, LATER, OTHERS, REMOVED, SEARCH, STUDY
+from bench.quality.study import ALTERNATIVES, BUDGETS, KEY, LATER, OTHERS, REMOVED, SEARCH, STUDY
 from bench.quality.tables import TITLES, tables_page
 from bench.quality.training import Budget, make_model
 from grass import GrassConfig
@@ -166,8 +166,8 @@ def test_findings_say_better_worse_undecided_and_not_run(rows, tmp_path):
     assert "static GRASS: **undecided**" in lines[2]
     assert "detectable: 0.0" in lines[2]
     assert lines[3].startswith("GRASS is **worse** than full fine-tuning (+0.1")
-    assert lines[-3] == "Rules that see the gradients of all layers: not run yet."
-    assert all(line.endswith("not run yet.") for line in lines[-3:])
+    assert lines[-4] == "Rules that see the gradients of all layers: not run yet."
+    assert all(line.endswith("not run yet.") for line in lines[-4:])
 
 
 def test_rules_are_counted_by_verdict(rows, tmp_path):
@@ -186,8 +186,8 @@ def test_rules_are_counted_by_verdict(rows, tmp_path):
 
 
 def test_every_arm_has_a_title_or_a_reason_and_a_prediction():
-    assert set(TITLES) >= {*KEY, *OTHERS}
-    assert set(NOTES) == {*RULES, *SETTINGS, *REMOVED, "grass-floor", "static-top"}
+    assert set(TITLES) >= {*KEY, *OTHERS, *ALTERNATIVES}
+    assert set(NOTES) == {*RULES, *SETTINGS, *REMOVED, "grass-floor", *ALTERNATIVES}
     assert all(note.reason.endswith((".", "?")) and note.prediction for note in NOTES.values())
     for part, family in FAMILIES.values():
         assert {name for names in family for name in names} <= {*STUDY.parts[part].methods, *REMOVED}

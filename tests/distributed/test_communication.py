@@ -87,6 +87,13 @@ def test_norms_are_summed_once_a_step_and_only_if_something_reads_them(two, chan
     assert sum(counts.get("all_gather", 0) for counts, _ in steps) == 2  # of fingerprints, one for each draw
 
 
+def test_remeasured_norms_are_summed_in_the_step_that_measures(two):
+    training = replace(TRAINING, config={"probe_steps": 1, "sampler": "remeasured"})
+    steps, _, _ = two.run(traffic, training, 2, 14)[0]
+    # One step before every second period of three steps begins.
+    assert [counts.get("all_reduce", 0) for counts, _ in steps] == [0, 0, 0, 1, 0, 0] * 2
+
+
 def test_accumulation_reduces_in_the_last_backward_only(two):
     training = replace(TRAINING, micro_batches=3, no_sync=True)
     steps, block, _ = two.run(traffic, training, 2, 5)[0]

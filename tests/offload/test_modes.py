@@ -146,7 +146,8 @@ METHOD: list[dict[str, dict[str, Any]]] = [  # the last columns of a case
         "outside": {}, "nothing": {"always_active": "none"},
         "patterns": {"always_active": ("head", "blocks.*.bias", "blocks.2.turned")},
     },
-    {"probe": {}, "none": {"probe_steps": 0}, "uniform": {"sampler": "uniform"}},
+    {"probe": {}, "none": {"probe_steps": 0}, "uniform": {"sampler": "uniform"},
+     "remeasured": {"sampler": "remeasured"}},
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 import grass
 from grass.config import GrassConfig
+from grass.sampling import SAMPLER_CLASSES
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,7 @@ def test_adamw(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("offload", ["none", "resident", "streamed"])
-@pytest.mark.parametrize("sampler", ["adaptive", "static", "shuffled", "uniform", "cyclic", "weight_norm"])
+@pytest.mark.parametrize("sampler", sorted(SAMPLER_CLASSES))
 def test_method(sampler: str, offload: str) -> None:
     model = nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(4, 4, device="cpu") for _ in range(4))})
     config = GrassConfig(

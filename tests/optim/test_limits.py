@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import grass
+from grass.sampling import SAMPLER_CLASSES
 from tests.support import tiny
 
 pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
@@ -163,11 +164,11 @@ def test_two_runs_of_a_seed_are_equal_bit_by_bit_and_two_seeds_are_not() -> None
     assert runs[0][1].draw_counts != runs[2][1].draw_counts
 
 
-@pytest.mark.parametrize("sampler", ["adaptive", "static", "uniform", "weight_norm", "cyclic", "shuffled"])
+@pytest.mark.parametrize("sampler", sorted(SAMPLER_CLASSES))
 def test_every_sampler_trains_the_sets_it_draws(sampler: str) -> None:
     model = tiny.stack()
     opt = grass_adamw(model, sampler=sampler)
-    first = 3 if sampler in ("adaptive", "static", "shuffled") else 0
+    first = 3 if SAMPLER_CLASSES[sampler].probes else 0
     assert (opt.phase == "probe") == (first > 0)
     if sampler == "weight_norm":
         wanted = [

@@ -40,6 +40,7 @@ CASES = {
     "weight_norm": {"sampler": "weight_norm"},
     "cyclic": {"sampler": "cyclic"},
     "none": {"always_active": "none"},
+    "remeasured": {"sampler": "remeasured"},
     "one step": {"sample_interval": 1, "update_interval": 2},
 }
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import grass
+from grass.sampling import SAMPLER_CLASSES
 from tests.support import tiny
 
 pytestmark = pytest.mark.plain_only(reason="not about kernels, and slow in the interpreter")
@@ -113,7 +114,7 @@ def test_a_layer_that_is_not_active_is_frozen_by_a_call():
 
 @TOLD
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-@pytest.mark.parametrize("sampler", ["adaptive", "static", "uniform", "weight_norm", "cyclic", "shuffled"])
+@pytest.mark.parametrize("sampler", sorted(SAMPLER_CLASSES))
 def test_a_layer_that_is_unfrozen_is_drawn(sampler, mode):
     model, optimizer = start(["blocks.1", "embed"], sampler=sampler, **mode)
     tiny.train(model, optimizer, 0, 10)
