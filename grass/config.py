@@ -29,9 +29,10 @@ class GrassConfig:
         sampler: ``"adaptive"`` follows the gradient norms during training and is the method of the paper;
             ``"static"`` uses the norms of the probe only; ``"uniform"`` and ``"cyclic"`` use no norms;
             ``"weight_norm"`` uses the root mean square of the weights; ``"shuffled"`` assigns the adaptive
-            probabilities to randomly permuted layers, as a control; ``"remeasured"`` is adaptive, but takes the
-            importance from the last step before each update of it, which measures frozen layers too (a full
-            backward, whose other gradients are freed layer by layer, and the activations of the probe).
+            probabilities to randomly permuted layers, as a control; ``"remeasured"`` is adaptive, but the last step
+            before each update of the importance measures all layers, while it trains the active ones, and the other
+            steps measure none. That step takes a full backward and the activation memory of the probe; with gradient
+            accumulation its first micro-batch is measured.
         min_probability: lower bound f of each layer's probability, p = (1 - L f) softmax + f.
         always_active: parameters trained in every step: ``"outside"`` for all parameters that belong to no
             layer, ``"none"`` for no parameters, or name patterns (``"lm_head*"``), which may also match

@@ -131,7 +131,7 @@ class StaticSampler(Sampler):
 
 
 class RemeasuredSampler(Sampler):
-    """Adapt to norms of all layers at the same weights and data: those of a frozen layer are never old."""
+    """Adapt to norms of all layers that are measured in the same step: those of a frozen layer are never old."""
 
     remeasures = True
 

@@ -64,7 +64,8 @@ class GrassAdamW(AdamW):
     The first ``probe_steps`` steps measure the gradients of all layers and update nothing. Then ``active_layers``
     layers are drawn for each period of ``sample_interval`` steps. All other layers are frozen: ``requires_grad`` is
     False, they get no gradients, and their weights, moments and step counters are bitwise unchanged. Every
-    ``update_interval`` steps the importance, and with it the probabilities, is updated from the measured norms.
+    ``update_interval`` steps the importance, and with it the probabilities, is updated from the measured norms. With
+    ``sampler="remeasured"`` the last step before that measures frozen layers too, which require grad in it.
 
     Args:
         params: a model, or its parameters or parameter groups together with ``model``.
@@ -413,7 +414,7 @@ class GrassAdamW(AdamW):
         self._are_ranks_known = True
         if self._is_waiting:
             self._is_waiting = False
-            self._table.switch(all_on=False)
+            self._table.switch(all_on=self._scheduler.remeasuring)
 
     def _check_agreement(self, ranks: Ranks) -> None:
         keys = (*HYPERPARAMETERS, "amsgrad", "maximize")
@@ -561,13 +562,12 @@ class GrassAdamW(AdamW):
         self._current_entries()
         self._table.activate(range(num_layers) if scheduler.probing else scheduler.active)
         self._table.switch(all_on=self._is_waiting or scheduler.remeasuring)
-        if self._probe is not None:
-            self._probe.remove()
-            self._probe = None
-        if self._fused is not None:
-            self._fused.remove()
-            self._lease.handles = [h for h in self._lease.handles if h not in self._fused.handles]
-            self._fused = None
+        for hooks in (self._probe, self._fused):
+            if hooks is not None:
+                own = set(hooks.handles)
+                self._lease.handles = [handle for handle in self._lease.handles if handle not in own]
+                hooks.remove()
+        self._probe = self._fused = None
         if self._lease.ended:
             return
         training = [entry for entry in self._table.entries if entry.param.requires_grad and entry.is_active]
@@ -835,6 +835,8 @@ class GrassAdamW(AdamW):
     def release(self) -> None:
         """Restore ``requires_grad`` as the user has set it, and remove all hooks."""
         self._join_updates()
+        if self._probe is not None:
+            self._probe.discard()
         self._lease.end()
         self._probe = None
 

@@ -33,11 +33,10 @@ class Probe:
     """Measures the gradients of one step, over any number of micro-batches.
 
     Args:
-        entries: records of the parameters to hook; each parameter must require grad. Gradients of parameters that are
-            ``is_active`` in a step that trains are left as they are. They add up over micro-batches, so only the first
-            of them is measured; it counts as often as other layers have gradients.
+        entries: records of the parameters to hook; each parameter must require grad.
         num_layers: L + 1.
-        trains: True for a step that trains the active parameters, False for one that only measures.
+        trains: True for a step that trains the active parameters, whose gradients are then kept. As these add up over
+            micro-batches, all layers are measured in the first one only.
 
     Attributes:
         handles: handles of the hooks.
@@ -46,6 +45,7 @@ class Probe:
 
     def __init__(self, entries: Sequence[ParamEntry], num_layers: int, *, trains: bool = False) -> None:
         self.accumulated = False
+        self._trains = trains
         self._training = {entry.bucket for entry in entries if trains and entry.is_active}
         self.handles: list[RemovableHandle] = []
         self._members: dict[int, list[Tensor]] = {}  # parameters of each bucket
@@ -115,8 +115,6 @@ class Probe:
 
     def _measure(self, bucket: int, params: Sequence[Tensor]) -> None:
         """Measure and free the gradients of parameters of a bucket, all on one device."""
-        if bucket in self._training and any(param in self._fired for param in params):
-            return
         grads = [local(param.grad) for param in params if param.grad is not None]
         wait_for_copy(params[-1].grad)  # type: ignore[arg-type]
         device = grads[0].device
@@ -124,14 +122,15 @@ class Probe:
         again = any(param is kept for param in params)
         if kept is not None and again:
             _first(kept).sub_(_MARK)  # this backward has added to it
-        norm = self._observe(bucket, params, grads)
+        if self._trains and any(param in self._fired for param in params):
+            self._count(params)
+        else:
+            norm = self._observe(bucket, params, grads)
+            if not self._trains:  # a step that trains need not be skipped for a frozen layer
+                # 0 * inf and 0 * nan are nan: adds nothing unless a gradient overflowed.
+                self._overflow[device] = self._overflow.get(device, 0.0) + norm * 0
         if bucket in self._training:
             return
-        # 0 * inf and 0 * nan are nan: adds nothing unless a gradient overflowed.
-        overflow = norm * 0
-        if device in self._overflow:
-            overflow += self._overflow[device]
-        self._overflow[device] = overflow
         smallest = min(params, key=Tensor.numel)
         if kept is None or again or smallest.numel() < kept.numel():
             if kept is not None and kept is not smallest:
@@ -143,7 +142,8 @@ class Probe:
         for param in params:
             if param is not kept:
                 param.grad = None
-        _first(kept).add_(overflow)
+        if device in self._overflow:
+            _first(kept).add_(self._overflow[device])
 
     def _observe(self, bucket: int, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
         """Add gradients of a bucket, all on one device, to the sums; return their squared norm."""
@@ -153,10 +153,13 @@ class Probe:
         layer = self._layers[bucket]
         self._sums[layer] += norm.to(self._sums.device, non_blocking=True)
         self._observed[layer] = True
+        self._count(params)
+        return norm
+
+    def _count(self, params: Sequence[Tensor]) -> None:
         for param in params:
             self._fired[param] = self._fired.get(param, 0) + 1
             self.accumulated |= self._fired[param] > 1
-        return norm
 
     @torch.no_grad()
     def measure_assigned(self) -> None:
@@ -204,9 +207,8 @@ class Probe:
         self._measure_all_open()  # left by a backward that failed
         assert self._sums is not None, "nothing has been measured"
         sums, ratios = self._sums, []
-        backwards = max(self._fired.values(), default=1)
-        for layer in {self._layers[bucket] for bucket in self._training} if backwards > 1 else ():
-            sums[layer] *= backwards
+        if self._trains:
+            sums = sums * max(self._fired.values())  # one micro-batch stands for all
         for param in self._kept.values():
             if param.grad is not None:
                 first = _first(param)

@@ -33,6 +33,7 @@ VARIANTS = {
     "probing": (TRAINING, 2),
     "training": (TRAINING, 8),
     "drawn ahead": (TRAINING, 11),
+    "before a measurement": (replace(TRAINING, config={"sampler": "remeasured", "probe_steps": 1}), 5),
     "fused backward": (replace(TRAINING, config={"fused_backward": True}), 8),
     "resident": (replace(TRAINING, config={"offload": "resident"}, dtype=torch.float32), 8),
     "reset, exact weights": (

@@ -37,7 +37,7 @@ def backward(model: nn.Module, opt: grass.GrassAdamW, ids: list[Tensor]) -> None
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "tied", "t5", "stack"])
 def test_the_importance_follows_the_norms_of_all_layers(kind: str, fused: bool, micro_batches: int) -> None:
-    """A layer that trains counts by its first micro-batch, as the gradients of the others are added to it."""
+    """Of several micro-batches the first one counts, for all: to a layer that trains the others are added."""
     makers = {"llama": tiny.llama, "tied": lambda: tiny.llama(tied=True), "t5": tiny.t5, "stack": tiny.stack}
     model = makers[kind]()
     opt = grass.GrassAdamW(model, lr=1e-2, config=tiny.config(fused_backward=fused, **SETTINGS))
@@ -50,9 +50,7 @@ def test_the_importance_follows_the_norms_of_all_layers(kind: str, fused: bool, 
             assert p.requires_grad == (opt.phase == "probe" or is_remeasured(step) or trains)
         ids = [tiny.batch(step * micro_batches + micro) for micro in range(micro_batches)]
         if is_remeasured(step):
-            rms = measured(model, opt, ids)
-            first = measured(model, opt, ids[:1]) * micro_batches**-0.5
-            rms[list(active)] = first[list(active)]
+            rms = measured(model, opt, ids[:1]) * micro_batches**-0.5
         backward(model, opt, ids)
         held = [
             name
@@ -157,30 +155,50 @@ def test_a_loss_scale_does_not_enter_the_importance(unscale: bool) -> None:
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=0)
 
 
-def test_an_overflow_in_a_frozen_layer_skips_the_step() -> None:
-    """The scale is too large for the model, and would be for that layer as soon as it trains."""
+@pytest.mark.parametrize("scaled", [False, True])
+def test_an_overflow_in_a_frozen_layer_is_left_out(scaled: bool) -> None:
+    """What trains has finite gradients: the step is neither skipped nor clipped to nothing."""
+    results = []
+    for factor in (1.0, float("inf")):
+        model = tiny.stack()
+        opt = grass.GrassAdamW(model, lr=1e-3, config=tiny.config(**{**SETTINGS, "probe_steps": 0}))
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0, enabled=scaled)
+        owner = tiny.layer_names(model, opt)
+        for step in range(7):
+            frozen = next(layer for layer in range(len(opt.layers)) if layer not in opt.active_layers)
+            p = next(p for name, p in model.named_parameters() if owner[name] == frozen)
+            if step == 6:
+                assert p.requires_grad
+                p.register_hook(lambda grad, factor=factor: grad * factor)
+            scaler.scale(tiny.loss_of(model, tiny.batch(step))).backward()
+            scaler.unscale_(opt)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            before = tiny.weights(model)
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+        assert any(not torch.equal(before[name], now) for name, now in tiny.weights(model).items())
+        results.append((tiny.weights(model), opt.importance))
+    assert opt.nonfinite_norms == 1
+    tiny.assert_identical(results[0][0], results[1][0])
+    others = [layer for layer in range(len(opt.layers)) if layer != frozen]
+    assert torch.equal(results[0][1][others], results[1][1][others])
+    assert results[1][1][frozen] == 1, "not measured"
+
+
+def test_nothing_is_left_behind() -> None:
     model = tiny.stack()
-    opt = grass.GrassAdamW(model, lr=1e-3, config=tiny.config(**{**SETTINGS, "probe_steps": 0}))
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    for step in range(6):
-        scaler.scale(tiny.loss_of(model, tiny.batch(step))).backward()
-        scaler.step(opt)
-        scaler.update()
-        opt.zero_grad()
-    frozen = next(layer for layer in range(len(opt.layers)) if layer not in opt.active_layers)
-    owner = tiny.layer_names(model, opt)
-    p = next(p for name, p in model.named_parameters() if owner[name] == frozen)
-    assert p.requires_grad
-    handle = p.register_hook(lambda grad: grad * float("inf"))
-    before, importance = tiny.weights(model), opt.importance
-    scaler.scale(tiny.loss_of(model, tiny.batch(6))).backward()
-    handle.remove()
-    scaler.step(opt)
-    scaler.update()
-    opt.zero_grad()
-    tiny.assert_identical(tiny.weights(model), before)
-    assert scaler.get_scale() == 1.0
-    assert torch.equal(opt.importance, importance)
+    config = tiny.config(**{**SETTINGS, "sample_interval": 1, "update_interval": 1})
+    opt = grass.GrassAdamW(model, lr=1e-3, config=config)
+    tiny.train(model, opt, 0, 5)
+    handles = len(opt._lease.handles)
+    tiny.train(model, opt, 5, 10)
+    assert len(opt._lease.handles) == handles
+    tiny.loss_of(model, tiny.batch(10)).backward()
+    owner, active = tiny.layer_names(model, opt), opt.active_layers
+    opt.release()
+    left = {owner[name] for name, p in model.named_parameters() if p.grad is not None}
+    assert left == {-1, *active}
 
 
 def test_gradients_from_autograd_grad_are_measured_too() -> None:
@@ -188,6 +206,7 @@ def test_gradients_from_autograd_grad_are_measured_too() -> None:
     model = tiny.stack()
     opt = grass.GrassAdamW(model, lr=1e-2, config=tiny.config(**{**SETTINGS, "ema": 1.0}))
     for step in range(PROBE + 7):
+        before, active = tiny.weights(model), opt.active_layers
         if is_remeasured(step):
             wanted = measured(model, opt, [tiny.batch(step)])
         params = [p for p in model.parameters() if p.requires_grad]
@@ -197,4 +216,7 @@ def test_gradients_from_autograd_grad_are_measured_too() -> None:
             p.grad = grad
         opt.step()
         opt.zero_grad()
+        owner, now = tiny.layer_names(model, opt), tiny.weights(model)
+        changed = {owner[name] for name in now if not torch.equal(now[name], before[name])}
+        assert changed == ({-1, *active} if active else set())
     torch.testing.assert_close(opt.importance, wanted, rtol=1e-5, atol=0)
