@@ -60,6 +60,8 @@ class Probe:
         self._kept: dict[torch.device, Tensor] = {}  # the parameter whose gradient is kept
         self._overflow: dict[torch.device, Tensor] = {}
         for entry in entries:
+            if not entry.param.numel():
+                continue
             self._members.setdefault(entry.bucket, []).append(entry.param)
             self._layers[entry.bucket] = entry.layer
             self.handles.append(entry.param.register_post_accumulate_grad_hook(self._hook(entry.bucket)))
@@ -90,7 +92,7 @@ class Probe:
     def _on_grad(self, param: Tensor, bucket: int) -> None:
         self.discard_if_cleared()
         grad = param.grad
-        if grad is None or grad.numel() == 0 or grad.is_sparse:  # `step` refuses sparse gradients
+        if grad is None or grad.is_sparse:  # `step` refuses sparse gradients
             return
         device = grad.device
         if device in self._open and self._open[device][0] != bucket:
