@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from bench.kernels.rows import describe_environment
+from bench.quality.comparison import summarize
 from bench.quality.evidence import written_pages
 from bench.quality.figures import check_figures, draw_all
 from bench.quality.real import CONFIG, TASKS, options_for
@@ -18,7 +19,7 @@ from bench.quality.study import BUDGETS, SMALL, STUDY, RunJob
 from grass.cli import Parser, run_command
 from grass.cli.values import UsageError, count, positive
 from grass.errors import GrassError
-from grass.finetune.run_folder import write_rows
+from grass.finetune.run_folder import read_rows, write_rows
 from grass.reproduce.study import Row, run_missing
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +102,15 @@ def _run(arguments: argparse.Namespace) -> int:
     rows = arguments.rows or (ROWS.with_name("small.jsonl") if arguments.small else ROWS)
     for row, left in run_missing(design.jobs, run_job, rows, arguments.workers, seconds):
         print(_line(row, left), flush=True)
+    finished = design.matching(read_rows(rows))
+    for part in design.parts.values():
+        print(
+            f"\n{part.task}, {len(part.bases)} bases x {part.orders} orders: held-out log-loss, exact match"
+        )
+        for method in part.methods:
+            of = summarize(finished, part, method)
+            if of is not None:
+                print(f"{method:<16}{of.log_loss:.4f}  {of.exact:.1f}%  {of.runs} runs at {of.rate:g}")
     return 0
 
 

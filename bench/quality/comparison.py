@@ -1,6 +1,6 @@
 """Comparisons of methods in the stored rows of study A."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -36,8 +36,7 @@ class Compared(NamedTuple):
         log_loss: difference of held-out log-loss.
         exact: difference of exact match, points.
         p_value: of the log-loss, corrected for the number of comparisons.
-        verdict: "better", "worse" or "undecided", by the log-loss: decided only if the interval excludes 0 also without
-            any one of the bases.
+        verdict: "better", "worse" or "undecided", by the log-loss.
         bases: mean difference of log-loss of each base model.
         diverged: number of pairs that are left out as a run of them diverged.
     """
@@ -101,22 +100,13 @@ def compare(rows: Sequence[Row], part: Part, family: Sequence[Names]) -> dict[Na
             int(base): mean(loss for pair, loss in of.items() if pair[0] == base)
             for base in dict.fromkeys(pair[0] for pair in of)
         }
-        loss = contrast(list(of.values()), len(losses))
-        points = contrast(list(differences(rows, part, names, exact).values()), len(losses))
+        loss = contrast(list(of.values()), [base for base, _ in of], len(losses))
+        points = contrast(list(differences(rows, part, names, exact).values()))
         decided = verdict(loss, p_values[names])
-        if any(verdict(rest, p_values[names]) != decided for rest in _without_a_base(of)):
-            decided = "undecided"
         done = [results(rows, part, name).keys() for name in names]
         diverged = len(done[0] & done[1]) - len(of)
         found[names] = Compared(loss, points, p_values[names], decided, bases, diverged)
     return found
-
-
-def _without_a_base(of: Mapping[Pair, float]) -> list[Contrast]:
-    """Return the difference without the pairs of each base; nothing if there is only one base."""
-    bases = {base for base, _ in of}
-    parts = [[loss for (other, _), loss in of.items() if other != base] for base in bases]
-    return [contrast(part) for part in parts if len(part) > 1] if len(bases) > 1 else []
 
 
 class Summary(NamedTuple):
@@ -217,13 +207,13 @@ class Found:
     Attributes:
         rows: rows of study A with its budgets.
         families: comparisons of each family.
-        norms: rows of the stability of norms.
+        stability: rows of the stability of norms.
         folder: folder of the rows.
     """
 
     rows: list[Row]
     families: dict[str, dict[Names, Compared]]
-    norms: list[Row]
+    stability: list[Row]
     folder: Path
 
     @classmethod

@@ -6,7 +6,7 @@ from pathlib import Path
 from bench.output import replace_between
 from bench.quality import real, stability
 from bench.quality.comparison import Compared, Found, Names, is_complete, summarize
-from bench.quality.methods import CONFIG
+from bench.quality.methods import BLIND, CONFIG
 from bench.quality.study import BUDGETS, SEARCH, STUDY
 from bench.quality.tables import interval, log_page, mean_and_range, p_value, real_report, tables_page
 from grass import GrassConfig
@@ -19,10 +19,10 @@ _HEAD = """\
 Is the gradient norm worth anything? The paper's reviewers asked for spread, stability, and the experiment that would
 settle it: the same sampling with the norm replaced by chance. This page says what we found, for or against.
 *Log-loss* is that of the answers of held-out problems, in nats a token; lower is better. A difference has a 95 %
-bootstrap interval. *Undecided* means that the interval includes 0, with all bases or without one of them, or that p,
-corrected for the number of comparisons, is above 0.05: it does not mean that there is no difference. *Detectable* is
-the difference that would have been found in four of five such studies. All of it is about the few base models that
-were trained: *bases* says on how many of them the difference has the same sign. All numbers are in the
+bootstrap interval, of this comparison alone; p is corrected for the number of comparisons. *Better* and *worse* mean
+that p is below 0.05, the interval excludes 0, and every base model agrees on the sign (*bases* says how many do).
+*Undecided* does not mean that there is no difference: *detectable* is the one that would have been decided in four of
+five such studies. All of it is about the few base models that were trained. All numbers are in the
 [tables](evidence-tables.md); rules and settings that were tried, in the [log](evidence-log.md).
 """
 
@@ -35,8 +35,9 @@ a *base*. It is then fine-tuned on what it does not know: **arithmetic** (word p
 train two of eight layers at a time for {period} steps, and what is outside of the layers. A pair is a base and an order
 of the data; methods are compared on the same pairs. Each method has the best of at least three learning rates, by its
 mean over the bases on problems of their own; rules and settings use those of uniform sampling and of GRASS, but for the
-ones that the log names. The rate rises from zero after the probe, whose steps count. `python -m bench.quality run`
-repeats all of it, in about {hours:.0f} hours on two cores; rows are in bench/results/quality.
+ones that the log names. The rate rises from zero after the probe, whose steps count. The rows in
+bench/results/quality took {hours:.0f} hours on two cores. `python -m bench.quality run --part NAME` runs a part again,
+`run --small` a reduced study in ten minutes, `stability`, `real` and `norms` the rest.
 """
 
 
@@ -64,11 +65,12 @@ def findings(found: Found) -> list[str]:
         sentence("GRASS", "LoRA of rank 32", methods.get(("grass", "lora-r32"))),
     ]
     again = {names: of for names, of in found.families["confirmation"].items() if "uniform" in names}
+    seeing = {names: of for names, of in found.families["rules"].items() if names[0] not in BLIND}
     alternatives = found.families["alternatives"]
     return [
         *lines,
-        _counts("rules that see the gradients of all layers", found.families["rules"]),
-        _counts("methods that ran on other bases, the best of these rules among them", again),
+        _counts("rules that see the gradients of all layers", seeing),
+        _counts("methods on other bases, the best of these rules and what they suggested", again),
         sentence(
             "Training always the layers nearest to the input",
             "GRASS",
@@ -140,12 +142,12 @@ def _claims(found: Found) -> str:
         "not run yet." if of is None else f"{of.exact_deviation:.1f} points of exact match, within bases."
     )
     drift = repeats = "not run yet."
-    if found.norms:
-        steps = sorted({row["step"] for row in found.norms if row["kind"] == "norms"})
-        correlation = stability.drift(found.norms, 16, steps[0], steps[-1])
+    if found.stability:
+        steps = sorted({row["step"] for row in found.stability if row["kind"] == "norms"})
+        correlation = stability.drift(found.stability, 16, steps[0], steps[-1])
         drift = f"Here, rank correlation of the layers, first with last step: {correlation:+.2f}."
-        repeated = [stability.repeatability(found.norms, 16, step, 1) for step in steps]
-        shares = [stability.noise_share(found.norms, 16, step) for step in steps]
+        repeated = [stability.repeatability(found.stability, 16, step, 1) for step in steps]
+        shares = [stability.noise_share(found.stability, 16, step) for step in steps]
         repeats = (
             f"Of the squared norm of a batch of 16 problems, {min(shares):.0%} to {max(shares):.0%} is noise. All the "
             f"same, two batches order the layers alike: rank correlation {min(repeated):.2f} to {max(repeated):.2f}."
@@ -180,12 +182,12 @@ def _claims(found: Found) -> str:
                     *(
                         sentence(title, "GRASS", found.families["confirmation"].get((name, "grass")))
                         for name, title in (
-                            ("first-top", "Those with the largest norms before training"),
-                            ("signal-top", "Those with the largest norms now"),
+                            ("first-top", "Training always those with the largest norms at the start"),
+                            ("signal-top", "Training those with the largest norms in each period"),
                         )
                     ),
                     sentence(
-                        "Those with the largest norms in the probe (`static` at a temperature near 0)",
+                        "Training always those with the largest norms in the probe (`static-top`)",
                         "GRASS",
                         found.families["alternatives"].get(("static-top", "grass")),
                     ),
@@ -258,12 +260,24 @@ def _defaults(found: Found) -> str:
         ["`active_layers`", str(default.active_layers), differences(["active-1", "active-4"])],
     ]
     rows = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    better = [
+        f"`{name}`"
+        for family in ("settings", "methods", "alternatives")
+        for (name, other), of in found.families[family].items()
+        if other == "grass" and of.verdict == "better"
+    ]
+    kept = (
+        f"Decided to be better than the default here: {', '.join(better)}. The default stays the paper's: choose "
+        "these where they fit."
+        if better
+        else "No alternative is decided to be better here, so each default stays."
+    )
     return (
         f"## Defaults\n\nDifference from GRASS as it is run here (`probe_steps` {CONFIG.probe_steps}, "
         f"`sample_interval` {CONFIG.sample_interval}, `update_interval` {CONFIG.update_interval}, the rest as by "
         "default), at its learning rates: negative is better. Intervals are shorter than the defaults, as runs are "
         "short; `period-25` has the defaults of both. Modes of offloading train the same "
-        "bits. `active_layers` is what memory allows.\n\n"
+        f"bits. `active_layers` is what memory allows. {kept}\n\n"
         f"| option | default | alternatives |\n| --- | --- | --- |\n{rows}\n"
     )
 
@@ -271,16 +285,25 @@ def _defaults(found: Found) -> str:
 def _figures(found: Found) -> str:
     """Return links to the figures for which there are rows."""
     figures = [
-        (bool(found.rows), "losses.png", "training loss by method (the paper's Figure 7)"),
+        (
+            bool(found.rows),
+            "losses.png",
+            "training loss by method (the paper's Figure 7); a probe trains nothing",
+        ),
         (bool(found.rows), "differences.png", "difference from uniform sampling by method"),
-        (bool(found.norms), "norms-small.png", "norms by layer and stage, small model (Figures 1 and 6)"),
+        (bool(found.stability), "norms-small.png", "norms by layer and stage, small model (Figures 1 and 6)"),
         (
             (found.folder / "norms.jsonl").exists(),
             "norms.png",
             "norms by layer, task and stage, SmolLM2 (Figures 1 and 6)",
         ),
         (True, "timeline.png", "a step with offloading, simulated (Figure 3)"),
-        (True, "memory.png", "peak memory by method and length, predicted (Figure 4)"),
+        (
+            True,
+            "memory.png",
+            "peak memory by method and length, predicted (Figure 4); GRASS with float32 moments and master weights, "
+            "`full` and `lisa` with moments in bfloat16",
+        ),
     ]
     links = [f"- [{title}](evidence/{name})" for is_there, name, title in figures if is_there]
     return (

@@ -10,7 +10,8 @@ import numpy as np
 
 from bench.__main__ import main as bench
 from bench.quality.comparison import Compared, compare, results
-from bench.quality.study import KEY, OTHERS, STUDY
+from bench.quality.methods import CONFIG
+from bench.quality.study import ALTERNATIVES, CONFIRMED, KEY, OTHERS, STUDY
 from grass.cli import main as grass
 from grass.errors import GrassError
 from grass.finetune.run_folder import read_rows
@@ -104,46 +105,57 @@ def _run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> N
 
 
 def draw_losses(rows: Sequence[Row], path: Path) -> None:
-    """Figure 7: training loss by method, mean over pairs, with a band of one standard deviation within bases."""
+    """Figure 7: training loss by method, mean over the pairs of all, with a band of one deviation within bases."""
     figure, axes = _figure(1, (8, 4.5))
     part = STUDY.parts["key"]
-    for method in KEY:
-        of = {pair: row for pair, row in results(rows, part, method).items() if row["log_loss"] is not None}
-        if len(of) < 2:
-            continue
+    runs = {
+        method: {
+            pair: row for pair, row in results(rows, part, method).items() if row["log_loss"] is not None
+        }
+        for method in KEY
+    }
+    runs = {method: of for method, of in runs.items() if len(of) > 1}
+    common = set.intersection(*(set(of) for of in runs.values()))
+    for method, everything in runs.items():
+        of = {pair: row for pair, row in everything.items() if pair in common}
         curves = np.array([row["curve"] for row in of.values()])
         bases = np.array([pair[0] for pair in of])
         within = np.sqrt(np.mean([curves[bases == base].var(axis=0) for base in set(bases)], axis=0))
         steps = (np.arange(curves.shape[1]) + 0.5) * next(iter(of.values()))["steps"] / curves.shape[1]
         mean = curves.mean(axis=0)
-        axes[0].plot(steps, mean, color=COLORS[method], lw=1.6, label=f"{method} ({len(curves)} runs)")
+        axes[0].plot(steps, mean, color=COLORS[method], lw=1.6, label=method)
         axes[0].fill_between(steps, mean - within, mean + within, color=COLORS[method], alpha=0.15, lw=0)
+    axes[0].axvspan(0, CONFIG.probe_steps, color=_PALE, lw=0, zorder=0, label="probe, of those that have one")
     axes[0].set(xlabel="step", ylabel="training loss, nats a token", yscale="log")
     axes[0].set_yticks([0.5, 0.7, 1.0, 1.5, 2.0, 3.0], labels=["0.5", "0.7", "1", "1.5", "2", "3"])
     axes[0].minorticks_off()
     axes[0].legend(frameon=False, fontsize=8, labelcolor=_INK)
-    _save(figure, path, "Arithmetic, 0.77 million parameters: training loss")
+    _save(figure, path, f"Arithmetic, 0.77 million parameters: training loss, mean of {len(common)} runs")
 
 
 def draw_differences(rows: Sequence[Row], path: Path) -> None:
-    """Draw the difference of each method from uniform sampling with its interval."""
-    found = compare(rows, STUDY.parts["key"], [(method, "uniform") for method in KEY if method != "uniform"])
-    found |= compare(rows, STUDY.parts["methods"], [(method, "uniform") for method in OTHERS])
-    lines: Mapping[str, Compared] = {
-        method: of for (method, _), of in sorted(found.items(), key=lambda item: item[1].log_loss.mean)
-    }
+    """Draw the difference of each method, and of each rule that ran again, from uniform sampling with its interval."""
+    lines: list[tuple[str, str, Compared]] = []
+    for name, methods in (("key", (*KEY, *ALTERNATIVES)), ("methods", OTHERS), ("confirmation", CONFIRMED)):
+        family = [(method, "uniform") for method in methods if method != "uniform"]
+        known = {method for method, _, _ in lines}
+        found = compare(rows, STUDY.parts[name], family)
+        mark = " on other bases" if name == "confirmation" else ""
+        lines += [
+            (method, f"{method}{mark} ({of.log_loss.num_pairs} pairs)", of)
+            for (method, _), of in found.items()
+            if method not in known
+        ]
+    lines.sort(key=lambda line: line[2].log_loss.mean)
     figure, (axes,) = _figure(1, (8, 1.2 + 0.28 * max(1, len(lines))))
-    for place, (method, of) in enumerate(lines.items()):
+    for place, (method, _, of) in enumerate(lines):
         color = COLORS.get(method, _INK)
         axes.plot([of.log_loss.low, of.log_loss.high], [place, place], color=color, lw=1.6)
         axes.plot([of.log_loss.mean], [place], color=color, marker="o", ms=4)
     axes.axvline(0, color=_INK, lw=0.8, ls=(0, (4, 3)))
-    axes.set_yticks(
-        range(len(lines)),
-        labels=[f"{method} ({of.log_loss.num_pairs} pairs)" for method, of in lines.items()],
-    )
+    axes.set_yticks(range(len(lines)), labels=[label for _, label, _ in lines])
     axes.invert_yaxis()
-    axes.set_xlabel("held-out log-loss (left is better)", color=_INK)
+    axes.set_xlabel("difference of held-out log-loss, nats a token (left is better)", color=_INK)
     _save(figure, path, "Arithmetic: difference from uniform sampling, 95 % intervals")
 
 

@@ -37,7 +37,7 @@ NOTES: dict[str, Note] = {
         "between `lowest` and `signal-top`",
     ),
     "signal": Note(
-        "p proportional to the norm of the mean gradient: what MGN would be without noise.",
+        "p proportional to the norm of the mean gradient over 128 problems: MGN with an eighth of the noise.",
         "better than uniform by 0.05",
     ),
     "signal-squared": Note(
@@ -85,7 +85,7 @@ NOTES: dict[str, Note] = {
     # Settings of GRASS.
     "period-5": Note("T_s of 5: the paper found it poor.", "worse than 10 by 0.01"),
     "period-20": Note("T_s of 20.", "equal"),
-    "period-40": Note("T_s of 40: 9 sets in a run.", "equal in the mean, larger deviation"),
+    "period-40": Note("T_s and T_u of 40: 12 sets in a run.", "equal in the mean, larger deviation"),
     "period-25": Note("T_s of 25 and T_u of 100, the defaults: 20 sets in a run.", "equal"),
     "window-10": Note("T_u of 10: importance after each period.", "equal"),
     "window-80": Note("T_u of 80.", "equal"),

@@ -279,6 +279,8 @@ RULES: dict[str, Rule] = {
     "hopeful": by_rule(hopeful, drawn(1.0)),
 }
 """Rules of the oracle study."""
+BLIND = ("lowest", "highest", "unseen")
+"""Rules that look at no gradient."""
 
 SETTINGS: dict[str, Method] = {
     "period-5": methods.sampled(sample_interval=5),

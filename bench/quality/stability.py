@@ -21,7 +21,7 @@ from grass.reproduce.study import Row
 from grass.reproduce.training import schedule, set_lr
 from grass.sampling import make_sampler
 
-SIZES = (1, 4, 16, 64)
+SIZES = (4, 16, 64)
 BATCHES = 40
 REFERENCE = 1024  # problems of the mean gradient
 Array = NDArray[np.float64]
@@ -41,7 +41,7 @@ def measure(base: int, lr: float, budget: Budget, folder: Path) -> Iterator[Row]
     train, _ = problems("arithmetic", budget, base, is_search=False)
     optimizer = make("grass", model, train, seed=base)
     view = View(model, optimizer, train, torch.Generator().manual_seed(base))
-    stages = (0, CONFIG.probe_steps, budget.steps // 2, budget.steps - 1)
+    stages = (0, budget.steps // 2, budget.steps - 1)
     norms, importance, active = [], [], []
     for step, batch in enumerate(train.batches(budget.batch, budget.steps, seed=base)):
         if step in stages:

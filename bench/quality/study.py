@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -161,6 +162,7 @@ class RunJob:
             **asdict(budget),
             **asdict(trained),
             **{name: environment[name] for name in ("commit", "dirty", "device", "torch")},
+            **{name: version(name) for name in ("transformers", "peft")},
             "grass": grass.__version__,
             "processor_seconds": round(time.process_time() - start, 1),
         }

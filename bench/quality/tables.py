@@ -130,7 +130,7 @@ def _stability(rows: Sequence[Row]) -> str:
     if not rows:
         return head + "Not run yet.\n"
     steps = sorted({row["step"] for row in rows if row["kind"] == "norms"})
-    names = dict(zip(steps, ("at the start", "after the probe", "half way", "at the end"), strict=True))
+    names = dict(zip(steps, ("at the start", "half way", "at the end"), strict=True))
     lines = [
         [
             f"{names[step]}, {size} problems",
@@ -154,11 +154,11 @@ def _stability(rows: Sequence[Row]) -> str:
         "none, tau 1": GrassConfig(importance_scale="none"),
         "log, tau 1, floor": GrassConfig(min_probability=0.5 / 8),
     }.items():
-        values = [stability.probability_noise(rows, 16, steps[1], window, config) for window in (1, 5, 20)]
+        values = [stability.probability_noise(rows, 16, steps[0], window, config) for window in (1, 5, 20)]
         noise.append([label, f"{values[0][1]:.3f}", *(f"{value[0]:.3f}" for value in values)])
     active, frozen = stability.bias(rows)
     smoothed = ", ".join(
-        f"{stability.smoothed_noise(rows, 16, steps[1], 5, alpha):.3f} for {alpha:g}"
+        f"{stability.smoothed_noise(rows, 16, steps[0], 5, alpha):.3f} for {alpha:g}"
         for alpha in (0.1, 0.5, 1.0)
     )
     correlations = ", ".join(
@@ -178,8 +178,7 @@ def _stability(rows: Sequence[Row]) -> str:
         + f"\n\nBy chance with windows of 5 steps and an average over four (`ema`): {smoothed}. Layers in "
         f"training have {stability.selection(rows):.2f} times the mean norm.\n\n"
         "The order of layers drifts: rank correlation of the start with the end is "
-        f"{stability.drift(rows, 16, steps[0], steps[-1]):+.2f}, of the end of the probe with the end "
-        f"{stability.drift(rows, 16, steps[1], steps[-1]):+.2f}. Without their trend norms of a layer are correlated "
+        f"{stability.drift(rows, 16, steps[0], steps[-1]):+.2f}. Without their trend norms of a layer are correlated "
         f"between steps by {correlations}. Importance is that of the past: its geometric mean ratio to the norms of "
         f"the last 20 steps is {math.exp(active):.2f} for layers that trained in them and {math.exp(frozen):.2f} for "
         "frozen ones.\n"
@@ -267,7 +266,7 @@ def tables_page(found: Found) -> str:
             _part("Relations", found, KEY, "relations"),
             _part("Arithmetic: other methods", found, ("full", "uniform", "grass", *OTHERS), "methods"),
             _real(found.folder),
-            _stability(found.norms),
+            _stability(found.stability),
         ]
     )
 
@@ -316,8 +315,9 @@ def log_page(found: Found) -> str:
             "held-out log-loss on arithmetic, negative is better. [evidence.md](evidence.md) explains the study.\n",
             "## Rules, against uniform sampling\n",
             f"They see gradients of all layers on {MEASURED} other problems at the beginning of each period, which no",
-            "method that saves memory does: a rule that does not help here need not be built. Learning rates are",
-            f"those of uniform sampling, but for {own_rates}, which have their own.\n",
+            "method that saves memory does: a rule that does not help here need not be built. (`lowest`, `highest` and",
+            "`unseen` see none.) Learning rates are those of uniform sampling, but for",
+            f"{own_rates}, which have their own.\n",
             *header,
             *lines(RULES, "rules", "uniform"),
             "\n## Settings, against GRASS\n",
@@ -327,7 +327,9 @@ def log_page(found: Found) -> str:
             *lines(["grass-floor"], "methods", "grass"),
             "\n## The best, on other bases\n",
             "The best of many arms look better than they are. So the best rules ran again, with what they suggested,",
-            f"on {len(part.bases)} other bases, {part.orders} orders of the data each.\n",
+            f"on {len(part.bases)} other bases, {part.orders} orders of the data each. Arms whose reason is given here",
+            "were thought of after earlier results, some on these bases: they explore. `lowest`, `signal-squared` and",
+            "`signal-top` were chosen before.\n",
             "| arm | reason | prediction | against uniform sampling | against GRASS |",
             "| --- | --- | --- | --- | --- |",
             *confirmed,

@@ -78,7 +78,13 @@ def make_chart(rows: Mapping[int, Sequence[Row]], gpu_gib: float, title: str) ->
         limit = gpu_gib * scale
         axes.axhline(limit, color=_INK, lw=0.8, ls=(0, (4, 3)))
         axes.annotate(
-            f"{limit:g} {unit}", (seqs[0], limit), xytext=(0, 3), textcoords="offset points", fontsize=8
+            f"{limit:g} {unit}",
+            (1, limit),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
         )
     else:
         head += f" (the device has {gpu_gib:g} GiB)"

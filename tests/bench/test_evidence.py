@@ -17,7 +17,7 @@ from bench.quality import figures, stability
 from bench.quality.comparison import FAMILIES, Found, compare, is_complete, results, summarize
 from bench.quality.evidence import BEGIN, END, findings, page, written_pages
 from bench.quality.log import NOTES
-from bench.quality.methods import CONFIG, RULES, SETTINGS
+from bench.quality.methods import BLIND, CONFIG, RULES, SETTINGS
 from bench.quality.stability import measure
 from bench.quality.study import ALTERNATIVES, BUDGETS, KEY, LATER, OTHERS, REMOVED, SEARCH, STUDY
 from bench.quality.tables import TITLES, tables_page
@@ -109,7 +109,7 @@ def test_the_rate_is_the_best_in_the_mean_over_bases(rows):
 def test_a_difference_of_one_base_decides_nothing(rows):
     for r in rows:
         if r["method"] == "grass" and r["base"] != 1:
-            r["log_loss"] += 0.03  # as good as uniform there
+            r["log_loss"] += 0.04  # not better than uniform there
         if r["method"] == "grass" and r["base"] == 1:
             r["log_loss"] -= 0.2
     found = one(rows, "grass", "uniform")
@@ -179,10 +179,11 @@ def test_rules_are_counted_by_verdict(rows, tmp_path):
     lines = findings(found_in([*rows, *more, *uniform], tmp_path))
     line = next(line for line in lines if "rules" in line)
     assert line.startswith(
-        f"Of {len(rules)} rules that see the gradients of all layers, against uniform sampling: 1 are better"
+        f"Of {len(rules) - len(BLIND)} rules that see the gradients of all layers, against uniform sampling: "
+        "1 are better"
     )
     assert "(`signal` -0.0" in line
-    assert re.search(r"[12] are worse, 1[345] undecided", line)
+    assert re.search(r"[12] are worse, 1[012] undecided", line)
 
 
 def test_every_arm_has_a_title_or_a_reason_and_a_prediction():
@@ -281,7 +282,7 @@ def measured(tmp_path_factory):
     torch.save(make_model(0).state_dict(), folder / "base-0.pt")
     budget = Budget(steps=130, batch=2, train=40, heldout=2)
     before = stability.BATCHES, stability.SIZES, stability.REFERENCE
-    stability.BATCHES, stability.SIZES, stability.REFERENCE = 4, (1, 4, 16, 64), 8
+    stability.BATCHES, stability.SIZES, stability.REFERENCE = 4, (4, 16, 64), 8
     try:
         return list(measure(0, 1e-3, budget, folder))
     finally:
@@ -289,12 +290,12 @@ def measured(tmp_path_factory):
 
 
 def test_a_run_is_measured_at_its_stages_and_at_every_step(measured):
-    assert {r["step"] for r in measured if r["kind"] == "norms"} == {0, CONFIG.probe_steps, 65, 129}
+    assert {r["step"] for r in measured if r["kind"] == "norms"} == {0, 65, 129}
     (trace,) = [r for r in measured if r["kind"] == "trace"]
     assert np.array(trace["norms"]).shape == (130, 8)
     assert all(layers == [] for layers in trace["active"][: CONFIG.probe_steps])
     assert all(len(layers) == 2 for layers in trace["active"][CONFIG.probe_steps :])
-    assert stability.variation(measured, 64, 0) < stability.variation(measured, 1, 0)
+    assert stability.variation(measured, 64, 0) < stability.variation(measured, 4, 0)
     assert all(np.isfinite(value) for value in stability.bias(measured))
 
 

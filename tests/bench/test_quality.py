@@ -18,6 +18,8 @@ from bench.quality.statistics import contrast, corrected_p_values, verdict
 from bench.quality.study import SEARCH, STUDY, Design, Part, RunJob, problems
 from bench.quality.tasks import IGNORED, TASKS, Data, Problem, base_texts, encode
 from bench.quality.training import Budget, evaluate, fine_tune, loss_of, make_model
+from grass.finetune.arithmetic import NAMES as PEOPLE
+from grass.finetune.arithmetic import THINGS
 from grass.reproduce.study import Job
 from grass.reproduce.training import schedule
 
@@ -40,13 +42,25 @@ def solve(problem):
     return problem.answer == f"{asked} : {options[asked]}"
 
 
+def content(problem):
+    """What a problem is about, however it is told: the order of the people, or the words and numbers without names."""
+    words = problem.prompt.split()
+    if "older" not in words:
+        return " ".join("NAME" if w in PEOPLE else "THING" if w in THINGS else w for w in words)
+    above = {words[i - 2]: words[i + 2] for i, word in enumerate(words) if word == "older"}
+    order = list(set(above) - set(above.values()))
+    while order[-1] in above:
+        order.append(above[order[-1]])
+    return tuple(order)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_answers_are_right_and_not_known_from_training(task):
     train, heldout = TASKS[task](300, 60, seed=3)
     assert (len(train), len(heldout)) == (300, 60)
     assert all(map(solve, train + heldout))
-    facts = [{p.prompt.split(" option1 ")[0] for p in part} for part in (train, heldout)]
-    assert not facts[0] & facts[1]
+    contents = [{content(p) for p in part} for part in (train, heldout)]
+    assert not contents[0] & contents[1]
     assert TASKS[task](300, 60, seed=3) == (train, heldout)
     assert TASKS[task](300, 60, seed=4)[0] != train
     assert all(encode(text) for text in base_texts(0)[::50])  # no unknown word
@@ -118,13 +132,13 @@ def test_every_method_trains(name):
     if hasattr(optimizer, "active_layers"):
         blocks = sum(p.numel() for p in model.model.layers.parameters())
         total = sum(p.numel() for p in model.parameters())
-        outside = 0 if "inside" in name or "modules" in name else total - blocks
+        outside = 0 if "inside" in name else total - blocks
         quarters = {"active-1": 0.5, "active-4": 2.0}.get(name, 1.0)
         share = (blocks / 4 * quarters + outside) / total
         schedule = optimizer._scheduler.schedule
         probed = schedule.probe_steps / 24
         assert trained.trained_share == pytest.approx(
-            share * (1 - probed), rel=0.35 if "modules" in name else 1e-6
+            share * (1 - probed), rel=0.25 if "modules" in name else 1e-6
         )
 
 
@@ -239,7 +253,13 @@ def test_a_clear_difference_is_found_and_noise_is_undecided():
     assert clear.mean == pytest.approx(values.mean())
     assert clear.low < clear.mean < clear.high < 0
     assert verdict(clear, 0.001) == "better"
-    assert verdict(clear, 0.001, lower_is_better=False) == "worse"
+    assert verdict(contrast(-values), 0.001) == "worse"
+    bases = [0] * 8 + [1] * 8
+    assert verdict(contrast(values, bases), 0.001) == "better"
+    turned = contrast([*values[:8], *(0.01 - values[8:] / 5)], bases)
+    assert turned.high < 0
+    assert not turned.same_sign
+    assert verdict(turned, 0.001) == "undecided"
     assert verdict(clear, 0.06) == "undecided"
     noise = contrast(values - values.mean() + 0.001)
     assert verdict(noise, 0.001) == "undecided"
@@ -263,11 +283,14 @@ def test_false_alarms_and_misses_are_as_rare_as_stated():
     rng = np.random.default_rng(1)
     alarms = [p_of(rng.standard_normal(10)) <= 0.05 for _ in range(400)]
     assert 0.02 < np.mean(alarms) < 0.08
-    found = []
-    for _ in range(300):
-        shift = contrast(rng.standard_normal(16)).detectable
-        found.append(p_of(rng.standard_normal(16) + shift) <= 0.05)
-    assert 0.7 < np.mean(found) < 0.9
+    for bases in ([0] * 16, [0, 1, 2, 3] * 4, [0, 1] * 4):
+        found = []
+        for _ in range(300):
+            noise = rng.standard_normal(len(bases))
+            shift = contrast(noise, bases).detectable / contrast(noise, bases).deviation
+            values = shift + rng.standard_normal(len(bases))
+            found.append(verdict(contrast(values, bases), p_of(values)) != "undecided")
+        assert 0.7 < np.mean(found) < 0.9
 
 
 def test_the_correction_holds_the_error_of_a_family_and_can_decide_with_eight_pairs():
