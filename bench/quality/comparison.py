@@ -10,7 +10,17 @@ import numpy as np
 
 from bench.quality.methods import RULES
 from bench.quality.statistics import Contrast, contrast, corrected_p_values, verdict
-from bench.quality.study import ALTERNATIVES, CONFIRMED, KEY, REMOVED, SEARCH, STUDY, Part, rate_of
+from bench.quality.study import (
+    ALTERNATIVES,
+    CONFIRMED,
+    KEY,
+    REMOVED,
+    SEARCH,
+    STUDY,
+    TRANSFERRED,
+    Part,
+    rate_of,
+)
 from grass.errors import GrassError
 from grass.finetune.run_folder import read_rows
 from grass.reproduce.study import Pair, Row
@@ -167,7 +177,13 @@ def is_complete(rows: Sequence[Row], part: Part) -> bool:
 FAMILIES: dict[str, tuple[str, list[Names]]] = {
     "key": ("key", [("grass", other) for other in KEY if other != "grass"]),
     "alternatives": ("key", [(name, other) for name in ALTERNATIVES for other in ("uniform", "grass")]),
-    "relations": ("relations", [("grass", other) for other in KEY if other != "grass"]),
+    "relations": (
+        "relations",
+        [
+            *(("grass", other) for other in KEY if other != "grass"),
+            *((name, other) for name in TRANSFERRED for other in ("uniform", "grass")),
+        ],
+    ),
     "methods": (
         "methods",
         [

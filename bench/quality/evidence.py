@@ -160,7 +160,11 @@ def _claims(found: Found) -> str:
             "The same on the second task, relations.",
             sentence("GRASS", "uniform sampling", relations.get(("grass", "uniform")))
             + " "
-            + sentence("GRASS", "permuted layers", relations.get(("grass", "shuffled"))),
+            + sentence("GRASS", "permuted layers", relations.get(("grass", "shuffled")))
+            + " "
+            + sentence("`remeasured`", "uniform sampling", relations.get(("remeasured", "uniform")))
+            + " "
+            + sentence("Training always the lowest layers", "GRASS", relations.get(("lowest", "grass"))),
         ),
         ("The same on a real model, SmolLM2-135M-Instruct.", _real(found)),
         ("Adapting during training is better than the probe alone.", static),

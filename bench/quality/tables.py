@@ -11,7 +11,17 @@ from bench.quality.comparison import FAMILIES, Compared, Found, summarize
 from bench.quality.log import ALTERNATIVE_PREDICTIONS, CONFIRMATIONS, NOTES
 from bench.quality.methods import CONFIG, MEASURED, RULES, SETTINGS
 from bench.quality.statistics import Contrast
-from bench.quality.study import ALTERNATIVES, CONFIRMED, FIXED, KEY, LATER, OTHERS, REMOVED, STUDY
+from bench.quality.study import (
+    ALTERNATIVES,
+    CONFIRMED,
+    FIXED,
+    KEY,
+    LATER,
+    OTHERS,
+    REMOVED,
+    STUDY,
+    TRANSFERRED,
+)
 from grass import GrassConfig
 from grass.finetune.run_folder import read_rows
 from grass.reproduce.options import TableName
@@ -34,6 +44,7 @@ TITLES = {
     "grass": "GRASS",
     "remeasured": "GRASS, all layers remeasured, by squares",
     "shuffled": "GRASS's probabilities on permuted layers",
+    "lowest": "the layers nearest to the input, always",
     "grass-floor": "GRASS with a floor",
     "modules-uniform": "attention and MLP, uniform",
     "modules-grass": "attention and MLP, by norms (MISA-like)",
@@ -263,7 +274,7 @@ def tables_page(found: Found) -> str:
         [
             _HEAD,
             _part("Arithmetic: the key contrast", found, (*KEY, *ALTERNATIVES), "key", "alternatives"),
-            _part("Relations", found, KEY, "relations"),
+            _part("Relations", found, (*KEY, *TRANSFERRED), "relations"),
             _part("Arithmetic: other methods", found, ("full", "uniform", "grass", *OTHERS), "methods"),
             _real(found.folder),
             _stability(found.stability),
