@@ -15,10 +15,9 @@ from torch import Tensor
 
 from bench.quality.methods import CONFIG, View, make
 from bench.quality.study import problems
-from bench.quality.training import LAYERS, Budget, base_model, loss_of, root_mean_squares
+from bench.quality.training import LAYERS, Budget, base_model, fine_tune, root_mean_squares
 from grass import GrassConfig
 from grass.reproduce.study import Row
-from grass.reproduce.training import schedule, set_lr
 from grass.sampling import make_sampler
 
 SIZES = (4, 16, 64)
@@ -27,8 +26,8 @@ REFERENCE = 1024  # problems of the mean gradient
 Array = NDArray[np.float64]
 
 
-def measure(base: int, lr: float, budget: Budget, folder: Path) -> Iterator[Row]:
-    """Yield rows of a run of GRASS on arithmetic.
+def measure(base: int, lr: float, budget: Budget, folder: Path) -> list[Row]:
+    """Return rows of a run of GRASS on arithmetic.
 
     Args:
         base: seed of the base model.
@@ -38,30 +37,23 @@ def measure(base: int, lr: float, budget: Budget, folder: Path) -> Iterator[Row]
     """
     torch.set_num_threads(1)
     model = base_model(base, folder)
-    train, _ = problems("arithmetic", budget, base, is_search=False)
+    train, heldout = problems("arithmetic", budget, base, is_search=False)
     optimizer = make("grass", model, train, seed=base)
     view = View(model, optimizer, train, torch.Generator().manual_seed(base))
     stages = (0, budget.steps // 2, budget.steps - 1)
+    rows: list[Row] = []
     norms, importance, active = [], [], []
-    for step, batch in enumerate(train.batches(budget.batch, budget.steps, seed=base)):
+
+    def observe(step: int, batch: tuple[Tensor, Tensor]) -> None:
         if step in stages:
-            yield from _stage(view, base, step)
+            rows.extend(_stage(view, base, step))
         norms.append(_norms(view, batch))
         importance.append(optimizer.importance.tolist())
         active.append(list(optimizer.active_layers))
-        probed = min(step + 1, CONFIG.probe_steps)
-        set_lr(optimizer, lr * schedule(step - probed, budget.steps - probed))
-        loss_of(model, *batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    yield {
-        "kind": "trace",
-        "base": base,
-        "lr": lr,
-        "norms": _short(norms),
-        "importance": _short(importance),
-        "active": active,
-    }
+
+    fine_tune(model, optimizer, train, heldout, lr, base, budget, observe)
+    trace = {"norms": _short(norms), "importance": _short(importance), "active": active}
+    return [*rows, {"kind": "trace", "base": base, "lr": lr, **trace}]
 
 
 def _stage(view: View, base: int, step: int) -> Iterator[Row]:

@@ -180,6 +180,7 @@ def fine_tune(
     lr: float,
     order: int,
     budget: Budget,
+    observe: Callable[[int, tuple[Tensor, Tensor]], None] = lambda step, batch: None,
 ) -> Trained:
     """Train on a task, and evaluate.
 
@@ -190,6 +191,7 @@ def fine_tune(
         lr: maximum learning rate. It rises from zero after the probe, if there is one.
         order: seed of the order of the data.
         budget: size of the run.
+        observe: called before each step, with its number and batch.
     """
     losses: list[float] = []
     num_params = sum(p.numel() for p in model.parameters())
@@ -198,6 +200,7 @@ def fine_tune(
     num_layers = len(blocks)
     probed, trained, longest_wait, active, waits = 0, 0, 0, [0] * num_layers, [0] * num_layers
     for step, batch in enumerate(train.batches(budget.batch, budget.steps, order)):
+        observe(step, batch)
         is_probe = sampled is not None and sampled.phase == "probe"
         probed += is_probe
         set_lr(optimizer, lr * schedule(step - probed, budget.steps - probed))

@@ -284,7 +284,7 @@ def measured(tmp_path_factory):
     before = stability.BATCHES, stability.SIZES, stability.REFERENCE
     stability.BATCHES, stability.SIZES, stability.REFERENCE = 4, (4, 16, 64), 8
     try:
-        return list(measure(0, 1e-3, budget, folder))
+        return measure(0, 1e-3, budget, folder)
     finally:
         stability.BATCHES, stability.SIZES, stability.REFERENCE = before
 
