@@ -7,12 +7,12 @@ takes a step of a process in 1 to 2 s, and a table about an hour of two cores; o
 from grass.config import GrassConfig
 from grass.reproduce.options import ReproduceOptions, TableName
 
-METHODS = ("full", "lora-r8", "uniform", "static", "static-top", "grass", "shuffled")
+METHODS = ("full", "lora-r8", "uniform", "static", "static-top", "grass", "shuffled", "remeasured")
 TASKS: dict[TableName, tuple[str, ...]] = {
     "arithmetic": ("MultiArith", "AddSub", "SingleEq", "SVAMP"),
     "commonsense": ("ARC-Easy", "openbookqa"),
 }
-STEPS, BATCH, CONTEXT, RECORDS = 150, 4, 96, 50
+STEPS, BATCH, CONTEXT, RECORDS = 120, 4, 96, 50
 CONFIG = GrassConfig(active_layers=6, probe_steps=10, sample_interval=10, update_interval=20)
 """A fifth of 30 layers, intervals as in study A."""
 

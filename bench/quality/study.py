@@ -21,8 +21,8 @@ KEY = ("full", "uniform", "static", "grass", "shuffled")
 """Methods of the key contrast, of which most pairs are run."""
 ALTERNATIVES = ("remeasured", "static-top")
 """What the rules that helped have become, for users: run on as many pairs."""
-TRANSFERRED = ("remeasured", "lowest")
-"""What did best on arithmetic: run on the second task."""
+TRANSFERRED = ("remeasured",)
+"""What did best on arithmetic of what a user can choose: run on the second task."""
 FIXED = (
     "lowest", "highest", "signal-top", "noisy-top", "first-top", "progress-top", "decrease-top", "tau-0.05",
 )  # fmt: skip

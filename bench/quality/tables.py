@@ -44,7 +44,6 @@ TITLES = {
     "grass": "GRASS",
     "remeasured": "GRASS, all layers remeasured, by squares",
     "shuffled": "GRASS's probabilities on permuted layers",
-    "lowest": "the layers nearest to the input, always",
     "grass-floor": "GRASS with a floor",
     "modules-uniform": "attention and MLP, uniform",
     "modules-grass": "attention and MLP, by norms (MISA-like)",
