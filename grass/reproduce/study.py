@@ -5,15 +5,17 @@ stopped at any time, and continued in any number of pieces.
 """
 
 import math
+import os
 import signal
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from grass.errors import GrassError
@@ -212,6 +214,7 @@ class _Worker:
 
 def _serve(connection: Connection, run_job: Callable[[Job], Row]) -> None:
     """Execute jobs until the other end of the connection is closed."""
+    Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError, BrokenPipeError):
         while True:
             job = connection.recv()
@@ -221,3 +224,11 @@ def _serve(connection: Connection, run_job: Callable[[Job], Row]) -> None:
                 error.add_note(traceback.format_exc())  # shown with --debug
                 result = error
             connection.send(result)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it ends, even if that was killed: a run may take hours."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
