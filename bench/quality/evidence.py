@@ -1,7 +1,10 @@
 """docs/evidence.md, and the lines of the README that repeat it, written from the stored rows."""
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
+
+from scipy import stats
 
 from bench.output import replace_between
 from bench.quality import real, stability
@@ -10,6 +13,7 @@ from bench.quality.methods import BLIND, CONFIG
 from bench.quality.study import BUDGETS, SEARCH, STUDY
 from bench.quality.tables import interval, log_page, mean_and_range, p_value, real_report, tables_page
 from grass import GrassConfig
+from grass.finetune.run_folder import read_rows
 
 _HEAD = """\
 # Evidence
@@ -134,6 +138,21 @@ def _real(found: Found) -> str:
     return " ".join(texts)
 
 
+def _norms(found: Found) -> str:
+    """Return how much alike the layers of the real model are ordered in its tasks and stages."""
+    panels: dict[str, list[list[float]]] = {}
+    for row in read_rows(found.folder / "norms.jsonl"):
+        panels.setdefault(row["panel"], []).append(row["norms"])
+    if not panels:
+        return ""
+    texts = []
+    for panel, norms in panels.items():
+        correlations = [float(stats.spearmanr(a, b).statistic) for a, b in combinations(norms, 2)]
+        of = "stages of training" if "training" in panel else f"{panel} tasks"
+        texts.append(f"{min(correlations):+.2f} to {max(correlations):+.2f} between two of {len(norms)} {of}")
+    return f" On SmolLM2: {', '.join(texts)}."
+
+
 def _claims(found: Found) -> str:
     """Return a table of the claims of the paper and the doubts of its reviewers, each with the result here."""
     uniform, shuffled, static, full, lora, rules, again, lowest, remeasured = findings(found)
@@ -201,7 +220,10 @@ def _claims(found: Found) -> str:
             sentence("T_s of 5", "10", found.families["settings"].get(("period-5", "grass"))),
         ),
         ("Doubt: the norm of a batch is noise.", repeats),
-        ("Norms change during training.", drift),
+        (
+            "Which layers have large norms differs between tasks, and changes during training.",
+            drift + _norms(found),
+        ),
         ("The deviation over seeds is 0.12 points.", f"Of GRASS here: {spread}"),
         (
             "Peak memory up to 19.97 % lower.",
