@@ -20,9 +20,9 @@ BUDGETS = {"arithmetic": Budget(steps=500), "relations": Budget(steps=900)}
 KEY = ("full", "uniform", "static", "grass", "shuffled")
 """Methods of the key contrast, of which most pairs are run."""
 ALTERNATIVES = ("remeasured", "static-top")
-"""What the rules that helped have become, for users: run on as many pairs."""
+"""Methods of the library that follow the rules that helped: run on the pairs of the key contrast."""
 TRANSFERRED = ("remeasured",)
-"""What did best on arithmetic of what a user can choose: run on the second task."""
+"""Methods of the library that did well on arithmetic: run on the second task as well."""
 FIXED = (
     "lowest", "highest", "signal-top", "noisy-top", "first-top", "progress-top", "decrease-top", "tau-0.05",
 )  # fmt: skip

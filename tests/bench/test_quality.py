@@ -43,7 +43,7 @@ def solve(problem):
 
 
 def content(problem):
-    """What a problem is about, however it is told: the order of the people, or the words and numbers without names."""
+    """Return the content of a problem: the order of the people, or the words and numbers without names."""
     words = problem.prompt.split()
     if "older" not in words:
         return " ".join("NAME" if w in PEOPLE else "THING" if w in THINGS else w for w in words)

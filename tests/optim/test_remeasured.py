@@ -157,7 +157,7 @@ def test_a_loss_scale_does_not_enter_the_importance(unscale: bool) -> None:
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_an_overflow_in_a_frozen_layer_is_left_out(scaled: bool) -> None:
-    """What trains has finite gradients: the step is neither skipped nor clipped to nothing."""
+    """The step is neither skipped nor clipped to nothing, as the gradients of what trains are finite."""
     results = []
     for factor in (1.0, float("inf")):
         model = tiny.stack()
