@@ -9,15 +9,16 @@ from typing import NamedTuple
 import numpy as np
 
 from bench.quality.methods import RULES
-from bench.quality.statistics import Contrast, contrast, corrected_p_values, verdict
+from bench.quality.statistics import Contrast, Mean, contrast, corrected_p_values, holm, mean_of, verdict
 from bench.quality.study import (
     ALTERNATIVES,
-    CONFIRMED,
+    CHOSEN,
+    EARLIER,
     KEY,
     REMOVED,
     SEARCH,
     STUDY,
-    TRANSFERRED,
+    SUGGESTED,
     Part,
     rate_of,
 )
@@ -174,16 +175,23 @@ def is_complete(rows: Sequence[Row], part: Part) -> bool:
     return all(len(results(rows, part, method)) == len(part.pairs) for method in part.methods)
 
 
+_GRASS: list[Names] = [("grass", other) for other in KEY if other != "grass"]
+_ALTERNATIVES: list[Names] = [
+    *((name, other) for name in ALTERNATIVES for other in ("uniform", "grass")),
+    ("static-top", "remeasured"),
+]
+_CONTROLS: list[Names] = [
+    ("remeasured", "remeasured-shuffled"),
+    ("lowest", "uniform"),
+    ("lowest", "static-top"),
+]
+_RULES = [name for name in STUDY.parts["rules"].methods if name in RULES]
+
 FAMILIES: dict[str, tuple[str, list[Names]]] = {
-    "key": ("key", [("grass", other) for other in KEY if other != "grass"]),
-    "alternatives": ("key", [(name, other) for name in ALTERNATIVES for other in ("uniform", "grass")]),
-    "relations": (
-        "relations",
-        [
-            *(("grass", other) for other in KEY if other != "grass"),
-            *((name, other) for name in TRANSFERRED for other in ("uniform", "grass")),
-        ],
-    ),
+    "key": ("key", [*_GRASS, *_ALTERNATIVES]),
+    "earlier key": ("earlier key", _GRASS),
+    "relations": ("relations", [*_GRASS, *_ALTERNATIVES, *_CONTROLS]),
+    "further": ("methods", [("grass", "uniform"), *_ALTERNATIVES, *_CONTROLS]),
     "methods": (
         "methods",
         [
@@ -194,11 +202,20 @@ FAMILIES: dict[str, tuple[str, list[Names]]] = {
             ("badam", "cyclic"),
             ("modules-grass", "modules-uniform"),
             ("modules-uniform", "uniform"),
+            ("modules-grass", "grass"),
             ("grass-inside", "uniform-inside"),
             ("grass-inside", "grass"),
         ],
     ),
-    "rules": ("rules", [(name, "uniform") for name in STUDY.parts["rules"].methods if name in RULES]),
+    "rules": ("rules", [(name, "uniform") for name in _RULES]),
+    "turns": (
+        "rules",
+        [(name, other) for name in _RULES for other in ("unseen", "cyclic") if name != other],
+    ),
+    "earlier rules": (
+        "earlier rules",
+        [(name, "uniform") for name in EARLIER["earlier rules"].methods if name in RULES],
+    ),
     "settings": (
         "settings",
         [(name, "grass") for name in STUDY.parts["settings"].methods if name != "grass"],
@@ -207,7 +224,7 @@ FAMILIES: dict[str, tuple[str, list[Names]]] = {
         "confirmation",
         [
             (name, other)
-            for name in ("grass", *CONFIRMED, *REMOVED)
+            for name in ("grass", *CHOSEN, *SUGGESTED, *REMOVED)
             for other in ("uniform", "grass")
             if name != other
         ],
@@ -215,28 +232,93 @@ FAMILIES: dict[str, tuple[str, list[Names]]] = {
 }
 """Name of a family of comparisons, which are corrected together -> part of the study, and comparisons."""
 
+ACROSS: list[Names] = [
+    *_GRASS,
+    ("remeasured", "uniform"),
+    ("remeasured", "remeasured-shuffled"),
+    ("signal-squared", "uniform"),
+    ("static-top", "uniform"),
+    ("static-top", "remeasured"),
+    ("lowest", "uniform"),
+    ("lowest", "static-top"),
+]
+"""Comparisons on all bases of arithmetic."""
+
+
+class Across(NamedTuple):
+    """A method against another one, on all base models of arithmetic; each base is one observation.
+
+    Attributes:
+        log_loss, exact: differences.
+        p_value: of the log-loss, corrected for the number of comparisons.
+        verdict: "better", "worse" or "undecided", by the log-loss.
+    """
+
+    log_loss: Mean
+    exact: Mean
+    p_value: float
+    verdict: str
+
+
+def across(rows: Sequence[Row], earlier: Sequence[Row]) -> dict[Names, Across]:
+    """Return the comparisons of `ACROSS` on the bases of all parts; without those that have fewer than two bases.
+
+    Runs of several parts on bases of the same seed, whose data are the same, count as one. The earlier rules, of which
+    some were chosen, do not count.
+    """
+    counted = [(rows, part) for part in STUDY.parts.values()] + [(earlier, EARLIER["earlier key"])]
+
+    def by_base(names: Names, value: Callable[[Row], float]) -> list[float]:
+        found: dict[int | str, list[float]] = {}
+        for of, part in counted:
+            if part.task == "arithmetic" and set(names) <= {*part.methods}:
+                for (base, _), difference in differences(of, part, names, value).items():
+                    found.setdefault(base, []).append(difference)
+        return [mean(values) for values in found.values()]
+
+    losses = {names: mean_of(of) for names in ACROSS if len(of := by_base(names, log_loss)) > 1}
+    p_values = holm({names: of.p_value for names, of in losses.items()})
+    return {
+        names: Across(
+            of,
+            mean_of(by_base(names, exact)),
+            p_values[names],
+            "undecided" if p_values[names] > 0.05 else "better" if of.mean < 0 else "worse",
+        )
+        for names, of in losses.items()
+    }
+
 
 @dataclass(frozen=True)
 class Found:
     """Rows of the studies, and all comparisons made from them.
 
     Attributes:
-        rows: rows of study A with its budgets.
+        rows, earlier: rows of study A with its budgets, and of parts that were run before.
         families: comparisons of each family.
+        across: comparisons on all bases.
         stability: rows of the stability of norms.
         folder: folder of the rows.
     """
 
     rows: list[Row]
+    earlier: list[Row]
     families: dict[str, dict[Names, Compared]]
+    across: dict[Names, Across]
     stability: list[Row]
     folder: Path
 
     @classmethod
     def of(cls, folder: Path) -> "Found":
         """Read the rows of a folder, and make each comparison once."""
-        rows = STUDY.matching(read_rows(folder / "study.jsonl"))
+        rows, earlier = (
+            STUDY.matching(read_rows(folder / name)) for name in ("study.jsonl", "earlier.jsonl")
+        )
         families = {
-            name: compare(rows, STUDY.parts[part], family) for name, (part, family) in FAMILIES.items()
+            name: compare(earlier, EARLIER[part], family)
+            if part in EARLIER
+            else compare(rows, STUDY.parts[part], family)
+            for name, (part, family) in FAMILIES.items()
         }
-        return cls(rows, families, read_rows(folder / "stability.jsonl"), folder)
+        stability = read_rows(folder / "stability.jsonl")
+        return cls(rows, earlier, families, across(rows, earlier), stability, folder)

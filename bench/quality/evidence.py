@@ -1,7 +1,7 @@
 """docs/evidence.md, and the lines of the README that repeat it, written from the stored rows."""
 
-from collections.abc import Mapping, Sequence
-from itertools import combinations
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations, product
 from pathlib import Path
 
 from scipy import stats
@@ -10,8 +10,16 @@ from bench.output import replace_between
 from bench.quality import real, stability
 from bench.quality.comparison import Compared, Found, Names, is_complete, summarize
 from bench.quality.methods import BLIND, CONFIG
-from bench.quality.study import BUDGETS, SEARCH, STUDY
-from bench.quality.tables import interval, log_page, mean_and_range, p_value, real_report, tables_page
+from bench.quality.study import BUDGETS, CHOSEN, SEARCH, STUDY
+from bench.quality.tables import (
+    across_table,
+    interval,
+    log_page,
+    mean_and_range,
+    p_value,
+    real_report,
+    tables_page,
+)
 from grass import GrassConfig
 from grass.finetune.run_folder import read_rows
 
@@ -26,8 +34,9 @@ settle it: the same sampling with the norm replaced by chance. This page says wh
 bootstrap interval, of this comparison alone; p is corrected for the number of comparisons. *Better* and *worse* mean
 that p is below 0.05, the interval excludes 0, and every base model agrees on the sign (*bases* says how many do).
 *Undecided* does not mean that there is no difference: *detectable* is the one that would have been decided in four of
-five such studies. All of it is about the few base models that were trained. All numbers are in the
-[tables](evidence-tables.md); rules and settings that were tried, in the [log](evidence-log.md).
+five such studies. These verdicts are about the four base models of a part; those [over all base
+models](#over-all-base-models) speak of other models of this kind. All numbers are in the [tables](evidence-tables.md);
+rules and settings that were tried, and runs that were replaced, in the [log](evidence-log.md).
 """
 
 _METHOD = """\
@@ -50,7 +59,10 @@ def sentence(subject: str, other: str, found: Compared | None) -> str:
     if found is None:
         return f"{subject} against {other}: not run yet."
     loss = found.log_loss
-    numbers = f"{interval(loss)} nats, p {p_value(found)}, {loss.num_pairs} pairs, bases {found.agreement}"
+    numbers = (
+        f"{interval(loss)} nats, p {p_value(found)}, {loss.num_pairs} pairs, bases {found.agreement}; "
+        f"{interval(found.exact, 1)} points of exact match"
+    )
     if found.diverged:
         numbers += f", without {found.diverged} in which a run diverged"
     if found.verdict == "undecided":
@@ -58,34 +70,51 @@ def sentence(subject: str, other: str, found: Compared | None) -> str:
     return f"{subject} is **{found.verdict}** than {other} ({numbers})."
 
 
-def findings(found: Found) -> list[str]:
-    """Return the findings that the README repeats, as sentences."""
+def findings(found: Found) -> dict[str, str]:
+    """Return the findings that the README repeats, as sentences by name."""
     key, methods = found.families["key"], found.families["methods"]
-    lines = [
-        sentence("GRASS", "uniform sampling", key.get(("grass", "uniform"))),
-        sentence("GRASS", "its own probabilities on permuted layers", key.get(("grass", "shuffled"))),
-        sentence("GRASS", "static GRASS", key.get(("grass", "static"))),
-        sentence("GRASS", "full fine-tuning", key.get(("grass", "full"))),
-        sentence("GRASS", "LoRA of rank 32", methods.get(("grass", "lora-r32"))),
-    ]
-    again = {names: of for names, of in found.families["confirmation"].items() if "uniform" in names}
     seeing = {names: of for names, of in found.families["rules"].items() if names[0] not in BLIND}
-    alternatives = found.families["alternatives"]
-    return [
-        *lines,
-        _counts("rules that see the gradients of all layers", seeing),
-        _counts("methods on other bases, the best of these rules and what they suggested", again),
-        sentence(
-            "Training always the layers nearest to the input",
-            "GRASS",
-            found.families["confirmation"].get(("lowest", "grass")),
+    again = {
+        (name, other): of for (name, other), of in found.families["confirmation"].items() if name in CHOSEN
+    }
+    return {
+        "uniform": sentence("GRASS", "uniform sampling", key.get(("grass", "uniform"))),
+        "shuffled": sentence(
+            "GRASS", "its own probabilities on permuted layers", key.get(("grass", "shuffled"))
         ),
-        sentence(
+        "static": sentence("GRASS", "static GRASS", key.get(("grass", "static"))),
+        "full": sentence("GRASS", "full fine-tuning", key.get(("grass", "full"))),
+        "lora": sentence("GRASS", "LoRA of rank 32", methods.get(("grass", "lora-r32"))),
+        "rules": _counts("rules that see the gradients of all layers", seeing),
+        "again": _counts(
+            "rules that were chosen to run again on other bases",
+            {names: of for names, of in again.items() if names[1] == "uniform"},
+        ),
+        "remeasured": sentence(
             'Drawing by the squares of norms that are remeasured (`sampler="remeasured"`)',
             "uniform sampling",
-            alternatives.get(("remeasured", "uniform")),
+            key.get(("remeasured", "uniform")),
         ),
+        "static-top": sentence(
+            "Training always the layers with the largest norms in the probe (`static-top`)",
+            "uniform sampling",
+            key.get(("static-top", "uniform")),
+        ),
+        "across": _across(found),
+    }
+
+
+def _across(found: Found) -> str:
+    """Return the verdicts on all base models as a sentence."""
+    if not found.across:
+        return "Over all base models: not run yet."
+    texts = [
+        f"`{a}` {'against' if of.verdict == 'undecided' else 'than'} `{b}` {of.verdict} ({interval(of.log_loss)}, "
+        f"{of.log_loss.size} bases)"
+        for (a, b), of in found.across.items()
+        if b == "uniform"
     ]
+    return f"Over all base models, each one observation: {', '.join(texts)}."
 
 
 def _counts(subject: str, found: Mapping[Names, Compared]) -> str:
@@ -114,7 +143,14 @@ def page(found: Found) -> str:
     budgets = {task: str(budget.steps) for task, budget in BUDGETS.items()}
     hours = sum(row["processor_seconds"] for row in found.rows) / 3600 / 2
     method = _METHOD.format(**budgets, period=CONFIG.sample_interval, hours=hours)
-    return "\n".join([_HEAD, _claims(found), method, _defaults(found), _figures(found), _limits(found)])
+    bases = (
+        "## Over all base models\n\nArithmetic, on the base models of all parts that have both methods; a base is one "
+        "observation of a t test, and p is corrected for the comparisons of this table (Holm). Names are those of the "
+        "[log](evidence-log.md).\n\n" + across_table(found) + "\n"
+    )
+    return "\n".join(
+        [_HEAD, _claims(found), bases, method, _defaults(found), _figures(found), _limits(found)]
+    )
 
 
 def _real(found: Found) -> str:
@@ -145,17 +181,24 @@ def _norms(found: Found) -> str:
         panels.setdefault(row["panel"], []).append(row["norms"])
     if not panels:
         return ""
+
+    def correlations(pairs: Iterable[tuple[list[float], list[float]]]) -> str:
+        values = [float(stats.spearmanr(a, b).statistic) for a, b in pairs]
+        return f"{min(values):+.2f} to {max(values):+.2f}"
+
     texts = []
     for panel, norms in panels.items():
-        correlations = [float(stats.spearmanr(a, b).statistic) for a, b in combinations(norms, 2)]
         of = "stages of training" if "training" in panel else f"{panel} tasks"
-        texts.append(f"{min(correlations):+.2f} to {max(correlations):+.2f} between two of {len(norms)} {of}")
+        texts.append(f"{correlations(combinations(norms, 2))} between two of {len(norms)} {of}")
+    if {"arithmetic", "commonsense"} <= panels.keys():
+        both = correlations(product(panels["arithmetic"], panels["commonsense"]))
+        texts.append(f"{both} between one of arithmetic and one of commonsense")
     return f" On SmolLM2: {', '.join(texts)}."
 
 
 def _claims(found: Found) -> str:
     """Return a table of the claims of the paper and the doubts of its reviewers, each with the result here."""
-    uniform, shuffled, static, full, lora, rules, again, lowest, remeasured = findings(found)
+    of_all = findings(found)
     of = summarize(found.rows, STUDY.parts["key"], "grass")
     spread = (
         "not run yet." if of is None else f"{of.exact_deviation:.1f} points of exact match, within bases."
@@ -173,51 +216,69 @@ def _claims(found: Found) -> str:
         )
     relations, methods = found.families["relations"], found.families["methods"]
     lines = [
-        ("Sampling by gradient norms is better than uniform sampling (LISA).", uniform),
-        ("Doubt: the same probabilities would do as well without the norms.", shuffled),
+        ("Sampling by gradient norms is better than uniform sampling (LISA).", of_all["uniform"]),
+        ("Doubt: the same probabilities would do as well without the norms.", of_all["shuffled"]),
         (
             "The same on the second task, relations.",
             sentence("GRASS", "uniform sampling", relations.get(("grass", "uniform")))
             + " "
             + sentence("GRASS", "permuted layers", relations.get(("grass", "shuffled")))
             + " "
-            + sentence("`remeasured`", "uniform sampling", relations.get(("remeasured", "uniform"))),
+            + " ".join(
+                sentence(f"`{name}`", "uniform sampling", relations.get((name, "uniform")))
+                for name in ("remeasured", "static-top", "lowest")
+            ),
         ),
         ("The same on a real model, SmolLM2-135M-Instruct.", _real(found)),
-        ("Adapting during training is better than the probe alone.", static),
-        ("GRASS is close to full fine-tuning, or better.", full),
+        ("Adapting during training is better than the probe alone.", of_all["static"]),
+        ("GRASS is close to full fine-tuning, or better.", of_all["full"]),
         (
             "GRASS is better than LoRA, by up to 4.38 points, and than DoRA.",
-            f"{lora} {sentence('GRASS', 'DoRA of rank 32', methods.get(('grass', 'dora-r32')))}",
+            f"{of_all['lora']} {sentence('GRASS', 'DoRA of rank 32', methods.get(('grass', 'dora-r32')))}",
         ),
         (
             "GRASS is better than LISA as it is, whose moments restart.",
             sentence("GRASS", "uniform sampling with moments that restart", methods.get(("grass", "lisa"))),
         ),
-        ("Doubt: is there any rule that beats random layers?", f"{rules} {again} {remeasured}"),
+        (
+            "Doubt: is there any rule that beats random layers?",
+            f"{of_all['rules']} {of_all['again']} {of_all['remeasured']} "
+            + sentence(
+                "`remeasured`",
+                "its probabilities on permuted layers",
+                found.families["further"].get(("remeasured", "remeasured-shuffled")),
+            ),
+        ),
         (
             "Sampling is needed: without it some layers are never trained.",
             " ".join(
                 [
-                    lowest,
+                    of_all["static-top"],
+                    sentence(
+                        "`static-top`",
+                        "`remeasured`",
+                        found.families["key"].get(("static-top", "remeasured")),
+                    ),
                     *(
                         sentence(title, "GRASS", found.families["confirmation"].get((name, "grass")))
                         for name, title in (
-                            ("first-top", "Training always those with the largest norms at the start"),
+                            ("lowest", "Training always the layers nearest to the input (`lowest`)"),
                             ("signal-top", "Training those with the largest norms in each period"),
                         )
-                    ),
-                    sentence(
-                        "Training always those with the largest norms in the probe (`static-top`)",
-                        "GRASS",
-                        found.families["alternatives"].get(("static-top", "grass")),
                     ),
                 ]
             ),
         ),
         (
-            "T_s of 5 is poor.",
-            sentence("T_s of 5", "10", found.families["settings"].get(("period-5", "grass"))),
+            "T_s of 25 to 50 is best, 5 is poor.",
+            " ".join(
+                sentence(title, "10", found.families["settings"].get((name, "grass")))
+                for name, title in (
+                    ("period-5", "T_s of 5"),
+                    ("period-25", "T_s of 25"),
+                    ("period-40", "T_s of 40"),
+                )
+            ),
         ),
         ("Doubt: the norm of a batch is noise.", repeats),
         (
@@ -228,6 +289,12 @@ def _claims(found: Found) -> str:
         (
             "Peak memory up to 19.97 % lower.",
             "Predicted without a GPU, not measured: [performance](performance.md).",
+        ),
+        (
+            "At 1,792 tokens LoRA and DoRA pass 24 GB, GRASS does not; offloading cuts the growth in memory from 1.63 "
+            "to 0.14 GB.",
+            "Predicted without a GPU, not measured: [the figure](evidence/memory.png), "
+            "[performance](performance.md).",
         ),
         (
             "Overlap gives 1.08x throughput; norms cost 2 to 6 %.",
@@ -249,7 +316,7 @@ def _defaults(found: Found) -> str:
             of = next(
                 (
                     found.families[family][name, "grass"]
-                    for family in ("settings", "methods", "alternatives")
+                    for family in ("settings", "methods", "key")
                     if (name, "grass") in found.families[family]
                 ),
                 None,
@@ -286,13 +353,14 @@ def _defaults(found: Found) -> str:
     rows = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     better = [
         f"`{name}`"
-        for family in ("settings", "methods", "alternatives")
+        for family in ("settings", "methods", "key")
         for (name, other), of in found.families[family].items()
         if other == "grass" and of.verdict == "better"
     ]
     kept = (
-        f"Decided to be better than the default here: {', '.join(better)}. The default stays the paper's: choose "
-        "these where they fit."
+        f"Decided to be better than the default here: {', '.join(better)}. The default stays the paper's all the same, "
+        "since these are a few small models of one kind; the verdicts over all base models and on the second task say "
+        "how far they carry."
         if better
         else "No alternative is decided to be better here, so each default stays."
     )
@@ -375,7 +443,7 @@ def written_pages(folder: Path, root: Path) -> dict[Path, str]:
     """
     readme = root / "README.md"
     found = Found.of(folder)
-    lines = "\n".join(f"- {line}" for line in findings(found))
+    lines = "\n".join(f"- {line}" for line in findings(found).values())
     return {
         root / "docs" / "evidence.md": page(found),
         root / "docs" / "evidence-tables.md": tables_page(found),

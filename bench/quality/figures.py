@@ -11,7 +11,7 @@ import numpy as np
 from bench.__main__ import main as bench
 from bench.quality.comparison import Compared, compare, results
 from bench.quality.methods import CONFIG
-from bench.quality.study import ALTERNATIVES, CONFIRMED, KEY, OTHERS, STUDY
+from bench.quality.study import ALTERNATIVES, CHOSEN, FURTHER, KEY, OTHERS, STUDY, SUGGESTED
 from grass.cli import main as grass
 from grass.errors import GrassError
 from grass.finetune.run_folder import read_rows
@@ -74,6 +74,9 @@ def check_figures(results_folder: Path, output: Path) -> None:
     if not path.exists():
         raise GrassError(f"there is no {path}: run python -m bench.quality figures")
     manifest = json.loads(path.read_text(encoding="utf-8"))
+    unknown = sorted(png.name for png in output.glob("*.png") if png.name not in manifest)
+    if unknown:
+        raise GrassError(f"{path} does not list {', '.join(unknown)}: run python -m bench.quality figures")
     for name, digests in manifest.items():
         if digests != _digests(results_folder, output, name):
             raise GrassError(
@@ -94,7 +97,7 @@ def _timeline(path: Path) -> None:
 
 def _memory(path: Path) -> None:
     """Figure 4: predicted peak memory of LLaMA2-7B against sequence length, by method."""
-    step = ["--batch-size", "4", "--activation-checkpointing"]
+    step = ["--batch-size", "4", "--context", "1792", "--activation-checkpointing"]  # the paper's longest
     _run(grass, ["plan", "--model", "llama2-7b", *step, "--plot", str(path), "--plot-points", "5"])
 
 
@@ -115,7 +118,7 @@ def draw_losses(rows: Sequence[Row], path: Path) -> None:
         for method in KEY
     }
     runs = {method: of for method, of in runs.items() if len(of) > 1}
-    common = set.intersection(*(set(of) for of in runs.values()))
+    common = {pair for pair in part.pairs if all(pair in of for of in runs.values())}
     for method, everything in runs.items():
         of = {pair: row for pair, row in everything.items() if pair in common}
         curves = np.array([row["curve"] for row in of.values()])
@@ -136,7 +139,12 @@ def draw_losses(rows: Sequence[Row], path: Path) -> None:
 def draw_differences(rows: Sequence[Row], path: Path) -> None:
     """Draw the difference of each method, and of each rule that ran again, from uniform sampling with its interval."""
     lines: list[tuple[str, str, Compared]] = []
-    for name, methods in (("key", (*KEY, *ALTERNATIVES)), ("methods", OTHERS), ("confirmation", CONFIRMED)):
+    shown = {
+        "key": (*KEY, *ALTERNATIVES),
+        "methods": (*FURTHER, *OTHERS),
+        "confirmation": (*CHOSEN, *SUGGESTED),
+    }
+    for name, methods in shown.items():
         family = [(method, "uniform") for method in methods if method != "uniform"]
         known = {method for method, _, _ in lines}
         found = compare(rows, STUDY.parts[name], family)

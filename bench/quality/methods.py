@@ -1,8 +1,8 @@
 """Methods of the study. Each makes an optimizer for a base model; layer methods train a quarter of the layers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from bench.quality.tasks import Data
 from bench.quality.training import LAYERS, layer_gradients, loss_of, root_mean_squares
 from grass.reproduce import methods
 from grass.reproduce.methods import Method
-from grass.sampling import Sampler
+from grass.sampling import Sampler, ShuffledSampler
 
 ACTIVE = LAYERS // 4
 PERIOD = 10
@@ -62,6 +62,7 @@ class View:
         data: training problems.
         generator: random state of the rule.
         unseen: for each layer, number of periods since it was trained last.
+        trained: for each layer, number of periods in which it was trained.
         first: the scores at the beginning of training, of a rule that is `once` measured.
     """
 
@@ -70,6 +71,7 @@ class View:
     data: Data
     generator: torch.Generator
     unseen: Tensor = field(default_factory=lambda: torch.zeros(LAYERS, dtype=torch.float64))
+    trained: Tensor = field(default_factory=lambda: torch.zeros(LAYERS, dtype=torch.float64))
     first: Tensor | None = None
 
     @property
@@ -121,18 +123,34 @@ def progress(view: View) -> Tensor:
     """
     scores = []
     for block, grads in zip(view.blocks, view.gradients(view.batch(MEASURED)), strict=True):
-        total = torch.zeros(())
-        for p, grad in zip(block.parameters(), grads, strict=True):
-            state = view.optimizer.state.get(p, {})
-            steps = int(state["step"]) if "step" in state else 0
-            if steps:
-                mean = state["exp_avg"] / (1 - 0.9**steps)
-                square = state["exp_avg_sq"] / (1 - 0.999**steps)
-                total += (grad * mean / (square.sqrt() + 1e-8)).sum()
-            else:
-                total += grad.abs().sum()
-        scores.append(total)
+        products = [
+            (grad * _direction(view.optimizer.state.get(p, {}), grad)).sum()
+            for p, grad in zip(block.parameters(), grads, strict=True)
+        ]
+        scores.append(torch.stack(products).sum())
     return torch.stack(scores).clamp_min(1e-12)
+
+
+def update(view: View) -> Tensor:
+    """Return the root mean square of AdamW's direction, which is smaller where gradients change their sign."""
+    directions = [
+        [
+            _direction(view.optimizer.state.get(p, {}), grad)
+            for p, grad in zip(block.parameters(), grads, strict=True)
+        ]
+        for block, grads in zip(view.blocks, view.gradients(view.batch(MEASURED)), strict=True)
+    ]
+    return root_mean_squares(directions)
+
+
+def _direction(state: Mapping[str, Any], grad: Tensor) -> Tensor:
+    """Return AdamW's direction by the moments so far; the sign of the gradient if there are none."""
+    steps = int(state["step"]) if "step" in state else 0
+    if not steps:
+        return grad.sign()
+    mean = state["exp_avg"] / (1 - 0.9**steps)
+    square = state["exp_avg_sq"] / (1 - 0.999**steps)
+    return cast(Tensor, mean / (square.sqrt() + 1e-8))
 
 
 @torch.no_grad()
@@ -173,9 +191,14 @@ def activations(view: View) -> Tensor:
     return torch.stack([grad.square().mean().sqrt() for grad in torch.autograd.grad(loss, outputs)])
 
 
-def hopeful(view: View) -> Tensor:
-    """Return `signal` times 1 + the number of periods in which a layer was not trained: optimism for the unseen."""
-    return signal(view) * (1 + view.unseen)
+def hopeful(scores: Scores) -> Scores:
+    """Return scores times 1 + the number of periods since a layer was trained: optimism for the unseen."""
+    return lambda view: scores(view) * (1 + view.unseen)
+
+
+def diminishing(scores: Scores) -> Scores:
+    """Return scores over 1 + the number of periods in which a layer was trained: less is left to gain."""
+    return lambda view: scores(view) / (1 + view.trained)
 
 
 def once(scores: Scores) -> Scores:
@@ -213,6 +236,7 @@ def by_rule(scores: Scores, choose: Choice) -> Rule:
             chosen = choose(view, scores(view).double())
             view.unseen += 1
             view.unseen[list(chosen)] = 0
+            view.trained[list(chosen)] += 1
             return chosen
 
         optimizer._scheduler.sampler = RuleSampler(config, [True] * LAYERS, rule)
@@ -249,13 +273,31 @@ def always(*layers: int) -> Choice:
     return lambda view, scores: layers
 
 
+class PermutedSampler(ShuffledSampler):
+    """The probabilities of ``remeasured`` on permuted layers: its control."""
+
+    remeasures = True
+
+
+def remeasured_shuffled(model: nn.Module, config: grass.GrassConfig) -> Optimizer:
+    """Return ``remeasured`` whose probabilities are those of other layers."""
+    optimizer = methods.remeasured(model, config)
+    assert isinstance(optimizer, grass.GrassAdamW)
+    scheduler = optimizer._scheduler
+    before = scheduler.sampler  # drew the first layers, by importance of ones
+    scheduler.sampler = PermutedSampler(before.config, [True] * LAYERS)
+    scheduler.sampler.load_state_dict(before.state_dict())
+    return optimizer
+
+
 METHODS: dict[str, Method] = {
     **{name: method for name, method in methods.METHODS.items() if "128" not in name and name != "galore"},
     "lora-r32": methods.low_rank(32),
     "dora-r32": methods.low_rank(32, use_dora=True),
     "galore": methods.galore(32),
+    "remeasured-shuffled": remeasured_shuffled,
 }
-"""Methods that a user can choose; low ranks are for a width of 88."""
+"""Methods that a user can choose, and a control; low ranks are for a width of 88."""
 
 RULES: dict[str, Rule] = {
     "lowest": by_rule(nothing, always(*range(ACTIVE))),
@@ -276,7 +318,10 @@ RULES: dict[str, Rule] = {
     "decrease": by_rule(decrease, drawn(1.0)),
     "decrease-top": by_rule(decrease, largest),
     "activations": by_rule(activations, drawn(1.0)),
-    "hopeful": by_rule(hopeful, drawn(1.0)),
+    "update": by_rule(update, drawn(1.0)),
+    "hopeful": by_rule(hopeful(signal), drawn(1.0)),
+    "hopeful-progress": by_rule(hopeful(progress), drawn(1.0)),
+    "diminishing": by_rule(diminishing(signal), drawn(1.0)),
 }
 """Rules of the oracle study."""
 BLIND = ("lowest", "highest", "unseen")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.quality.methods import CONFIG, View, make
 from bench.quality.study import problems
-from bench.quality.training import LAYERS, Budget, base_model, fine_tune, root_mean_squares
+from bench.quality.training import LAYERS, Budget, base_model, digest, fine_tune, root_mean_squares
 from grass import GrassConfig
 from grass.reproduce.study import Row
 from grass.sampling import make_sampler
@@ -37,6 +37,7 @@ def measure(base: int, lr: float, budget: Budget, folder: Path) -> list[Row]:
     """
     torch.set_num_threads(1)
     model = base_model(base, folder)
+    base_digest = digest(model)
     train, heldout = problems("arithmetic", budget, base, is_search=False)
     optimizer = make("grass", model, train, seed=base)
     view = View(model, optimizer, train, torch.Generator().manual_seed(base))
@@ -53,7 +54,8 @@ def measure(base: int, lr: float, budget: Budget, folder: Path) -> list[Row]:
 
     fine_tune(model, optimizer, train, heldout, lr, base, budget, observe)
     trace = {"norms": _short(norms), "importance": _short(importance), "active": active}
-    return [*rows, {"kind": "trace", "base": base, "lr": lr, **trace}]
+    rows.append({"kind": "trace", "base": base, "lr": lr, **trace})
+    return [row | {"base_digest": base_digest} for row in rows]
 
 
 def _stage(view: View, base: int, step: int) -> Iterator[Row]:
@@ -200,13 +202,13 @@ def bias(rows: Sequence[Row], window: int = 20) -> tuple[float, float]:
     return float(np.mean(active)), float(np.mean(frozen))
 
 
-def selection(rows: Sequence[Row]) -> float:
-    """Return the norms of the layers in training over the mean of all layers, a mean over steps."""
+def selection(rows: Sequence[Row], of: str = "norms") -> float:
+    """Return the norms, or the importance, of the layers in training over the mean of all layers, a mean over steps."""
     ratios = []
     for row in _select(rows, "trace"):
-        for norms, active in zip(np.array(row["norms"]), row["active"], strict=True):
+        for values, active in zip(np.array(row[of]), row["active"], strict=True):
             if active:
-                ratios.append(norms[active].mean() / norms.mean())
+                ratios.append(values[active].mean() / values.mean())
     return float(np.mean(ratios))
 
 

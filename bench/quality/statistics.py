@@ -1,7 +1,8 @@
 """Statistics of paired runs: differences, intervals, tests corrected for many comparisons, and what can be told at all.
 
-Two methods are compared on the same bases and orders of the data. The unit is a pair of runs, so all statements are
-about these bases. Of a difference that is decided, all bases have the sign.
+Two methods are compared on the same bases and orders of the data. The unit of a `Contrast` is a pair of runs, so all
+its statements are about these bases; of a difference that is decided, all bases have the sign. The unit of a `Mean` is
+a base.
 """
 
 import math
@@ -76,6 +77,47 @@ def contrast(
     same_sign = bool((np.sign(means) == np.sign(mean)).all())
     detectable = deviation * _detectable(tuple(map(tuple, groups)), comparisons)
     return Contrast(mean, float(low), float(high), deviation, count, same_sign, detectable)
+
+
+class Mean(NamedTuple):
+    """Mean of independent observations, with the interval and the p-value of a t test.
+
+    Attributes:
+        mean: the mean.
+        low, high: 95 % interval.
+        p_value: that the mean is 0, of this mean alone.
+        size: number of observations.
+        same_sign: number of observations that have the sign of the mean.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+    size: int
+    same_sign: int
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    """Return the mean of at least two observations, with Student's t test."""
+    mean, count = float(np.mean(values)), len(values)
+    error = max(float(np.std(values, ddof=1)), 1e-12 * abs(mean), 1e-300) / math.sqrt(count)
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
+    p_value = 2 * float(stats.t.sf(abs(mean) / error, count - 1))
+    same_sign = sum((value < 0) == (mean < 0) for value in values)
+    return Mean(mean, mean - reach, mean + reach, p_value, count, same_sign)
+
+
+def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
+    """Return p-values corrected for their number.
+
+    Source: Holm, A simple sequentially rejective multiple test procedure, 1979.
+    """
+    corrected, largest = {}, 0.0
+    for place, (name, p_value) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_value))
+        corrected[name] = largest
+    return corrected
 
 
 def _groups(bases: Sequence[Hashable]) -> list[list[int]]:

@@ -21,16 +21,16 @@ KEY = ("full", "uniform", "static", "grass", "shuffled")
 """Methods of the key contrast, of which most pairs are run."""
 ALTERNATIVES = ("remeasured", "static-top")
 """Methods of the library that follow the rules that helped: run on the pairs of the key contrast."""
-TRANSFERRED = ("remeasured",)
-"""Methods of the library that did well on arithmetic: run on the second task as well."""
+FURTHER = (*ALTERNATIVES, "remeasured-shuffled", "lowest")
+"""These with two controls, permuted layers and the lowest ones, always: run on other bases and on the second task."""
 FIXED = (
     "lowest", "highest", "signal-top", "noisy-top", "first-top", "progress-top", "decrease-top", "tau-0.05",
 )  # fmt: skip
 """Rules and settings that may train the same layers for long, and so have learning rates of their own."""
-LATER = ("noisy-top", "noisy-squared", "first-top", "tau-0.05", "static-top")
-"""Rules and settings that the results of the others suggested."""
-CONFIRMED = ("lowest", "signal-squared", "signal-top", *LATER)
-"""Run again on other bases, since the best of many on two bases look better than they are."""
+CHOSEN = ("lowest", "signal-squared", "signal-top")
+"""Rules that were run again on other bases, since the best of many on two bases look better than they are."""
+SUGGESTED = ("noisy-top", "noisy-squared", "first-top", "tau-0.05", "static-top")
+"""Rules and settings that the results of the others suggested, some on the bases on which they were run."""
 REMOVED = ("reprobe", "reprobe-20")
 """Settings that did not help, and whose code is gone: their rows are compared, and not run again."""
 SEARCH = Search(rates=(2e-3, 4e-3, 8e-3), orders=(1000,))
@@ -98,27 +98,45 @@ class Design:
         return missing_jobs(rows, SEARCH, wanted, rate_of)
 
 
-OTHERS = tuple(name for name in METHODS if name not in (*KEY, *ALTERNATIVES))
+OTHERS = tuple(name for name in METHODS if name not in (*KEY, *FURTHER))
 STUDY = Design(
     {
         "key": Part("arithmetic", (*KEY, *ALTERNATIVES), range(4), orders=8),
-        "relations": Part("relations", (*KEY, *TRANSFERRED), range(4), orders=2),
-        "methods": Part("arithmetic", ("full", "uniform", "grass", *OTHERS), range(10, 14), orders=2),
+        "relations": Part("relations", (*KEY, *FURTHER), range(4), orders=2),
+        "methods": Part(
+            "arithmetic", ("full", "uniform", "grass", *FURTHER, *OTHERS), range(10, 14), orders=2
+        ),
         "rules": Part(
             "arithmetic",
-            ("uniform", "grass", *(name for name in RULES if name not in LATER)),
-            range(20, 22),
-            orders=4,
+            ("uniform", "grass", "cyclic", *(name for name in RULES if name not in SUGGESTED)),
+            range(20, 24),
+            orders=2,
         ),
         "settings": Part(
             "arithmetic",
-            ("grass", *(name for name in SETTINGS if name not in LATER)),
+            ("grass", *(name for name in SETTINGS if name not in SUGGESTED)),
             range(40, 44),
             orders=2,
         ),
-        "confirmation": Part("arithmetic", ("uniform", "grass", *CONFIRMED), range(30, 34), orders=4),
+        "confirmation": Part(
+            "arithmetic", ("uniform", "grass", *CHOSEN, *SUGGESTED), range(30, 34), orders=4
+        ),
     }
 )
+EARLIER = {
+    "earlier key": Part("arithmetic", KEY, range(4), orders=8),
+    "earlier rules": Part(
+        "arithmetic",
+        (
+            *("uniform", "grass", "lowest", "highest", "unseen", "signal-top", "signal", "signal-squared"),
+            *("signal-inverse", "noisy", "absolute", "relative", "progress", "progress-top", "decrease"),
+            *("decrease-top", "activations", "hopeful"),
+        ),
+        range(20, 22),
+        orders=4,
+    ),
+}
+"""Parts that were run before, on base models of the same seeds but other weights."""
 SMALL = Design(
     {
         "key": Part("arithmetic", KEY, range(2), orders=2),

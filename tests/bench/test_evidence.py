@@ -4,6 +4,7 @@ Would catch: a verdict that the rows do not give; pairs that are not pairs; a nu
 left behind by new rows; an arm without reason and prediction; a figure that fails on what the study writes.
 """
 
+import json
 import random
 import re
 from dataclasses import asdict, replace
@@ -11,15 +12,16 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from bench.quality import __main__ as command
 from bench.quality import figures, stability
-from bench.quality.comparison import FAMILIES, Found, compare, is_complete, results, summarize
+from bench.quality.comparison import ACROSS, FAMILIES, Found, across, compare, is_complete, results, summarize
 from bench.quality.evidence import BEGIN, END, findings, page, written_pages
 from bench.quality.log import NOTES
 from bench.quality.methods import BLIND, CONFIG, RULES, SETTINGS
 from bench.quality.stability import measure
-from bench.quality.study import ALTERNATIVES, BUDGETS, KEY, LATER, OTHERS, REMOVED, SEARCH, STUDY
+from bench.quality.study import BUDGETS, EARLIER, FURTHER, KEY, OTHERS, REMOVED, SEARCH, STUDY
 from bench.quality.tables import TITLES, tables_page
 from bench.quality.training import Budget, make_model
 from grass import GrassConfig
@@ -160,38 +162,69 @@ def test_a_summary_has_deviations_within_bases(rows):
 
 def test_findings_say_better_worse_undecided_and_not_run(rows, tmp_path):
     lines = findings(found_in(rows, tmp_path))
-    assert lines[0].startswith("GRASS is **better** than uniform sampling (-0.03")
-    assert "bases 4 of 4" in lines[0]
-    assert lines[1] == "GRASS against its own probabilities on permuted layers: not run yet."
-    assert "static GRASS: **undecided**" in lines[2]
-    assert "detectable: 0.0" in lines[2]
-    assert lines[3].startswith("GRASS is **worse** than full fine-tuning (+0.1")
-    assert lines[-4] == "Rules that see the gradients of all layers: not run yet."
-    assert all(line.endswith("not run yet.") for line in lines[-4:])
+    assert lines["uniform"].startswith("GRASS is **better** than uniform sampling (-0.03")
+    assert "bases 4 of 4; +3.0 [" in lines["uniform"]
+    assert lines["shuffled"] == "GRASS against its own probabilities on permuted layers: not run yet."
+    assert "static GRASS: **undecided**" in lines["static"]
+    assert "detectable: 0.0" in lines["static"]
+    assert lines["full"].startswith("GRASS is **worse** than full fine-tuning (+0.1")
+    assert lines["rules"] == "Rules that see the gradients of all layers: not run yet."
+    for name in ("again", "remeasured", "static-top"):
+        assert lines[name].endswith("not run yet.")
+    assert lines["across"].startswith(
+        "Over all base models, each one observation: `grass` than `uniform` better (-0.03"
+    )
+    assert lines["across"].endswith(", 4 bases).")
 
 
 def test_rules_are_counted_by_verdict(rows, tmp_path):
     """With all rules and eight pairs, a clear one is found."""
-    part, rules = STUDY.parts["rules"], [name for name in RULES if name not in LATER]
+    part = STUDY.parts["rules"]
+    rules = [name for name in part.methods if name in RULES]
     shifts = {"signal": -0.08, "signal-inverse": 0.1}
     more = [r for name in rules for r in rows_of(name, shifts.get(name, 0.0), 0.005, part)]
     uniform = rows_of("uniform", 0.0, 0.002, part)
-    lines = findings(found_in([*rows, *more, *uniform], tmp_path))
-    line = next(line for line in lines if "rules" in line)
+    line = findings(found_in([*rows, *more, *uniform], tmp_path))["rules"]
     assert line.startswith(
         f"Of {len(rules) - len(BLIND)} rules that see the gradients of all layers, against uniform sampling: "
         "1 are better"
     )
     assert "(`signal` -0.0" in line
-    assert re.search(r"[12] are worse, 1[012] undecided", line)
+    assert re.search(r"[12] are worse, 1\d undecided", line)
 
 
 def test_every_arm_has_a_title_or_a_reason_and_a_prediction():
-    assert set(TITLES) >= {*KEY, *OTHERS, *ALTERNATIVES}
-    assert set(NOTES) == {*RULES, *SETTINGS, *REMOVED, "grass-floor", *ALTERNATIVES}
+    assert set(TITLES) >= {*KEY, *OTHERS, *FURTHER}
+    assert set(NOTES) == {*RULES, *SETTINGS, *REMOVED, "grass-floor", *FURTHER}
     assert all(note.reason.endswith((".", "?")) and note.prediction for note in NOTES.values())
     for part, family in FAMILIES.values():
-        assert {name for names in family for name in names} <= {*STUDY.parts[part].methods, *REMOVED}
+        methods = (STUDY.parts | EARLIER)[part].methods
+        assert {name for names in family for name in names} <= {*methods, *REMOVED}
+
+
+def test_a_base_is_one_observation_over_all_parts(rows):
+    """Also one that was run before with other weights; a t test of the bases' means, corrected for their number."""
+    confirmation = STUDY.parts["confirmation"]
+    more = [r for name in ("uniform", "grass") for r in rows_of(name, 0.0, 0.005, confirmation)]
+    earlier = [r | {"base_digest": "other"} for name in ("uniform", "grass") for r in rows_of(name, 0.0)]
+    for r in earlier:
+        if r["method"] == "grass" and r["base"] == 2 and r["order"] not in SEARCH.orders:
+            r["log_loss"] += 0.04
+    found = across([*rows, *more], earlier)
+    of = found["grass", "uniform"].log_loss
+    assert of.size == 8
+    assert set(found) <= set(ACROSS)
+    alone = across([*rows, *more], [])["grass", "uniform"].log_loss
+    # of the key contrast -0.03; with the earlier one, of 0 and of 0.04 on one base, the means of both
+    assert alone.mean == pytest.approx(4 * -0.03 / 8, abs=0.005)
+    assert of.mean == pytest.approx((3 * -0.015 + 0.005) / 8, abs=0.005)
+    only = across(rows, [])
+    values = [one(rows, "grass", "full").bases[base] for base in PART.bases]
+    expected = stats.ttest_1samp(values, 0.0)
+    assert only["grass", "full"].log_loss.p_value == pytest.approx(expected.pvalue)
+    assert only["grass", "full"].p_value == pytest.approx(expected.pvalue * 3)  # the smallest of three
+    assert only["grass", "full"].verdict == "worse"
+    assert only["grass", "static"].verdict == "undecided"
 
 
 @pytest.fixture
@@ -259,6 +292,29 @@ def test_a_figure_of_other_rows_is_found(project, rows, capsys):
     write_rows(project / "results" / "study.jsonl", rows)
     assert command.main(["verify"]) == 1
     assert "its rows have changed" in capsys.readouterr().err
+
+
+def test_a_figure_that_the_manifest_does_not_list_is_found(project, capsys):
+    """Its entry was deleted, so that nothing is compared."""
+    path = project / "figures" / figures.MANIFEST
+    manifest = json.loads(path.read_text())
+    del manifest["losses.png"]
+    path.write_text(json.dumps(manifest))
+    assert command.main(["verify"]) == 1
+    assert "does not list losses.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["docs/evidence.md", "docs/evidence-tables.md", "README.md"])
+def test_a_number_changed_by_hand_is_found(project, name, capsys):
+    """The first, one in the middle, and the last, by the last digit."""
+    path = project / name
+    text = path.read_text()
+    numbers = [found.start() for found in re.finditer(r"\d(?= nats|\])", text)]
+    assert numbers
+    for place in (numbers[0], numbers[len(numbers) // 2], numbers[-1]):
+        path.write_text(text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :])
+        assert command.main(["verify"]) == 1
+        assert f"{path.name} is not what the rows say" in capsys.readouterr().err
 
 
 def test_figures_that_were_never_drawn_are_missed(project, capsys):

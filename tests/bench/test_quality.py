@@ -13,8 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from bench.quality.methods import NAMES, PERIOD, make
-from bench.quality.statistics import contrast, corrected_p_values, verdict
+from bench.quality.methods import (
+    NAMES,
+    PERIOD,
+    View,
+    diminishing,
+    hopeful,
+    make,
+    nothing,
+    update,
+)
+from bench.quality.statistics import contrast, corrected_p_values, holm, mean_of, verdict
 from bench.quality.study import SEARCH, STUDY, Design, Part, RunJob, problems
 from bench.quality.tasks import IGNORED, TASKS, Data, Problem, base_texts, encode
 from bench.quality.training import Budget, evaluate, fine_tune, loss_of, make_model
@@ -174,6 +183,50 @@ def test_rules_choose_by_the_true_norms():
     assert counts["signal-inverse"] == 0
 
 
+def test_the_control_of_remeasured_has_its_probabilities_on_other_layers():
+    """Of one model and batch, both measure the same norms in the step before the second draw."""
+    train = Data(TASKS["arithmetic"](32, 8, 0)[0])
+    probabilities = []
+    for name in ("remeasured", "remeasured-shuffled"):
+        model = make_model(0)
+        optimizer = make(name, model, train, seed=0)
+        for ids, labels in train.batches(4, PERIOD, 0):
+            loss_of(model, ids, labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        probabilities.append(optimizer.probabilities)
+    first, second = probabilities
+    assert torch.allclose(first.sort().values, second.sort().values)
+    assert (first != second).all()
+
+
+def view_of(**periods):
+    """A view of a model without moments, with counts of periods."""
+    model = make_model(0)
+    optimizer = make("uniform", model, Data(TASKS["arithmetic"](4, 1, 0)[0]), seed=0)
+    view = View(model, optimizer, Data(TASKS["arithmetic"](32, 8, 0)[0]), torch.Generator().manual_seed(0))
+    for name, values in periods.items():
+        setattr(view, name, torch.tensor(values, dtype=torch.float64))
+    return view
+
+
+def test_rules_of_optimism_and_of_diminishing_returns_weigh_scores_by_periods():
+    view = view_of(unseen=[0, 1, 2, 3, 0, 0, 0, 0], trained=[0, 0, 0, 0, 1, 2, 3, 4])
+    assert hopeful(nothing)(view).tolist() == [1, 2, 3, 4, 1, 1, 1, 1]
+    assert diminishing(nothing)(view).tolist() == pytest.approx([1, 1, 1, 1, 1 / 2, 1 / 3, 1 / 4, 1 / 5])
+
+
+def test_directions_are_signs_without_moments_and_ratios_of_moments_with_them():
+    view = view_of()
+    assert update(view).tolist() == pytest.approx([1.0] * 8, rel=1e-3)
+    for p in view.blocks[3].parameters():
+        view.optimizer.state[p].update(
+            step=torch.tensor(1.0), exp_avg=0.1 * torch.ones_like(p), exp_avg_sq=0.004 * torch.ones_like(p)
+        )
+    # (0.1 / 0.1) / sqrt(0.004 / 0.001)
+    assert update(view).tolist() == pytest.approx([1, 1, 1, 0.5, 1, 1, 1, 1], rel=1e-3)
+
+
 def test_a_run_is_what_its_row_says(tmp_path):
     """The same job gives the same row, and another order another one."""
     torch.save(make_model(0).state_dict(), tmp_path / "base-0.pt")
@@ -279,6 +332,21 @@ def test_a_clear_difference_is_found_and_noise_is_undecided():
 
 def p_of(values):
     return corrected_p_values({"one": dict(enumerate(values))})["one"]
+
+
+def test_holm_is_known_on_an_example():
+    """Three values: 0.01 x 3, 0.02 x 2, and 0.03 x 1, which is not less than the one before."""
+    assert holm({"a": 0.03, "b": 0.01, "c": 0.02}) == pytest.approx({"a": 0.04, "b": 0.03, "c": 0.04})
+    assert holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
+
+
+def test_the_mean_of_bases_has_a_t_interval():
+    """Of 1, 2, 3, 6: mean 3, standard error sqrt(14 / 3) / 2; the quantile of t with 3 degrees of freedom is 3.182."""
+    of = mean_of([1.0, 2.0, 3.0, 6.0])
+    error = math.sqrt(14 / 3) / 2
+    assert (of.mean, of.size, of.same_sign) == (3.0, 4, 4)
+    assert (of.low, of.high) == pytest.approx((3 - 3.1824 * error, 3 + 3.1824 * error), rel=1e-3)
+    assert mean_of([-1.0, 2.0, 3.0]).same_sign == 2
 
 
 def test_the_permutation_test_counts_signs():
