@@ -15,8 +15,10 @@ from bench.quality.study import (
     CHOSEN,
     EARLIER,
     KEY,
+    NEW_RULES,
     REMOVED,
     SEARCH,
+    SHORT,
     STUDY,
     SUGGESTED,
     Part,
@@ -175,7 +177,7 @@ def is_complete(rows: Sequence[Row], part: Part) -> bool:
     return all(len(results(rows, part, method)) == len(part.pairs) for method in part.methods)
 
 
-_GRASS: list[Names] = [("grass", other) for other in KEY if other != "grass"]
+GRASS_AGAINST: list[Names] = [("grass", other) for other in KEY if other != "grass"]
 _ALTERNATIVES: list[Names] = [
     *((name, other) for name in ALTERNATIVES for other in ("uniform", "grass")),
     ("static-top", "remeasured"),
@@ -185,36 +187,43 @@ _CONTROLS: list[Names] = [
     ("lowest", "uniform"),
     ("lowest", "static-top"),
 ]
-_RULES = [name for name in STUDY.parts["rules"].methods if name in RULES]
-
 FAMILIES: dict[str, tuple[str, list[Names]]] = {
-    "key": ("key", [*_GRASS, *_ALTERNATIVES]),
-    "earlier key": ("earlier key", _GRASS),
-    "relations": ("relations", [*_GRASS, *_ALTERNATIVES, *_CONTROLS]),
-    "further": ("methods", [("grass", "uniform"), *_ALTERNATIVES, *_CONTROLS]),
+    "key": ("key", [*GRASS_AGAINST, *_ALTERNATIVES]),
+    "relations": ("relations", [*GRASS_AGAINST, *_ALTERNATIVES, *_CONTROLS]),
+    "further": ("further", [("grass", "uniform"), *_ALTERNATIVES, *_CONTROLS]),
     "methods": (
         "methods",
         [
-            *(("grass", other) for other in ("lisa", "weight-norm", "cyclic", "badam")),
+            *(("grass", other) for other in ("full", "lisa", "weight-norm", "cyclic", "badam")),
             *(("grass", other) for other in ("lora-r8", "lora-r32", "dora-r32", "galore")),
-            ("grass-floor", "grass"),
             ("lisa", "uniform"),
             ("badam", "cyclic"),
-            ("modules-grass", "modules-uniform"),
-            ("modules-uniform", "uniform"),
-            ("modules-grass", "grass"),
-            ("grass-inside", "uniform-inside"),
-            ("grass-inside", "grass"),
+            *((name, "uniform") for name in ("cyclic", "unseen", *NEW_RULES)),
         ],
     ),
-    "rules": ("rules", [(name, "uniform") for name in _RULES]),
+    "units": (
+        "units",
+        [
+            ("grass-floor", "grass"),
+            ("modules-grass", "modules-uniform"),
+            ("modules-grass", "grass"),
+            ("modules-uniform", "uniform"),
+            ("grass-inside", "uniform-inside"),
+            ("grass-inside", "grass"),
+            ("uniform-inside", "uniform"),
+        ],
+    ),
+    "rules": (
+        "rules",
+        [(name, "uniform") for name in (*STUDY.parts["rules"].methods, *SHORT) if name in RULES],
+    ),
     "turns": (
         "rules",
-        [(name, other) for name in _RULES for other in ("unseen", "cyclic") if name != other],
-    ),
-    "earlier rules": (
-        "earlier rules",
-        [(name, "uniform") for name in EARLIER["earlier rules"].methods if name in RULES],
+        [
+            (name, "unseen")
+            for name in (*STUDY.parts["rules"].methods, *SHORT)
+            if name in RULES and name != "unseen"
+        ],
     ),
     "settings": (
         "settings",
@@ -233,7 +242,7 @@ FAMILIES: dict[str, tuple[str, list[Names]]] = {
 """Name of a family of comparisons, which are corrected together -> part of the study, and comparisons."""
 
 ACROSS: list[Names] = [
-    *_GRASS,
+    *GRASS_AGAINST,
     ("remeasured", "uniform"),
     ("remeasured", "remeasured-shuffled"),
     ("signal-squared", "uniform"),
@@ -263,10 +272,10 @@ class Across(NamedTuple):
 def across(rows: Sequence[Row], earlier: Sequence[Row]) -> dict[Names, Across]:
     """Return the comparisons of `ACROSS` on the bases of all parts; without those that have fewer than two bases.
 
-    Runs of several parts on bases of the same seed, whose data are the same, count as one. The earlier rules, of which
-    some were chosen, do not count.
+    Runs of several parts on bases of the same seed, whose data are the same, count as one. The part of the rules, from
+    which some were chosen, does not count.
     """
-    counted = [(rows, part) for part in STUDY.parts.values()] + [(earlier, EARLIER["earlier key"])]
+    counted = [(earlier, EARLIER), *((rows, part) for name, part in STUDY.parts.items() if name != "rules")]
 
     def by_base(names: Names, value: Callable[[Row], float]) -> list[float]:
         found: dict[int | str, list[float]] = {}
@@ -315,10 +324,8 @@ class Found:
             STUDY.matching(read_rows(folder / name)) for name in ("study.jsonl", "earlier.jsonl")
         )
         families = {
-            name: compare(earlier, EARLIER[part], family)
-            if part in EARLIER
-            else compare(rows, STUDY.parts[part], family)
-            for name, (part, family) in FAMILIES.items()
+            name: compare(rows, STUDY.parts[part], family) for name, (part, family) in FAMILIES.items()
         }
+        families["earlier"] = compare(earlier, EARLIER, GRASS_AGAINST)
         stability = read_rows(folder / "stability.jsonl")
         return cls(rows, earlier, families, across(rows, earlier), stability, folder)

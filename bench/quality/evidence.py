@@ -316,7 +316,7 @@ def _defaults(found: Found) -> str:
             of = next(
                 (
                     found.families[family][name, "grass"]
-                    for family in ("settings", "methods", "key")
+                    for family in ("settings", "units", "key")
                     if (name, "grass") in found.families[family]
                 ),
                 None,
@@ -353,7 +353,7 @@ def _defaults(found: Found) -> str:
     rows = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     better = [
         f"`{name}`"
-        for family in ("settings", "methods", "key")
+        for family in ("settings", "units", "key")
         for (name, other), of in found.families[family].items()
         if other == "grass" and of.verdict == "better"
     ]

@@ -11,7 +11,7 @@ import numpy as np
 from bench.__main__ import main as bench
 from bench.quality.comparison import Compared, compare, results
 from bench.quality.methods import CONFIG
-from bench.quality.study import ALTERNATIVES, CHOSEN, FURTHER, KEY, OTHERS, STUDY, SUGGESTED
+from bench.quality.study import ALTERNATIVES, CHOSEN, FURTHER, KEY, NEW_RULES, OTHERS, STUDY, SUGGESTED, UNITS
 from grass.cli import main as grass
 from grass.errors import GrassError
 from grass.finetune.run_folder import read_rows
@@ -141,7 +141,9 @@ def draw_differences(rows: Sequence[Row], path: Path) -> None:
     lines: list[tuple[str, str, Compared]] = []
     shown = {
         "key": (*KEY, *ALTERNATIVES),
-        "methods": (*FURTHER, *OTHERS),
+        "further": FURTHER,
+        "methods": (*OTHERS, *NEW_RULES),
+        "units": UNITS,
         "confirmation": (*CHOSEN, *SUGGESTED),
     }
     for name, methods in shown.items():

@@ -33,6 +33,8 @@ SUGGESTED = ("noisy-top", "noisy-squared", "first-top", "tau-0.05", "static-top"
 """Rules and settings that the results of the others suggested, some on the bases on which they were run."""
 REMOVED = ("reprobe", "reprobe-20")
 """Settings that did not help, and whose code is gone: their rows are compared, and not run again."""
+SHORT = ("signal-top", "progress-top")
+"""Rules of which some runs are missing in the part of the rules, at the rates that were chosen later."""
 SEARCH = Search(rates=(2e-3, 4e-3, 8e-3), orders=(1000,))
 """Learning rates are chosen by a run on each base of a part."""
 
@@ -98,19 +100,28 @@ class Design:
         return missing_jobs(rows, SEARCH, wanted, rate_of)
 
 
-OTHERS = tuple(name for name in METHODS if name not in (*KEY, *FURTHER))
+NEW_RULES = ("update", "hopeful-progress", "diminishing")
+"""Rules that were added when the others had been run."""
+UNITS = ("grass-floor", "modules-uniform", "modules-grass", "uniform-inside", "grass-inside")
+"""Methods that train other units than whole layers and what is outside, or each layer with a floor."""
+OTHERS = tuple(name for name in METHODS if name not in (*KEY, *FURTHER, *UNITS))
 STUDY = Design(
     {
         "key": Part("arithmetic", (*KEY, *ALTERNATIVES), range(4), orders=8),
         "relations": Part("relations", (*KEY, *FURTHER), range(4), orders=2),
+        "further": Part("arithmetic", ("uniform", "grass", *FURTHER), range(50, 54), orders=2),
         "methods": Part(
-            "arithmetic", ("full", "uniform", "grass", *FURTHER, *OTHERS), range(10, 14), orders=2
+            "arithmetic",
+            ("full", "uniform", "grass", *OTHERS, "unseen", *NEW_RULES),
+            range(10, 14),
+            orders=2,
         ),
+        "units": Part("arithmetic", ("uniform", "grass", *UNITS), range(60, 64), orders=2),
         "rules": Part(
             "arithmetic",
-            ("uniform", "grass", "cyclic", *(name for name in RULES if name not in SUGGESTED)),
-            range(20, 24),
-            orders=2,
+            ("uniform", "grass", *(name for name in RULES if name not in (*SUGGESTED, *NEW_RULES, *SHORT))),
+            range(20, 22),
+            orders=4,
         ),
         "settings": Part(
             "arithmetic",
@@ -123,20 +134,8 @@ STUDY = Design(
         ),
     }
 )
-EARLIER = {
-    "earlier key": Part("arithmetic", KEY, range(4), orders=8),
-    "earlier rules": Part(
-        "arithmetic",
-        (
-            *("uniform", "grass", "lowest", "highest", "unseen", "signal-top", "signal", "signal-squared"),
-            *("signal-inverse", "noisy", "absolute", "relative", "progress", "progress-top", "decrease"),
-            *("decrease-top", "activations", "hopeful"),
-        ),
-        range(20, 22),
-        orders=4,
-    ),
-}
-"""Parts that were run before, on base models of the same seeds but other weights."""
+EARLIER = Part("arithmetic", KEY, range(4), orders=8)
+"""The key contrast as it was run before, on base models of the same seeds but other weights."""
 SMALL = Design(
     {
         "key": Part("arithmetic", KEY, range(2), orders=2),

@@ -7,7 +7,16 @@ from statistics import mean
 from typing import Any
 
 from bench.quality import real, stability
-from bench.quality.comparison import ACROSS, FAMILIES, Across, Compared, Found, Names, summarize
+from bench.quality.comparison import (
+    ACROSS,
+    FAMILIES,
+    GRASS_AGAINST,
+    Across,
+    Compared,
+    Found,
+    Names,
+    summarize,
+)
 from bench.quality.log import CONFIRMATIONS, FURTHER_PREDICTIONS, NOT_BUILT, NOTES, REPLACED
 from bench.quality.methods import CONFIG, MEASURED, RULES, SETTINGS
 from bench.quality.statistics import Contrast, Mean
@@ -16,9 +25,12 @@ from bench.quality.study import (
     EARLIER,
     FIXED,
     FURTHER,
+    NEW_RULES,
     REMOVED,
+    SHORT,
     STUDY,
     SUGGESTED,
+    Part,
 )
 from grass import GrassConfig
 from grass.finetune.run_folder import read_rows
@@ -119,38 +131,37 @@ def _line(title: str, found: Compared | None) -> list[str]:
 
 def _part(title: str, found: Found, *families: str) -> str:
     """Return the methods of a part of study A, and families of comparisons between them."""
-    name = FAMILIES[families[0]][0]
-    part, rows = (EARLIER[name], found.earlier) if name in EARLIER else (STUDY.parts[name], found.rows)
-    lines = []
-    for method in part.methods:
-        of = summarize(rows, part, method)
-        if of is None:
-            continue
-        lines.append(
-            [
-                TITLES[method],
-                f"{of.log_loss:.3f} ± {of.log_loss_deviation:.3f}",
-                f"{of.exact:.1f} ± {of.exact_deviation:.1f}",
-                f"{of.runs}" + (f" ({of.diverged} diverged)" if of.diverged else ""),
-                f"{of.rate:g}",
-                f"{of.trained_share:.0%}",
-                str(of.longest_wait) if of.longest_wait else "",
-            ]
-        )
-    if not lines:
-        return f"## {title}\n\nNot run yet.\n"
-    header = ["method", "log-loss", "exact, %", "runs", "rate", "trained", "longest wait"]
-    tables = [
-        table(
-            ["difference (negative is better)", *_COLUMNS],
-            [
-                _line(f"{TITLES[a]} - {TITLES[b]}", found.families[family].get((a, b)))
-                for a, b in FAMILIES[family][1]
-            ],
-        )
-        for family in families
+    part = STUDY.parts[FAMILIES[families[0]][0]]
+    tables = [_differences(found, family, FAMILIES[family][1]) for family in families]
+    return f"## {title}\n\n" + "\n\n".join([_methods(found.rows, part), *tables]) + "\n"
+
+
+def _methods(rows: Sequence[Row], part: Part) -> str:
+    """Return a table of the methods of a part."""
+    lines = [
+        [
+            TITLES.get(method, f"`{method}`"),
+            f"{of.log_loss:.3f} ± {of.log_loss_deviation:.3f}",
+            f"{of.exact:.1f} ± {of.exact_deviation:.1f}",
+            f"{of.runs}" + (f" ({of.diverged} diverged)" if of.diverged else ""),
+            f"{of.rate:g}",
+            f"{of.trained_share:.0%}",
+            str(of.longest_wait) if of.longest_wait else "",
+        ]
+        for method in part.methods
+        if (of := summarize(rows, part, method)) is not None
     ]
-    return f"## {title}\n\n" + "\n\n".join([table(header, lines), *tables]) + "\n"
+    header = ["method", "log-loss", "exact, %", "runs", "rate", "trained", "longest wait"]
+    return table(header, lines) if lines else "Not run yet."
+
+
+def _differences(found: Found, family: str, comparisons: Sequence[Names]) -> str:
+    """Return a table of the comparisons of a family."""
+    lines = [
+        _line(" - ".join(TITLES.get(name, f"`{name}`") for name in names), found.families[family].get(names))
+        for names in comparisons
+    ]
+    return table(["difference (negative is better)", *_COLUMNS], lines)
 
 
 def _stability(rows: Sequence[Row]) -> str:
@@ -294,9 +305,12 @@ def tables_page(found: Found) -> str:
         [
             _HEAD,
             _part("Arithmetic: the key contrast", found, "key"),
-            _part("Arithmetic: the key contrast as it was run before", found, "earlier key"),
+            "### As it was run before\n",
+            f"{_methods(found.earlier, EARLIER)}\n\n{_differences(found, 'earlier', GRASS_AGAINST)}\n",
             _part("Relations", found, "relations"),
-            _part("Arithmetic: other methods, on other bases", found, "further", "methods"),
+            _part("Arithmetic: what helped and its controls, on other bases", found, "further"),
+            _part("Arithmetic: other methods", found, "methods"),
+            _part("Arithmetic: other units", found, "units"),
             _real(found.folder),
             _stability(found.stability),
         ]
@@ -310,9 +324,10 @@ def log_page(found: Found) -> str:
         of = found.families[family].get((name, other))
         if of is None:
             return "not run"
+        pairs = f"{of.log_loss.num_pairs} pairs, " if family in ("rules", "turns") and name in SHORT else ""
         return (
-            f"{interval(of.log_loss)} {of.verdict}, p {p_value(of)}, detectable {of.log_loss.detectable:.3f}; by base "
-            f"{by_base(of)}"
+            f"{interval(of.log_loss)} {of.verdict}, {pairs}p {p_value(of)}, detectable "
+            f"{of.log_loss.detectable:.3f}; by base {by_base(of)}"
         )
 
     def lines(names: Iterable[str], predictions: Mapping[str, str], *against: Names) -> list[str]:
@@ -341,23 +356,24 @@ def log_page(found: Found) -> str:
             f"They see gradients of all layers on {MEASURED} other problems at the beginning of each period, which no",
             "method that saves memory does: a rule that does not help here need not be built. (`lowest`, `highest` and",
             "`unseen` see none.) Learning rates are those of uniform sampling, but for",
-            f"{own_rates}, which have their own. *Earlier* is on two other bases, where some were chosen to run again.",
-            "*By turns*: against `unseen`, and against layers in order (`cyclic`).\n",
-            *header("outcome", "earlier", "against `unseen`", "against `cyclic`"),
+            f"{own_rates}, which have their own. On {len(rules.bases)} bases, {rules.orders} orders of the data each,",
+            "but for what is said otherwise.\n",
+            *header("against uniform sampling", "against `unseen`"),
             *lines(
-                (name for name in rules.methods if name in RULES),
+                (name for name in (*rules.methods, *SHORT) if name in RULES),
                 {},
                 ("rules", "uniform"),
-                ("earlier rules", "uniform"),
                 ("turns", "unseen"),
-                ("turns", "cyclic"),
             ),
+            f"\nAdded later, and run on {len(STUDY.parts['methods'].bases)} other bases:\n",
+            *header("against uniform sampling"),
+            *lines(NEW_RULES, {}, ("methods", "uniform")),
             f"\n{NOT_BUILT}",
             "\n## Settings, against GRASS\n",
             "At the learning rates of GRASS, but for those named above.\n",
             *header("outcome"),
             *lines((name for name in SETTINGS if name not in SUGGESTED), {}, ("settings", "grass")),
-            *lines(["grass-floor"], {}, ("methods", "grass")),
+            *lines(["grass-floor"], {}, ("units", "grass")),
             "\n## The best, on other bases\n",
             "The best of many arms look better than they are. So the best rules ran again, with what they suggested,",
             f"on {len(confirmation.bases)} other bases, {confirmation.orders} orders of the data each.",
