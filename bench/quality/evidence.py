@@ -368,8 +368,9 @@ def _defaults(found: Found) -> str:
         f"## Defaults\n\nDifference from GRASS as it is run here (`probe_steps` {CONFIG.probe_steps}, "
         f"`sample_interval` {CONFIG.sample_interval}, `update_interval` {CONFIG.update_interval}, the rest as by "
         "default), at its learning rates: negative is better. Intervals are shorter than the defaults, as runs are "
-        "short; `period-25` has the defaults of both. Modes of offloading train the same "
-        f"bits. `active_layers` is what memory allows. {kept}\n\n"
+        "short; `period-25` has the defaults of both. `offload`, the buffers and "
+        f"`fused_backward` do not change what is trained ([offloading](offloading.md)). `active_layers` is what "
+        f"memory allows. {kept}\n\n"
         f"| option | default | alternatives |\n| --- | --- | --- |\n{rows}\n"
     )
 
