@@ -110,7 +110,7 @@ def _run(arguments: argparse.Namespace) -> int:
         for method in part.methods:
             of = summarize(finished, part, method)
             if of is not None:
-                print(f"{method:<16}{of.log_loss:.4f}  {of.exact:.1f}%  {of.runs} runs at {of.rate:g}")
+                print(f"{method:<20}{of.log_loss:.4f}  {of.exact:.1f}%  {of.runs} runs at {of.rate:g}")
     return 0
 
 
@@ -192,7 +192,7 @@ def _origin() -> Row:
 def _line(row: Row, left: int) -> str:
     loss = "diverged" if row["log_loss"] is None else f"{row['log_loss']:.4f}"
     return (
-        f"{row['task']:<11}{row['method']:<16}lr {row['lr']:<7g}base {row['base']:<4}order {row['order']:<5}"
+        f"{row['task']:<11}{row['method']:<20}lr {row['lr']:<7g}base {row['base']:<4}order {row['order']:<5}"
         f"log-loss {loss}  exact {row['exact']:.1%}  {row['processor_seconds']:.0f} s, {left} left"
     )
 

@@ -95,6 +95,11 @@ def findings(found: Found) -> dict[str, str]:
             "uniform sampling",
             key.get(("remeasured", "uniform")),
         ),
+        "control": sentence(
+            "`remeasured`",
+            "its own probabilities on permuted layers",
+            found.families["further"].get(("remeasured", "remeasured-shuffled")),
+        ),
         "static-top": sentence(
             "Training always the layers with the largest norms in the probe (`static-top`)",
             "uniform sampling",
@@ -242,12 +247,7 @@ def _claims(found: Found) -> str:
         ),
         (
             "Doubt: is there any rule that beats random layers?",
-            f"{of_all['rules']} {of_all['again']} {of_all['remeasured']} "
-            + sentence(
-                "`remeasured`",
-                "its probabilities on permuted layers",
-                found.families["further"].get(("remeasured", "remeasured-shuffled")),
-            ),
+            " ".join(of_all[name] for name in ("rules", "again", "remeasured", "control")),
         ),
         (
             "Sampling is needed: without it some layers are never trained.",
