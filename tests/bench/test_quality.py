@@ -24,7 +24,7 @@ from bench.quality.methods import (
     update,
 )
 from bench.quality.statistics import contrast, corrected_p_values, holm, mean_of, verdict
-from bench.quality.study import SEARCH, STUDY, Design, Part, RunJob, problems
+from bench.quality.study import SEARCH, SHORT, STUDY, Design, Part, RunJob, problems
 from bench.quality.tasks import IGNORED, TASKS, Data, Problem, base_texts, encode
 from bench.quality.training import Budget, evaluate, fine_tune, loss_of, make_model
 from grass.finetune.arithmetic import NAMES as PEOPLE
@@ -302,7 +302,8 @@ def test_the_study_has_the_pairs_that_it_needs():
     for part in parts.values():
         assert set(part.methods) <= set(NAMES)
         assert not {order for _, order in part.pairs} & set(SEARCH.orders)
-    assert set(NAMES) == {name for part in parts.values() for name in part.methods}
+    # of the rules in SHORT there are some runs, which cannot be completed on the same bases
+    assert set(NAMES) == {name for part in parts.values() for name in part.methods} | {*SHORT}
 
 
 # -- statistics ------------------------------------------------------------------------------------------
