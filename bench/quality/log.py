@@ -176,5 +176,6 @@ when methods were added to the key contrast it was run anew; its first runs are 
 Others are only in the history of the repository: relations for 600 steps, after which full fine-tuning answered 42 %
 exactly and layer methods 20 to 26 %, less than by guessing one of three (124 rows), and settings on bases of two
 machines (96 rows). That a verdict needs the same sign on all bases was added when the first key contrast and the rules
-were known.
+were known; the table over all base models, when the key contrast and the confirmation were, and before the runs with
+controls on other bases.
 """

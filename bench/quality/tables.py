@@ -53,7 +53,7 @@ TITLES = {
     "static-top": "static GRASS, temperature near 0",
     "grass": "GRASS",
     "remeasured": "GRASS, all layers remeasured, by squares",
-    "remeasured-shuffled": "the same on permuted layers",
+    "remeasured-shuffled": "remeasured, on permuted layers",
     "lowest": "always the lowest layers",
     "signal-squared": "by squares of the norm of the mean gradient",
     "shuffled": "GRASS's probabilities on permuted layers",
