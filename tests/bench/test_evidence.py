@@ -17,7 +17,7 @@ from scipy import stats
 from bench.quality import __main__ as command
 from bench.quality import figures, stability
 from bench.quality.comparison import ACROSS, FAMILIES, Found, across, compare, is_complete, results, summarize
-from bench.quality.evidence import BEGIN, END, findings, page, written_pages
+from bench.quality.evidence import BEGIN, END, findings, in_short, page, written_pages
 from bench.quality.log import NOTES
 from bench.quality.methods import BLIND, CONFIG, RULES, SETTINGS
 from bench.quality.stability import measure
@@ -171,10 +171,23 @@ def test_findings_say_better_worse_undecided_and_not_run(rows, tmp_path):
     assert lines["rules"] == "Rules that see the gradients of all layers: not run yet."
     for name in ("again", "remeasured", "static-top"):
         assert lines[name].endswith("not run yet.")
-    assert lines["across"].startswith(
-        "Over all base models, each one observation: `grass` than `uniform` better (-0.03"
-    )
-    assert lines["across"].endswith(", 4 bases).")
+
+
+def test_in_short_names_what_is_better_than_chance(rows, tmp_path):
+    """A verdict on the wrong comparison, or the same sentence whatever was found."""
+    assert in_short(found_in([], tmp_path)) == "Not run yet.\n"
+    text = in_short(found_in(rows, tmp_path))
+    assert "**Drawing layers by their gradient norms, as the paper does, is better than" in text
+    assert "Better than chance: `grass`.\n" in text
+    assert "the same layers always" not in text  # not run
+    more = [*rows_of("remeasured", -0.05, 0.005), *rows_of("static-top", 0.0, 0.05)]
+    text = in_short(found_in([*rows, *more], tmp_path))
+    assert "Better than chance: `grass`, `remeasured`.\n" in text
+    assert "Training the same layers always (`static-top`) is worse than" in text
+    worse = [r for r in rows if r["method"] != "grass"] + rows_of("grass", 0.1, 0.005)
+    assert "is worse than drawing them by chance.**\nNo rule is better" in in_short(found_in(worse, tmp_path))
+    noisy = [r for r in rows if r["method"] != "grass"] + rows_of("grass", 0.0, 0.1)
+    assert in_short(found_in(noisy, tmp_path)).startswith("**It is not decided whether drawing layers")
 
 
 def test_rules_are_counted_by_verdict(rows, tmp_path):
@@ -249,7 +262,7 @@ def test_pages_that_were_written_are_as_the_rows_say(project, capsys):
     readme = (project / "README.md").read_text()
     assert readme.startswith("Before\n")
     assert readme.endswith("After\n")
-    assert "GRASS is **better** than uniform sampling" in readme
+    assert "is better than drawing them by chance.**" in readme
     assert "old" not in readme
 
 
