@@ -97,9 +97,10 @@ def _run(arguments: argparse.Namespace) -> int:
             raise UsageError(f"--small has no part {arguments.part}: choose of {', '.join(design.parts)}")
         design = replace(design, parts={arguments.part: design.parts[arguments.part]})
     arguments.bases.mkdir(parents=True, exist_ok=True)
-    run_job = RunJob(design.budgets, arguments.bases)
-    seconds = 60 * arguments.minutes
     rows = arguments.rows or (ROWS.with_name("small.jsonl") if arguments.small else ROWS)
+    begun = {(row["task"], row["base"]): row["base_digest"] for row in design.matching(read_rows(rows))}
+    run_job = RunJob(design.budgets, arguments.bases, begun)
+    seconds = 60 * arguments.minutes
     for row, left in run_missing(design.jobs, run_job, rows, arguments.workers, seconds):
         print(_line(row, left), flush=True)
     finished = design.matching(read_rows(rows))

@@ -18,7 +18,6 @@ from bench.quality.study import (
     NEW_RULES,
     REMOVED,
     SEARCH,
-    SHORT,
     STUDY,
     SUGGESTED,
     Part,
@@ -30,6 +29,8 @@ from grass.reproduce.study import Pair, Row
 
 Names = tuple[str, str]
 """A method and the one it is compared with."""
+FEWEST = 8
+"""Pairs that a comparison needs: of fewer no interval is right, and they would spoil the correction of others."""
 
 
 def log_loss(row: Row) -> float:
@@ -102,8 +103,8 @@ def differences(
 
 
 def compare(rows: Sequence[Row], part: Part, family: Sequence[Names]) -> dict[Names, Compared]:
-    """Compare pairs of methods, corrected for their number; those with fewer than two pairs of runs are left out."""
-    losses = {names: of for names in family if len(of := differences(rows, part, names)) > 1}
+    """Compare pairs of methods, corrected for their number; those with fewer than `FEWEST` pairs are left out."""
+    losses = {names: of for names in family if len(of := differences(rows, part, names)) >= FEWEST}
     if not losses:
         return {}
     p_values = corrected_p_values(losses)
@@ -172,9 +173,9 @@ def summarize(rows: Sequence[Row], part: Part, method: str) -> Summary | None:
     )
 
 
-def is_complete(rows: Sequence[Row], part: Part) -> bool:
-    """Return True if every method has all of its pairs."""
-    return all(len(results(rows, part, method)) == len(part.pairs) for method in part.methods)
+def has_all(rows: Sequence[Row], part: Part, method: str) -> bool:
+    """Return True if a method has a result, or diverged, on every pair."""
+    return len(results(rows, part, method)) == len(part.pairs)
 
 
 GRASS_AGAINST: list[Names] = [("grass", other) for other in KEY if other != "grass"]
@@ -184,6 +185,7 @@ _ALTERNATIVES: list[Names] = [
 ]
 _CONTROLS: list[Names] = [
     ("remeasured", "remeasured-shuffled"),
+    ("remeasured-shuffled", "uniform"),
     ("lowest", "uniform"),
     ("lowest", "static-top"),
 ]
@@ -213,17 +215,22 @@ FAMILIES: dict[str, tuple[str, list[Names]]] = {
             ("uniform-inside", "uniform"),
         ],
     ),
+    "again": (
+        "units",
+        [
+            ("remeasured", "uniform"),
+            ("remeasured", "remeasured-shuffled"),
+            ("remeasured-shuffled", "uniform"),
+            ("progress-top", "uniform"),
+        ],
+    ),
     "rules": (
         "rules",
-        [(name, "uniform") for name in (*STUDY.parts["rules"].methods, *SHORT) if name in RULES],
+        [(name, "uniform") for name in STUDY.parts["rules"].methods if name in RULES],
     ),
     "turns": (
         "rules",
-        [
-            (name, "unseen")
-            for name in (*STUDY.parts["rules"].methods, *SHORT)
-            if name in RULES and name != "unseen"
-        ],
+        [(name, "unseen") for name in STUDY.parts["rules"].methods if name in RULES and name != "unseen"],
     ),
     "settings": (
         "settings",
@@ -243,9 +250,11 @@ FAMILIES: dict[str, tuple[str, list[Names]]] = {
 
 ACROSS: list[Names] = [
     *GRASS_AGAINST,
+    ("remeasured", "full"),
     ("remeasured", "uniform"),
     ("remeasured", "remeasured-shuffled"),
     ("signal-squared", "uniform"),
+    ("static-top", "full"),
     ("static-top", "uniform"),
     ("static-top", "remeasured"),
     ("lowest", "uniform"),
@@ -254,48 +263,60 @@ ACROSS: list[Names] = [
 """Comparisons on all bases of arithmetic."""
 
 
-class Across(NamedTuple):
-    """A method against another one, on all base models of arithmetic; each base is one observation.
+class Tested(NamedTuple):
+    """A difference whose observations are bases.
 
     Attributes:
-        log_loss, exact: differences.
-        p_value: of the log-loss, corrected for the number of comparisons.
-        verdict: "better", "worse" or "undecided", by the log-loss.
+        difference: mean over the bases.
+        p_value: corrected for the number of comparisons.
+        verdict: "better", "worse" or "undecided".
     """
 
-    log_loss: Mean
-    exact: Mean
+    difference: Mean
     p_value: float
     verdict: str
+
+
+class Across(NamedTuple):
+    """A method against another one, on all base models of arithmetic: log-loss, and exact match in points."""
+
+    log_loss: Tested
+    exact: Tested
 
 
 def across(rows: Sequence[Row], earlier: Sequence[Row]) -> dict[Names, Across]:
     """Return the comparisons of `ACROSS` on the bases of all parts; without those that have fewer than two bases.
 
-    Runs of several parts on bases of the same seed, whose data are the same, count as one. The part of the rules, from
-    which some were chosen, does not count.
+    Runs of several parts on bases of the same seed, whose data are the same, count as one. Bases on which a method was
+    chosen do not count: those of the rules, and for `SUGGESTED` those of the confirmation.
     """
     counted = [(earlier, EARLIER), *((rows, part) for name, part in STUDY.parts.items() if name != "rules")]
 
-    def by_base(names: Names, value: Callable[[Row], float]) -> list[float]:
+    def bases_of(names: Names, value: Callable[[Row], float]) -> list[float]:
         found: dict[int | str, list[float]] = {}
         for of, part in counted:
-            if part.task == "arithmetic" and set(names) <= {*part.methods}:
-                for (base, _), difference in differences(of, part, names, value).items():
-                    found.setdefault(base, []).append(difference)
+            chosen_there = part is STUDY.parts["confirmation"] and not {*SUGGESTED}.isdisjoint(names)
+            if part.task != "arithmetic" or not set(names) <= {*part.methods} or chosen_there:
+                continue
+            pairs = differences(of, part, names, value)
+            for (base, _), difference in pairs.items() if len(pairs) >= FEWEST else ():
+                found.setdefault(base, []).append(difference)
         return [mean(values) for values in found.values()]
 
-    losses = {names: mean_of(of) for names in ACROSS if len(of := by_base(names, log_loss)) > 1}
-    p_values = holm({names: of.p_value for names, of in losses.items()})
-    return {
-        names: Across(
-            of,
-            mean_of(by_base(names, exact)),
-            p_values[names],
-            "undecided" if p_values[names] > 0.05 else "better" if of.mean < 0 else "worse",
-        )
-        for names, of in losses.items()
-    }
+    def tested(value: Callable[[Row], float], sign: int) -> dict[Names, Tested]:
+        means = {names: mean_of(of) for names in ACROSS if len(of := bases_of(names, value)) > 1}
+        p_values = holm({names: of.p_value for names, of in means.items()})
+        return {
+            names: Tested(
+                of,
+                p_values[names],
+                "undecided" if p_values[names] > 0.05 else "better" if sign * of.mean > 0 else "worse",
+            )
+            for names, of in means.items()
+        }
+
+    losses, matches = tested(log_loss, -1), tested(exact, 1)
+    return {names: Across(of, matches[names]) for names, of in losses.items()}
 
 
 @dataclass(frozen=True)

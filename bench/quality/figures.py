@@ -1,6 +1,8 @@
 """The paper's figures from stored rows and from what can be computed without a GPU, and our own of the differences."""
 
+import contextlib
 import hashlib
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,21 +13,35 @@ import numpy as np
 from bench.__main__ import main as bench
 from bench.quality.comparison import Compared, compare, results
 from bench.quality.methods import CONFIG
-from bench.quality.study import ALTERNATIVES, CHOSEN, FURTHER, KEY, NEW_RULES, OTHERS, STUDY, SUGGESTED, UNITS
+from bench.quality.study import (
+    AGAIN,
+    ALTERNATIVES,
+    CHOSEN,
+    FURTHER,
+    KEY,
+    NEW_RULES,
+    OTHERS,
+    STUDY,
+    SUGGESTED,
+    UNITS,
+)
 from grass.cli import main as grass
 from grass.errors import GrassError
-from grass.finetune.run_folder import read_rows
+from grass.finetune.run_folder import read_rows, write_rows
 from grass.reproduce.study import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MANIFEST = "figures.json"
+MEMORY = "memory.jsonl"
+"""Predicted peaks of memory, which the command that draws the figure writes."""
 SOURCES = {
     "losses.png": "study.jsonl",
     "differences.png": "study.jsonl",
     "norms-small.png": "stability.jsonl",
     "norms.png": "norms.jsonl",
+    "memory.png": MEMORY,
 }
 """Rows of each figure that is drawn from some."""
 _INK, _PALE = "#333333", "#e6e6e6"
@@ -49,7 +65,10 @@ def draw_all(results_folder: Path, output: Path) -> list[Path]:
     rows = STUDY.matching(read_rows(results_folder / "study.jsonl"))
     stability = read_rows(results_folder / "stability.jsonl")
     norms = read_rows(results_folder / "norms.jsonl")
-    figures: dict[str, Callable[[Path], Any]] = {"timeline.png": _timeline, "memory.png": _memory}
+    figures: dict[str, Callable[[Path], Any]] = {
+        "timeline.png": _timeline,
+        "memory.png": lambda path: _memory(path, results_folder / MEMORY),
+    }
     if any(results(rows, STUDY.parts["key"], method) for method in KEY):
         figures["losses.png"] = lambda path: draw_losses(rows, path)
         figures["differences.png"] = lambda path: draw_differences(rows, path)
@@ -95,10 +114,16 @@ def _timeline(path: Path) -> None:
     _run(bench, ["offload", "--plot", str(path)])
 
 
-def _memory(path: Path) -> None:
-    """Figure 4: predicted peak memory of LLaMA2-7B against sequence length, by method."""
-    step = ["--batch-size", "4", "--context", "1792", "--activation-checkpointing"]  # the paper's longest
-    _run(grass, ["plan", "--model", "llama2-7b", *step, "--plot", str(path), "--plot-points", "5"])
+def _memory(path: Path, rows: Path) -> None:
+    """Figure 4: predicted peak memory of LLaMA2-7B against sequence length, by method; rows of the paper's longest."""
+    step = ["--batch-size", "4", "--context", "1792", "--activation-checkpointing"]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        _run(
+            grass,
+            ["plan", "--model", "llama2-7b", *step, "--json", "--plot", str(path), "--plot-points", "5"],
+        )
+    write_rows(rows, json.loads(printed.getvalue()))
 
 
 def _run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> None:
@@ -137,35 +162,35 @@ def draw_losses(rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_differences(rows: Sequence[Row], path: Path) -> None:
-    """Draw the difference of each method, and of each rule that ran again, from uniform sampling with its interval."""
+    """Draw the difference of each method from uniform sampling, with its interval, in each part that has both."""
     lines: list[tuple[str, str, Compared]] = []
     shown = {
         "key": (*KEY, *ALTERNATIVES),
         "further": FURTHER,
         "methods": (*OTHERS, *NEW_RULES),
-        "units": UNITS,
+        "units": (*UNITS, *AGAIN),
         "confirmation": (*CHOSEN, *SUGGESTED),
     }
     for name, methods in shown.items():
         family = [(method, "uniform") for method in methods if method != "uniform"]
-        known = {method for method, _, _ in lines}
         found = compare(rows, STUDY.parts[name], family)
-        mark = " on other bases" if name == "confirmation" else ""
         lines += [
-            (method, f"{method}{mark} ({of.log_loss.num_pairs} pairs)", of)
+            (method, f"{method}, {name} ({of.log_loss.num_pairs} pairs)", of)
             for (method, _), of in found.items()
-            if method not in known
         ]
     lines.sort(key=lambda line: line[2].log_loss.mean)
-    figure, (axes,) = _figure(1, (8, 1.2 + 0.28 * max(1, len(lines))))
-    for place, (method, _, of) in enumerate(lines):
+    figure, grid = _figure(2, (11, 1.2 + 0.28 * max(1, len(lines))))
+    for place, (method, _, compared) in enumerate(lines):
         color = COLORS.get(method, _INK)
-        axes.plot([of.log_loss.low, of.log_loss.high], [place, place], color=color, lw=1.6)
-        axes.plot([of.log_loss.mean], [place], color=color, marker="o", ms=4)
-    axes.axvline(0, color=_INK, lw=0.8, ls=(0, (4, 3)))
-    axes.set_yticks(range(len(lines)), labels=[label for _, label, _ in lines])
-    axes.invert_yaxis()
-    axes.set_xlabel("difference of held-out log-loss, nats a token (left is better)", color=_INK)
+        for axes, of in zip(grid, (compared.log_loss, compared.exact), strict=True):
+            axes.plot([of.low, of.high], [place, place], color=color, lw=1.6)
+            axes.plot([of.mean], [place], color=color, marker="o", ms=4)
+    for axes in grid:
+        axes.axvline(0, color=_INK, lw=0.8, ls=(0, (4, 3)))
+    grid[0].set_yticks(range(len(lines)), labels=[label for _, label, _ in lines])
+    grid[0].invert_yaxis()
+    grid[0].set_xlabel("held-out log-loss, nats a token (left is better)", color=_INK)
+    grid[1].set_xlabel("exact match, points (right is better)", color=_INK)
     _save(figure, path, "Arithmetic: difference from uniform sampling, 95 % intervals")
 
 

@@ -132,46 +132,39 @@ def drift(rows: Sequence[Row], size: int, step: int, later: int) -> float:
 
 
 def probability_noise(
-    rows: Sequence[Row], size: int, step: int, window: int, config: GrassConfig
+    rows: Sequence[Row], size: int, step: int, window: int, config: GrassConfig, averaged: int = 1
 ) -> tuple[float, float]:
     """Return how much probabilities differ by chance, and by layer.
 
+    Args:
+        rows: rows of norms.
+        size, step: size of the batches, and the step at whose weights they were measured.
+        window: number of batches of a window.
+        config: how importance becomes probabilities.
+        averaged: number of windows in a moving average, each newest one with the weight ``config.ema``.
+
     Returns:
-        The mean total variation distance between the probabilities of two windows at the same weights, and that
-        between the probabilities of all batches and uniform ones.
+        The mean total variation distance between the probabilities of two chains of windows at the same weights, and
+        that between the probabilities of all batches and uniform ones.
     """
     noise, contrast = [], []
     sampler = make_sampler(config, [True] * LAYERS)
 
-    def probabilities(importance: Array) -> Array:
+    def probabilities(windows: Sequence[Array]) -> Array:
+        importance = windows[0]
+        for mean in windows[1:]:
+            importance = config.ema * mean + (1 - config.ema) * importance
         sampler.refresh(torch.from_numpy(importance))
         return sampler.probabilities.numpy().copy()
 
     for row in _select(rows, "norms", size=size, step=step):
-        windows = [probabilities(m) for m in _windows(row, window)]
-        noise += [np.abs(a - b).sum() / 2 for a, b in zip(windows[::2], windows[1::2], strict=False)]
-        everything = probabilities(np.array(row["norms"]).mean(axis=0))
+        windows = _windows(row, window)
+        chains = [windows[i : i + averaged] for i in range(0, len(windows) - averaged + 1, averaged)]
+        of = [probabilities(chain) for chain in chains]
+        noise += [np.abs(a - b).sum() / 2 for a, b in zip(of[::2], of[1::2], strict=False)]
+        everything = probabilities([np.array(row["norms"]).mean(axis=0)])
         contrast.append(np.abs(everything - 1 / LAYERS).sum() / 2)
     return float(np.mean(noise)), float(np.mean(contrast))
-
-
-def smoothed_noise(rows: Sequence[Row], size: int, step: int, window: int, alpha: float) -> float:
-    """Return how much probabilities (log scale, tau 1) differ by chance after a moving average over windows.
-
-    Two chains of windows at the same weights are averaged, each newest window with the weight `alpha`; the result is
-    the mean total variation distance of the probabilities.
-    """
-    found = []
-    for row in _select(rows, "norms", size=size, step=step):
-        windows = _windows(row, window)
-        chains = []
-        for chain in (windows[::2], windows[1::2]):
-            importance = chain[0]
-            for m in chain[1:]:
-                importance = alpha * m + (1 - alpha) * importance
-            chains.append(importance / importance.sum())
-        found.append(np.abs(chains[0] - chains[1]).sum() / 2)
-    return float(np.mean(found))
 
 
 def autocorrelation(rows: Sequence[Row], lag: int, smooth: int = 50) -> float:

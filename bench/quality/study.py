@@ -13,6 +13,7 @@ from bench.kernels.rows import describe_environment
 from bench.quality.methods import METHODS, RULES, SETTINGS, make
 from bench.quality.tasks import TASKS, Data
 from bench.quality.training import Budget, base_model, digest, fine_tune
+from grass.errors import GrassError
 from grass.reproduce.study import Job, Pair, Row, Search, missing_jobs
 
 BUDGETS = {"arithmetic": Budget(steps=500), "relations": Budget(steps=900)}
@@ -33,8 +34,6 @@ SUGGESTED = ("noisy-top", "noisy-squared", "first-top", "tau-0.05", "static-top"
 """Rules and settings that the results of the others suggested, some on the bases on which they were run."""
 REMOVED = ("reprobe", "reprobe-20")
 """Settings that did not help, and whose code is gone: their rows are compared, and not run again."""
-SHORT = ("signal-top", "progress-top")
-"""Rules of which some runs are missing in the part of the rules, at the rates that were chosen later."""
 SEARCH = Search(rates=(2e-3, 4e-3, 8e-3), orders=(1000,))
 """Learning rates are chosen by a run on each base of a part."""
 
@@ -104,6 +103,8 @@ NEW_RULES = ("update", "hopeful-progress", "diminishing")
 """Rules that were added when the others had been run."""
 UNITS = ("grass-floor", "modules-uniform", "modules-grass", "uniform-inside", "grass-inside")
 """Methods that train other units than whole layers and what is outside, or each layer with a floor."""
+AGAIN = ("remeasured", "remeasured-shuffled", "progress-top")
+"""The sampler that helped and its control, and a rule whose first runs were incomplete: on the bases of `UNITS`."""
 OTHERS = tuple(name for name in METHODS if name not in (*KEY, *FURTHER, *UNITS))
 STUDY = Design(
     {
@@ -116,10 +117,14 @@ STUDY = Design(
             range(10, 14),
             orders=2,
         ),
-        "units": Part("arithmetic", ("uniform", "grass", *UNITS), range(60, 64), orders=2),
+        "units": Part("arithmetic", ("uniform", "grass", *UNITS, *AGAIN), range(60, 64), orders=2),
         "rules": Part(
             "arithmetic",
-            ("uniform", "grass", *(name for name in RULES if name not in (*SUGGESTED, *NEW_RULES, *SHORT))),
+            (
+                "uniform",
+                "grass",
+                *(n for n in RULES if n not in (*SUGGESTED, *NEW_RULES, *AGAIN, "signal-top")),
+            ),
             range(20, 22),
             orders=4,
         ),
@@ -160,19 +165,30 @@ class RunJob:
     Args:
         budgets: size of a run of each task.
         folder: keeps the base models.
+        begun: digest of the base model with which runs of a task and base began; others may begin with any.
     """
 
     budgets: Mapping[str, Budget]
     folder: Path
+    begun: Mapping[tuple[str, int], str] = field(default_factory=dict)
 
     def __call__(self, job: Job) -> Row:
-        """Return the result of a run with its settings and origin."""
+        """Return the result of a run with its settings and origin.
+
+        Raises:
+            GrassError: the base model is not the one with which other runs began.
+        """
         torch.set_num_threads(1)
         base, budget = int(job.base), self.budgets[job.task]
         model = base_model(base, self.folder)
+        base_digest = digest(model)
+        if self.begun.get((job.task, base), base_digest) != base_digest:
+            raise GrassError(
+                f"base model {base} in {self.folder} is not the one with which other runs on {job.task} began, and "
+                "cannot be trained again on another machine: pass the folder of that one as --bases, or new --rows"
+            )
         start = time.process_time()
         train, heldout = problems(job.task, budget, base, is_search=job.order in SEARCH.orders)
-        base_digest = digest(model)
         optimizer = make(job.method, model, train, seed=1000 * base + job.order)
         trained = fine_tune(model, optimizer, train, heldout, job.lr, job.order, budget)
         environment = describe_environment(torch.device("cpu"))

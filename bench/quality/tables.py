@@ -11,10 +11,10 @@ from bench.quality.comparison import (
     ACROSS,
     FAMILIES,
     GRASS_AGAINST,
-    Across,
     Compared,
     Found,
     Names,
+    Tested,
     summarize,
 )
 from bench.quality.log import CONFIRMATIONS, FURTHER_PREDICTIONS, NOT_BUILT, NOTES, REPLACED
@@ -27,7 +27,6 @@ from bench.quality.study import (
     FURTHER,
     NEW_RULES,
     REMOVED,
-    SHORT,
     STUDY,
     SUGGESTED,
     Part,
@@ -87,7 +86,7 @@ def interval(found: Contrast | Mean, digits: int = 3) -> str:
     return f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
 
 
-def p_value(found: Compared | Across) -> str:
+def p_value(found: Compared | Tested) -> str:
     """Return the corrected p-value as text."""
     return "< 0.001" if found.p_value < 0.001 else f"{found.p_value:.3f}"
 
@@ -98,12 +97,16 @@ def across_table(found: Found) -> str:
     for a, b in ACROSS:
         of = found.across.get((a, b))
         if of is None:
-            lines.append([f"`{a}` - `{b}`", "not run", "", "", "", ""])
+            lines.append([f"`{a}` - `{b}`", "not run", *[""] * 6])
             continue
-        agree = f"{of.log_loss.same_sign} of {of.log_loss.size}"
-        numbers = [interval(of.log_loss), agree, p_value(of), of.verdict, interval(of.exact, 1)]
-        lines.append([f"`{a}` - `{b}`", *numbers])
-    return table(["difference", "log-loss", "bases", "p", "verdict", "exact, points"], lines)
+        numbers = [
+            text
+            for tested, digits in ((of.log_loss, 3), (of.exact, 1))
+            for text in (interval(tested.difference, digits), p_value(tested), tested.verdict)
+        ]
+        lines.append([f"`{a}` - `{b}`", str(of.log_loss.difference.size), *numbers])
+    header = ["difference", "bases", "log-loss", "p", "verdict", "exact, points", "p", "verdict"]
+    return table(header, lines)
 
 
 def by_base(found: Compared) -> str:
@@ -197,7 +200,7 @@ def _stability(rows: Sequence[Row]) -> str:
         noise.append([label, f"{values[0][1]:.3f}", *(f"{value[0]:.3f}" for value in values)])
     active, frozen = stability.bias(rows)
     smoothed = ", ".join(
-        f"{stability.smoothed_noise(rows, 16, steps[0], 5, alpha):.3f} for {alpha:g}"
+        f"{stability.probability_noise(rows, 16, steps[0], 5, GrassConfig(ema=alpha), 4)[0]:.3f} for {alpha:g}"
         for alpha in (0.1, 0.5, 1.0)
     )
     correlations = ", ".join(
@@ -310,7 +313,7 @@ def tables_page(found: Found) -> str:
             _part("Relations", found, "relations"),
             _part("Arithmetic: what helped and its controls, on other bases", found, "further"),
             _part("Arithmetic: other methods", found, "methods"),
-            _part("Arithmetic: other units", found, "units"),
+            _part("Arithmetic: other units, and the control again", found, "units", "again"),
             _real(found.folder),
             _stability(found.stability),
         ]
@@ -321,13 +324,14 @@ def log_page(found: Found) -> str:
     """Return docs/evidence-log.md."""
 
     def outcome(family: str, name: str, other: str) -> str:
+        if (name, other) not in FAMILIES[family][1]:
+            return "not compared"
         of = found.families[family].get((name, other))
         if of is None:
             return "not run"
-        pairs = f"{of.log_loss.num_pairs} pairs, " if family in ("rules", "turns") and name in SHORT else ""
         return (
-            f"{interval(of.log_loss)} {of.verdict}, {pairs}p {p_value(of)}, detectable "
-            f"{of.log_loss.detectable:.3f}; by base {by_base(of)}"
+            f"{interval(of.log_loss)} {of.verdict}, p {p_value(of)}, detectable {of.log_loss.detectable:.3f}; by base "
+            f"{by_base(of)}"
         )
 
     def lines(names: Iterable[str], predictions: Mapping[str, str], *against: Names) -> list[str]:
@@ -355,12 +359,12 @@ def log_page(found: Found) -> str:
             "## Rules, against uniform sampling\n",
             f"They see gradients of all layers on {MEASURED} other problems at the beginning of each period, which no",
             "method that saves memory does: a rule that does not help here need not be built. (`lowest`, `highest` and",
-            "`unseen` see none.) Learning rates are those of uniform sampling, but for",
+            "`unseen` see none; `signal-top` is below.) Learning rates are those of uniform sampling, but for",
             f"{own_rates}, which have their own. On {len(rules.bases)} bases, {rules.orders} orders of the data each,",
             "but for what is said otherwise.\n",
             *header("against uniform sampling", "against `unseen`"),
             *lines(
-                (name for name in (*rules.methods, *SHORT) if name in RULES),
+                (name for name in rules.methods if name in RULES),
                 {},
                 ("rules", "uniform"),
                 ("turns", "unseen"),
@@ -368,6 +372,7 @@ def log_page(found: Found) -> str:
             f"\nAdded later, and run on {len(STUDY.parts['methods'].bases)} other bases:\n",
             *header("against uniform sampling"),
             *lines(NEW_RULES, {}, ("methods", "uniform")),
+            *lines(["progress-top"], {}, ("again", "uniform")),
             f"\n{NOT_BUILT}",
             "\n## Settings, against GRASS\n",
             "At the learning rates of GRASS, but for those named above.\n",

@@ -208,7 +208,7 @@ def fine_tune(
         loss.backward()
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
-            return Trained(math.inf, 0.0, losses, 0.0)
+            return Trained(math.inf, 0.0, curve_of(losses[:-1]), 0.0)
         if not is_probe:  # a frozen parameter may have a gradient: see `grass.optim.probe`
             active_layers = sampled.active_layers if sampled else ()
             frozen = {p for layer in range(num_layers) if layer not in active_layers for p in blocks[layer]}

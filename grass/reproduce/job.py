@@ -73,8 +73,12 @@ def reproduce(
     return make_report(read_rows(path), options)
 
 
-_FREE = ("methods", "seeds", "workers", "threads", "minutes", "micro_batch_size", "output", "data_dir")
-"""Options that may differ between pieces of a reproduction."""
+_FREE = {
+    *("methods", "seeds", "workers", "threads", "minutes", "output", "data_dir"),
+    *("micro_batch_size", "eval_batch_size", "activation_checkpointing"),
+    *("offload", "buffer_mb", "buffer_count", "fused_backward"),
+}
+"""Options that may differ between pieces of a reproduction, since they do not change what is computed."""
 
 
 def _check_settings(
@@ -85,7 +89,7 @@ def _check_settings(
     Raises:
         ConfigError: the rows that are there were made with other settings, another model or other records.
     """
-    settings = {k: v for k, v in asdict(options).items() if k not in _FREE} | asdict(config)
+    settings = {k: v for k, v in (asdict(options) | asdict(config)).items() if k not in _FREE}
     if Path(options.model).exists():
         settings["model"] = str(Path(options.model).resolve())
     settings = json.loads(json.dumps(settings | {"records": digests}))  # tuples become lists

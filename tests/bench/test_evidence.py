@@ -7,7 +7,7 @@ left behind by new rows; an arm without reason and prediction; a figure that fai
 import json
 import random
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -15,18 +15,29 @@ import torch
 from scipy import stats
 
 from bench.quality import __main__ as command
-from bench.quality import figures, stability
-from bench.quality.comparison import ACROSS, FAMILIES, Found, across, compare, is_complete, results, summarize
-from bench.quality.evidence import BEGIN, END, findings, in_short, page, written_pages
+from bench.quality import figures, real, stability
+from bench.quality.comparison import (
+    ACROSS,
+    FAMILIES,
+    FEWEST,
+    Found,
+    across,
+    compare,
+    has_all,
+    results,
+    summarize,
+)
+from bench.quality.evidence import BEGIN, END, claims, in_short, page, written_pages
 from bench.quality.log import NOTES
 from bench.quality.methods import BLIND, CONFIG, RULES, SETTINGS
 from bench.quality.stability import measure
-from bench.quality.study import BUDGETS, FURTHER, KEY, OTHERS, REMOVED, SEARCH, SHORT, STUDY, UNITS
-from bench.quality.tables import TITLES, tables_page
+from bench.quality.study import BUDGETS, FURTHER, KEY, OTHERS, REMOVED, SEARCH, SMALL, STUDY, UNITS, rate_of
+from bench.quality.tables import TITLES, log_page, real_report, tables_page
 from bench.quality.training import Budget, make_model
 from grass import GrassConfig
 from grass.errors import GrassError
-from grass.finetune.run_folder import write_rows
+from grass.finetune.run_folder import read_rows, write_rows
+from grass.reproduce.options import SEARCH_SEED
 from grass.reproduce.study import Job
 
 PART = STUDY.parts["key"]
@@ -124,6 +135,12 @@ def test_only_pairs_that_both_have_are_compared(rows):
     fewer = [r for r in rows if r["method"] != "uniform" or r["order"] < 2 or r["order"] in SEARCH.orders]
     assert one(fewer, "grass", "uniform").log_loss.num_pairs == 8
     assert one(rows, "grass", "cyclic") is None
+    pairs = PART.pairs[: FEWEST - 1]
+    few = [
+        r for r in rows_of("shuffled", 0.1) if r["order"] in SEARCH.orders or (r["base"], r["order"]) in pairs
+    ]
+    family = [("grass", "uniform"), ("grass", "shuffled")]
+    assert compare([*rows, *few], PART, family) == compare(rows, PART, family)  # they spoil no other p-value
     other_rate = [r | {"lr": 99.0} for r in rows if r["method"] == "grass"]
     assert one([*rows, *other_rate], "grass", "uniform") == one(rows, "grass", "uniform")
 
@@ -136,7 +153,8 @@ def test_diverged_runs_are_counted_and_not_compared(rows):
     assert one(rows, "grass", "uniform").diverged == 1
     of = summarize(rows, PART, "uniform")
     assert (of.runs, of.diverged) == (32, 1)
-    assert is_complete(rows, replace(PART, methods=("uniform",)))
+    assert has_all(rows, PART, "uniform")
+    assert not has_all(rows, PART, "cyclic")
 
 
 def test_runs_that_began_with_different_weights_are_no_pair(rows):
@@ -160,17 +178,26 @@ def test_a_summary_has_deviations_within_bases(rows):
     assert of.exact == pytest.approx(70.0)
 
 
-def test_findings_say_better_worse_undecided_and_not_run(rows, tmp_path):
-    lines = findings(found_in(rows, tmp_path))
-    assert lines["uniform"].startswith("GRASS is **better** than uniform sampling (-0.03")
-    assert "bases 4 of 4; +3.0 [" in lines["uniform"]
-    assert lines["shuffled"] == "GRASS against its own probabilities on permuted layers: not run yet."
-    assert "static GRASS: **undecided**" in lines["static"]
-    assert "detectable: 0.0" in lines["static"]
-    assert lines["full"].startswith("GRASS is **worse** than full fine-tuning (+0.1")
-    assert lines["rules"] == "Rules that see the gradients of all layers: not run yet."
-    for name in ("again", "remeasured", "static-top"):
-        assert lines[name].endswith("not run yet.")
+def test_claims_are_better_worse_undecided_or_not_run(rows, tmp_path):
+    of = claims(found_in(rows, tmp_path))
+    uniform = of["Sampling by gradient norms is better than uniform sampling (LISA)."]
+    assert uniform.startswith("GRASS is **better** than uniform sampling (-0.03")
+    assert "bases 4 of 4; +3.0 [" in uniform
+    shuffled = of["Doubt: the same probabilities would do as well without the norms."]
+    assert shuffled == "GRASS against its own probabilities on permuted layers: not run yet."
+    static = of["Adapting during training is better than the probe alone."]
+    assert "static GRASS: **undecided**" in static
+    assert "detectable: 0.0" in static
+    full = of["GRASS is close to full fine-tuning, or better."]
+    assert full.startswith("GRASS is **worse** than full fine-tuning (+0.1")
+    rules = of["Doubt: is there any rule that beats random layers?"]
+    assert rules.startswith("Rules that see the gradients of all layers: not run yet.")
+    assert rules.count("not run yet.") == 5
+    memory = next(text for claim, text in of.items() if "1,792 tokens" in claim)
+    assert memory == "not predicted yet."
+    write_rows(tmp_path / "memory.jsonl", [{"method": "lora-r128", "peak_gib": 20.26}])
+    memory = next(text for claim, text in claims(Found.of(tmp_path)).items() if "1,792 tokens" in claim)
+    assert "`lora-r128` 20.3 GiB (" in memory
 
 
 def test_in_short_names_what_is_better_than_chance(rows, tmp_path):
@@ -178,14 +205,20 @@ def test_in_short_names_what_is_better_than_chance(rows, tmp_path):
     assert in_short(found_in([], tmp_path)) == "Not run yet.\n"
     text = in_short(found_in(rows, tmp_path))
     assert "**Drawing layers by their gradient norms, as the paper does, is better than" in text
-    assert "Better than chance: `grass`.\n" in text
-    assert "the same layers always" not in text  # not run
-    more = [*rows_of("remeasured", -0.05, 0.005), *rows_of("static-top", 0.0, 0.05)]
+    assert "by log-loss: `grass`; by exact match: `grass`.\n" in text
+    assert "how sure a model is" not in text
+    more = [*rows_of("remeasured", -0.05, 0.005), *rows_of("static-top", -0.3, 0.005)]
+    for r in more:
+        r["exact"] = 0.1 if r["method"] == "static-top" else r["exact"]
     text = in_short(found_in([*rows, *more], tmp_path))
-    assert "Better than chance: `grass`, `remeasured`.\n" in text
-    assert "Training the same layers always (`static-top`) is worse than" in text
+    assert (
+        "by log-loss: `grass`, `remeasured`, `static-top`; by exact match: `grass`, `remeasured`.\n" in text
+    )
+    assert "`static-top` is better than `full` by log-loss and worse by exact match" in text
     worse = [r for r in rows if r["method"] != "grass"] + rows_of("grass", 0.1, 0.005)
-    assert "is worse than drawing them by chance.**\nNo rule is better" in in_short(found_in(worse, tmp_path))
+    text = in_short(found_in(worse, tmp_path))
+    assert "is worse than drawing them by chance.**" in text
+    assert "by log-loss: none decided; by exact match: none decided.\n" in text
     noisy = [r for r in rows if r["method"] != "grass"] + rows_of("grass", 0.0, 0.1)
     assert in_short(found_in(noisy, tmp_path)).startswith("**It is not decided whether drawing layers")
 
@@ -197,7 +230,8 @@ def test_rules_are_counted_by_verdict(rows, tmp_path):
     shifts = {"signal": -0.08, "signal-inverse": 0.1}
     more = [r for name in rules for r in rows_of(name, shifts.get(name, 0.0), 0.005, part)]
     uniform = rows_of("uniform", 0.0, 0.002, part)
-    line = findings(found_in([*rows, *more, *uniform], tmp_path))["rules"]
+    of = claims(found_in([*rows, *more, *uniform], tmp_path))
+    line = of["Doubt: is there any rule that beats random layers?"]
     assert line.startswith(
         f"Of {len(rules) - len(BLIND)} rules that see the gradients of all layers, against uniform sampling: "
         "1 are better"
@@ -211,7 +245,7 @@ def test_every_arm_has_a_title_or_a_reason_and_a_prediction():
     assert set(NOTES) == {*RULES, *SETTINGS, *REMOVED, "grass-floor", *FURTHER}
     assert all(note.reason.endswith((".", "?")) and note.prediction for note in NOTES.values())
     for part, family in FAMILIES.values():
-        assert {name for names in family for name in names} <= {*STUDY.parts[part].methods, *REMOVED, *SHORT}
+        assert {name for names in family for name in names} <= {*STUDY.parts[part].methods, *REMOVED}
 
 
 def test_a_base_is_one_observation_over_all_parts(rows):
@@ -223,20 +257,34 @@ def test_a_base_is_one_observation_over_all_parts(rows):
         if r["method"] == "grass" and r["base"] == 2 and r["order"] not in SEARCH.orders:
             r["log_loss"] += 0.04
     found = across([*rows, *more], earlier)
-    of = found["grass", "uniform"].log_loss
+    of = found["grass", "uniform"].log_loss.difference
     assert of.size == 8
     assert set(found) <= set(ACROSS)
-    alone = across([*rows, *more], [])["grass", "uniform"].log_loss
+    alone = across([*rows, *more], [])["grass", "uniform"].log_loss.difference
     # of the key contrast -0.03; with the earlier one, of 0 and of 0.04 on one base, the means of both
     assert alone.mean == pytest.approx(4 * -0.03 / 8, abs=0.005)
     assert of.mean == pytest.approx((3 * -0.015 + 0.005) / 8, abs=0.005)
     only = across(rows, [])
     values = [one(rows, "grass", "full").bases[base] for base in PART.bases]
     expected = stats.ttest_1samp(values, 0.0)
-    assert only["grass", "full"].log_loss.p_value == pytest.approx(expected.pvalue)
-    assert only["grass", "full"].p_value == pytest.approx(expected.pvalue * 3)  # the smallest of three
-    assert only["grass", "full"].verdict == "worse"
-    assert only["grass", "static"].verdict == "undecided"
+    of = only["grass", "full"].log_loss
+    assert of.difference.p_value == pytest.approx(expected.pvalue)
+    assert of.p_value == pytest.approx(expected.pvalue * 3)  # the smallest of three
+    assert of.verdict == only["grass", "full"].exact.verdict == "worse"
+    assert only["grass", "uniform"].exact.verdict == "better"
+    assert only["grass", "static"].log_loss.verdict == "undecided"
+
+
+def test_bases_on_which_a_method_was_chosen_do_not_count(rows):
+    """Of the best of many on these bases the difference is too large."""
+    confirmation, rules = STUDY.parts["confirmation"], STUDY.parts["rules"]
+    more = [
+        r for name in ("uniform", "static-top", "lowest") for r in rows_of(name, 0.0, 0.005, confirmation)
+    ]
+    more += [r for name in ("uniform", "lowest") for r in rows_of(name, 0.0, 0.005, rules)]
+    found = across([*rows, *more, *rows_of("static-top", 0.0, 0.005)], [])
+    assert found["static-top", "uniform"].log_loss.difference.size == len(PART.bases)
+    assert found["lowest", "uniform"].log_loss.difference.size == len(confirmation.bases)
 
 
 @pytest.fixture
@@ -250,7 +298,7 @@ def project(tmp_path, rows, monkeypatch):
     monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(command, "FIGURES", tmp_path / "figures")
     for name in ("_timeline", "_memory"):
-        monkeypatch.setattr(figures, name, lambda path: path.write_bytes(b"drawn by another command"))
+        monkeypatch.setattr(figures, name, lambda path, *_: path.write_bytes(b"drawn by another command"))
     figures.draw_all(tmp_path / "results", tmp_path / "figures")
     assert command.main(["verify", "--write"]) == 0
     return tmp_path
@@ -406,10 +454,15 @@ def test_noise_of_probabilities_on_known_norms():
 def test_a_moving_average_smooths_probabilities_and_selection_is_known():
     rng = np.random.default_rng(1)
     rows = known((5 + rng.random((40, 8))).tolist())
-    noise = [stability.smoothed_noise(rows, 16, 0, 5, alpha) for alpha in (0.1, 0.5, 1.0)]
-    a, b = (np.array(rows[0]["norms"])[i : i + 5].mean(axis=0) for i in (30, 35))
-    assert noise[2] == pytest.approx(np.abs(a / a.sum() - b / b.sum()).sum() / 2)
-    assert noise[1] < noise[2]
+    noise = [
+        stability.probability_noise(rows, 16, 0, 5, GrassConfig(ema=alpha), averaged=4)[0]
+        for alpha in (0.5, 1.0)
+    ]
+    a, b = (
+        np.array(rows[0]["norms"])[i : i + 5].mean(axis=0) for i in (15, 35)
+    )  # the newest window of each chain
+    assert noise[1] == pytest.approx(np.abs(a / a.sum() - b / b.sum()).sum() / 2)
+    assert noise[0] < noise[1]
     trace = {"kind": "trace", "norms": [[1.0] * 6 + [5.0] * 2] * 3, "active": [[], [6, 7], [0, 6]]}
     assert stability.selection([trace]) == pytest.approx((5 / 2 + 3 / 2) / 2)
 
@@ -438,7 +491,7 @@ def test_autocorrelation_and_bias_of_known_traces():
 def test_every_figure_is_drawn_from_its_rows(tmp_path, rows, measured, monkeypatch):
     pytest.importorskip("matplotlib", reason="figures are drawn by it")
     for name in ("_timeline", "_memory"):
-        monkeypatch.setattr(figures, name, lambda path: path.write_bytes(b"drawn by another command"))
+        monkeypatch.setattr(figures, name, lambda path, *_: path.write_bytes(b"drawn by another command"))
     folder = tmp_path / "rows"
     folder.mkdir()
     assert {path.name for path in figures.draw_all(folder, tmp_path / "none")} == {
@@ -455,6 +508,31 @@ def test_every_figure_is_drawn_from_its_rows(tmp_path, rows, measured, monkeypat
     assert all(path.stat().st_size > 0 for path in paths)
 
 
+def test_figures_show_what_the_rows_say(rows, monkeypatch, tmp_path):
+    """Another method's values, or another sign."""
+    pytest.importorskip("matplotlib", reason="figures are drawn by it")
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path, title: drawn.append(figure))
+    figures.draw_differences(rows, tmp_path / "differences.png")
+    left, right = drawn[0].axes
+    labels = [label.get_text() for label in left.get_yticklabels()]
+    assert labels[0] == "full, key (32 pairs)"  # the best
+    assert len(labels) == 3
+    for place, label in enumerate(labels):
+        expected = one(rows, label.split(",")[0], "uniform")
+        for axes, of in ((left, expected.log_loss), (right, expected.exact)):
+            span, mean = axes.lines[2 * place : 2 * place + 2]
+            assert list(span.get_xdata()) == [of.low, of.high]
+            assert list(mean.get_xdata()) == [of.mean]
+    for r in rows:
+        r["curve"] = [
+            {"full": 1.0, "uniform": 3.0, "static": 2.0, "grass": 2.5}[r["method"]] + r["order"] / 100
+        ] * 10
+    figures.draw_losses(rows, tmp_path / "losses.png")
+    means = {line.get_label(): line.get_ydata()[0] for line in drawn[1].axes[0].lines}
+    assert means == pytest.approx({"full": 1.035, "uniform": 3.035, "static": 2.035, "grass": 2.535})
+
+
 def test_the_page_of_this_checkout_is_that_of_its_rows():
     pages = written_pages(command.RESULTS, command.ROOT)
     for path, text in pages.items():
@@ -465,11 +543,116 @@ def test_the_page_of_this_checkout_is_that_of_its_rows():
     figures.check_figures(command.RESULTS, command.FIGURES)
 
 
+def real_rows(table, losses):
+    """Rows of study B: a search, and a result for each log-loss of a method."""
+    rows = []
+    for method, of in losses.items():
+        job = {"task": table, "method": method, "base": "SmolLM2"}
+        for lr in (1e-4, 2e-4, 4e-4):
+            search = {
+                "lr": lr,
+                "order": SEARCH_SEED,
+                "log_loss": 1.0 + (lr != 2e-4),
+                "steps": real.STEPS // 2,
+            }
+            rows.append(job | search | {"batch_size": real.BATCH})
+        for order, loss in enumerate(of):
+            run = {
+                "lr": 2e-4,
+                "order": order,
+                "log_loss": loss,
+                "steps": real.STEPS,
+                "batch_size": real.BATCH,
+            }
+            rows.append(job | run | {"accuracies": dict.fromkeys(real.TASKS[table], 0.25)})
+    return rows
+
+
+def test_rows_of_the_real_model_are_compared_by_order(tmp_path):
+    """Another order's loss; an arm with fewer orders; a method that has none."""
+    losses = {"grass": [0.5, 0.6, 0.7], "uniform": [0.6, 0.6, 0.6], "full": [0.4, 0.5], "static": []}
+    write_rows(tmp_path / "arithmetic.jsonl", real_rows("arithmetic", losses))
+    report, differences = real_report(tmp_path, "arithmetic")
+    assert differences["uniform"] == pytest.approx([-0.1, 0.0, 0.1])
+    assert differences["full"] == pytest.approx([0.1, 0.1])
+    assert not differences["static"]
+    assert report["grass"]["lr"] == 2e-4
+    found = Found.of(tmp_path)
+    text = claims(found)["The same on a real model."]
+    assert (
+        "`uniform` +0.000 (-0.100 to +0.100), `full` +0.100 (+0.100 to +0.100) (mean and range of 2 orders"
+        in text
+    )
+    assert "commonsense: not run yet." in text
+    table = tables_page(found)
+    assert "| grass | 0.0002 | 3 | 0.600 ± 0.100 | 25.0 |" in table
+    assert "| static | 0.0002 | 0 |" in table
+    shorter = [row | {"steps": row["steps"] // 2} for row in real_rows("arithmetic", losses)]
+    write_rows(
+        tmp_path / "arithmetic.jsonl", [r for r in shorter if r["order"] < SEARCH_SEED and r["order"] > 0]
+    )
+    assert real_report(tmp_path, "arithmetic")[1]["uniform"] == []  # of runs of other lengths
+
+
+def test_norms_of_the_real_model_are_compared_by_task(tmp_path, measured):
+    """Four layers in one order, in the opposite one, and with a swap of two: correlation 1, -1 and 0.8."""
+    write_rows(tmp_path / "stability.jsonl", measured)
+    order, swapped = [1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 4.0]
+    panels = {"arithmetic": [order, swapped], "commonsense": [order[::-1], order[::-1]]}
+    rows = [
+        {"panel": panel, "name": str(i), "norms": norms}
+        for panel, of in panels.items()
+        for i, norms in enumerate(of)
+    ]
+    write_rows(tmp_path / "norms.jsonl", rows)
+    text = next(
+        text for claim, text in claims(Found.of(tmp_path)).items() if claim.startswith("Which layers")
+    )
+    assert "+0.80 to +0.80 between two of 2 arithmetic tasks" in text
+    assert "+1.00 to +1.00 between two of 2 commonsense tasks" in text
+    assert "-1.00 to -0.80 between one of arithmetic and one of commonsense" in text
+
+
 def test_the_page_is_written_with_all_rows(tmp_path, rows, measured):
-    write_rows(tmp_path / "study.jsonl", rows)
+    """With every part and both tables nothing is left to run."""
+    for part in STUDY.parts.values():
+        methods = {*part.methods, *map(rate_of, part.methods)}
+        rows = rows + [r for name in sorted(methods) for r in rows_of(name, 0.0, 0.02, part)]
+    rows = list({(r["task"], r["method"], r["lr"], r["base"], r["order"]): r for r in rows}.values())
+    removed = [r for name in REMOVED for r in rows_of(name, 0.0, 0.02, STUDY.parts["confirmation"])]
+    write_rows(tmp_path / "study.jsonl", [*rows, *removed])
+    write_rows(tmp_path / "earlier.jsonl", [r for r in rows if r["base"] in PART.bases])
     enough = [r | {"norms": r["norms"] * 10} if r["kind"] == "norms" else r for r in measured]
     write_rows(tmp_path / "stability.jsonl", enough)
+    write_rows(tmp_path / "memory.jsonl", [{"method": "grass", "peak_gib": 20.0}])
+    for table in real.TASKS:
+        losses = {method: [0.5, 0.6, 0.7] for method in real.METHODS}
+        write_rows(tmp_path / f"{table}.jsonl", real_rows(table, losses))
     found = Found.of(tmp_path)
-    text = tables_page(found)
-    assert "Not run yet" not in text.split("## How noisy")[1]
-    assert "nan" not in text + page(found)
+    text = page(found) + tables_page(found) + log_page(found)
+    assert "not run" not in text.lower()
+    assert "not predicted yet" not in text
+    assert "nan" not in text
+
+
+def test_a_study_is_run_and_summarized(tmp_path, capsys, monkeypatch):
+    """The command; its runs are made up."""
+
+    def run_missing(jobs, run_job, path, workers, seconds):
+        while found := jobs(read_rows(path)):
+            new = row(found[0], 1.0 + (found[0].lr != BEST)) | asdict(SMALL.budgets[found[0].task])
+            write_rows(path, [*read_rows(path), new])
+            yield new, len(found) - 1
+
+    monkeypatch.setattr(command, "run_missing", run_missing)
+    monkeypatch.setattr(command, "ROWS", tmp_path / "study.jsonl")
+    arguments = ["run", "--bases", str(tmp_path / "bases"), "--small"]
+    assert command.main([*arguments, "--part", "relations"]) == 2
+    assert "--small has no part relations: choose of key, rules" in capsys.readouterr().err
+    assert command.main([*arguments, "--part", "rules"]) == 0
+    assert "shuffled" not in capsys.readouterr().out
+    assert command.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "arithmetic, 2 bases x 2 orders: held-out log-loss, exact match" in out
+    assert re.search(r"\nshuffled +1\.0000  50\.0%  4 runs at 0\.004\n", out)
+    assert {r["order"] for r in read_rows(tmp_path / "small.jsonl")} == {0, 1, *SEARCH.orders}

@@ -250,6 +250,16 @@ def test_the_command_runs_all_and_goes_on(options, tmp_path, capsys):
     assert main([*command, "--steps", "8"]) == 2
     assert "out has runs with --steps 6: pass another --output" in capsys.readouterr().err
     assert main([*command, "--methods", "full", "--minutes", "0"]) == 0
+    smaller = [
+        "--activation-checkpointing",
+        "--micro-batch-size",
+        "1",
+        "--eval-batch-size",
+        "1",
+        "--offload",
+        "none",
+    ]
+    assert main([*command, *smaller, "--minutes", "0"]) == 0  # as a run without memory left asks for
 
 
 def test_nothing_begins_after_the_given_minutes_and_the_table_says_what_is_missing(options, capsys):
