@@ -1,7 +1,9 @@
 """Fixtures of every test: the same random numbers, one thread, and memory that shows if it is read
 before it is written."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,3 +50,13 @@ def _reproducible() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def llm_adapters():
+    """Folder of LLM-Adapters' data sets: `GRASS_LLM_ADAPTERS`, or shared/data/llm-adapters beside the checkout."""
+    beside = Path(__file__).parents[2] / "shared" / "data" / "llm-adapters"
+    folder = Path(os.environ.get("GRASS_LLM_ADAPTERS") or beside)
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is missing: set GRASS_LLM_ADAPTERS to the folder of LLM-Adapters' data sets")
+    return folder

@@ -434,8 +434,8 @@ def _defaults(found: Found) -> str:
         if other == "grass" and of.verdict == "better"
     ]
     kept = (
-        f"Decided to be better than the default here: {', '.join(better)}. The default stays the paper's all the same, "
-        "since these are a few small models of one kind."
+        f"Decided to be better than the default here: {', '.join(better)}. The default stays the published method all "
+        "the same, since these are small models of one kind; the others are one argument away."
         if better
         else "No alternative is decided to be better here, so each default stays."
     )

@@ -1,8 +1,6 @@
 """A tiny model and a few problems on disk, as a user would have them."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 
@@ -14,16 +12,6 @@ from tests.support.saved_model import save_tiny_model
 @pytest.fixture(scope="session")
 def tokenizer():
     return demo_tokenizer()
-
-
-@pytest.fixture(scope="session")
-def llm_adapters():
-    """Folder of LLM-Adapters' data sets: `GRASS_LLM_ADAPTERS`, or shared/data/llm-adapters beside the checkout."""
-    beside = Path(__file__).parents[3] / "shared" / "data" / "llm-adapters"
-    folder = Path(os.environ.get("GRASS_LLM_ADAPTERS") or beside)
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is missing: set GRASS_LLM_ADAPTERS to the folder of LLM-Adapters' data sets")
-    return folder
 
 
 @pytest.fixture(scope="session")

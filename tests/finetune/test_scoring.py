@@ -5,7 +5,7 @@ letters); a rule that needs every option to occur among the expected answers; a 
 number compared as text; a choice found inside another word.
 
 The rules of LLM-Adapters are written a second time below, by data set and from their description, and compared on
-their own files, which are not part of the project (see `llm_adapters` in conftest.py).
+their own files, which are not part of the project (see `llm_adapters` in tests/conftest.py).
 """
 
 import json

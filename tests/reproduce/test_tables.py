@@ -33,6 +33,24 @@ def test_training_validation_and_test_records_are_disjoint(data_dir):
     assert list(again.tests) == ["AddSub"]
 
 
+def test_no_question_of_llm_adapters_is_on_both_sides(llm_adapters):
+    """At most as many test records as differ from all training ones in lower case, white space folded.
+
+    Three of the training records have no output: they are not trained on, so that their questions may be tested.
+    """
+    data = read_table(llm_adapters, "arithmetic", (), validation=100)
+    known = texts(data.train) | texts(data.validation)
+    most = {"MultiArith": 109, "AddSub": 79, "SingleEq": 102, "SVAMP": 200, "gsm8k": 264, "AQuA": 51}
+    assert data.tests.keys() == most.keys()
+    for task, records in data.tests.items():
+        assert not texts(records) & known
+        assert 0.9 * most[task] <= len(records) <= most[task] + data.num_skipped
+    assert data.num_skipped == 3
+    data = read_table(llm_adapters, "commonsense", ("ARC-Easy", "openbookqa"), validation=100)
+    known = texts(data.train) | texts(data.validation)
+    assert all(records and not texts(records) & known for records in data.tests.values())
+
+
 @pytest.mark.parametrize(
     ("text", "same"),
     [
