@@ -626,7 +626,7 @@ def test_the_page_is_written_with_all_rows(tmp_path, rows, measured):
     write_rows(tmp_path / "stability.jsonl", enough)
     write_rows(tmp_path / "memory.jsonl", [{"method": "grass", "peak_gib": 20.0}])
     for table in real.TASKS:
-        losses = {method: [0.5, 0.6, 0.7] for method in real.METHODS}
+        losses = {method: [0.5, 0.6, 0.7] for method in real.METHODS[table]}
         write_rows(tmp_path / f"{table}.jsonl", real_rows(table, losses))
     found = Found.of(tmp_path)
     text = page(found) + tables_page(found) + log_page(found)
