@@ -216,7 +216,7 @@ FAMILIES: dict[str, tuple[str, list[Names]]] = {
         ],
     ),
     "again": (
-        "units",
+        "again",
         [
             ("remeasured", "uniform"),
             ("remeasured", "remeasured-shuffled"),

@@ -168,7 +168,8 @@ def draw_differences(rows: Sequence[Row], path: Path) -> None:
         "key": (*KEY, *ALTERNATIVES),
         "further": FURTHER,
         "methods": (*OTHERS, *NEW_RULES),
-        "units": (*UNITS, *AGAIN),
+        "units": UNITS,
+        "again": AGAIN,
         "confirmation": (*CHOSEN, *SUGGESTED),
     }
     for name, methods in shown.items():

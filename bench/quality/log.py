@@ -178,6 +178,6 @@ than by guessing one of three, and settings on bases of two machines. `signal-to
 rules at rates that turned out not to be their best, and lack runs there. That a verdict needs the same sign on all
 bases was added when the first key contrast and the rules were known; the table over all base models, when the key
 contrast and the confirmation were, and before the runs with controls on other bases. Each part that is run adds its
-bases to that table: first the key contrast, the confirmation and `further`, then `methods`, then `units`, where the
-control of `remeasured` is repeated.
+bases to that table: first the key contrast, the confirmation and `further`, then `methods`, `units`, and `again`, which
+repeats the control of `remeasured`.
 """

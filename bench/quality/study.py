@@ -104,7 +104,7 @@ NEW_RULES = ("update", "hopeful-progress", "diminishing")
 UNITS = ("grass-floor", "modules-uniform", "modules-grass", "uniform-inside", "grass-inside")
 """Methods that train other units than whole layers and what is outside, or each layer with a floor."""
 AGAIN = ("remeasured", "remeasured-shuffled", "progress-top")
-"""The sampler that helped and its control, and a rule whose first runs were incomplete: on the bases of `UNITS`."""
+"""The sampler that helped and its control on more bases, and a rule whose first runs were incomplete."""
 OTHERS = tuple(name for name in METHODS if name not in (*KEY, *FURTHER, *UNITS))
 STUDY = Design(
     {
@@ -117,7 +117,8 @@ STUDY = Design(
             range(10, 14),
             orders=2,
         ),
-        "units": Part("arithmetic", ("uniform", "grass", *UNITS, *AGAIN), range(60, 64), orders=2),
+        "units": Part("arithmetic", ("uniform", "grass", *UNITS), range(60, 64), orders=2),
+        "again": Part("arithmetic", ("uniform", *AGAIN), range(70, 74), orders=2),
         "rules": Part(
             "arithmetic",
             (

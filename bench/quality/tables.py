@@ -313,7 +313,8 @@ def tables_page(found: Found) -> str:
             _part("Relations", found, "relations"),
             _part("Arithmetic: what helped and its controls, on other bases", found, "further"),
             _part("Arithmetic: other methods", found, "methods"),
-            _part("Arithmetic: other units, and the control again", found, "units", "again"),
+            _part("Arithmetic: other units", found, "units"),
+            _part("Arithmetic: the sampler that helped and its control, on more bases", found, "again"),
             _real(found.folder),
             _stability(found.stability),
         ]
