@@ -51,6 +51,7 @@ class Compared(NamedTuple):
         exact: difference of exact match, points.
         p_value: of the log-loss, corrected for the number of comparisons.
         verdict: "better", "worse" or "undecided", by the log-loss.
+        exact_p_value, exact_verdict: the same of the exact match.
         bases: mean difference of log-loss of each base model.
         diverged: number of pairs that are left out as a run of them diverged.
     """
@@ -59,6 +60,8 @@ class Compared(NamedTuple):
     exact: Contrast
     p_value: float
     verdict: str
+    exact_p_value: float
+    exact_verdict: str
     bases: dict[int, float]
     diverged: int
 
@@ -107,19 +110,28 @@ def compare(rows: Sequence[Row], part: Part, family: Sequence[Names]) -> dict[Na
     losses = {names: of for names in family if len(of := differences(rows, part, names)) >= FEWEST}
     if not losses:
         return {}
-    p_values = corrected_p_values(losses)
+    matches = {names: differences(rows, part, names, exact) for names in losses}
+    p_values, exact_p_values = corrected_p_values(losses), corrected_p_values(matches)
     found = {}
     for names, of in losses.items():
         bases = {
             int(base): mean(loss for pair, loss in of.items() if pair[0] == base)
             for base in dict.fromkeys(pair[0] for pair in of)
         }
-        loss = contrast(list(of.values()), [base for base, _ in of], len(losses))
-        points = contrast(list(differences(rows, part, names, exact).values()))
-        decided = verdict(loss, p_values[names])
+        of_pairs = [base for base, _ in of]
+        loss = contrast(list(of.values()), of_pairs, len(losses))
+        points = contrast(list(matches[names].values()), of_pairs)
         done = [results(rows, part, name).keys() for name in names]
-        diverged = len(done[0] & done[1]) - len(of)
-        found[names] = Compared(loss, points, p_values[names], decided, bases, diverged)
+        found[names] = Compared(
+            loss,
+            points,
+            p_values[names],
+            verdict(loss, p_values[names]),
+            exact_p_values[names],
+            verdict(points, exact_p_values[names], lower_is_better=False),
+            bases,
+            diverged=len(done[0] & done[1]) - len(of),
+        )
     return found
 
 

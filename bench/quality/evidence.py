@@ -17,7 +17,7 @@ from bench.quality.tables import (
     interval,
     log_page,
     mean_and_range,
-    p_value,
+    p_text,
     real_report,
     tables_page,
 )
@@ -80,15 +80,13 @@ def sentence(subject: str, other: str, found: Compared | None) -> str:
     if found is None:
         return f"{subject} against {other}: not run yet."
     loss = found.log_loss
-    numbers = (
-        f"{interval(loss)} nats, p {p_value(found)}, {loss.num_pairs} pairs, bases {found.agreement}; "
-        f"{interval(found.exact, 1)} points of exact match"
+    diverged = f", without {found.diverged} in which a run diverged" if found.diverged else ""
+    detectable = f", detectable {loss.detectable:.3f}" if found.verdict == "undecided" else ""
+    return (
+        f"{subject} against {other} ({loss.num_pairs} pairs{diverged}): by log-loss **{found.verdict}** "
+        f"({interval(loss)} nats, p {p_text(found.p_value)}, bases {found.agreement}{detectable}), by exact match "
+        f"**{found.exact_verdict}** ({interval(found.exact, 1)} points, p {p_text(found.exact_p_value)})."
     )
-    if found.diverged:
-        numbers += f", without {found.diverged} in which a run diverged"
-    if found.verdict == "undecided":
-        return f"{subject} against {other}: **undecided** ({numbers}; detectable: {loss.detectable:.3f})."
-    return f"{subject} is **{found.verdict}** than {other} ({numbers})."
 
 
 def in_short(found: Found) -> str:
@@ -111,6 +109,7 @@ def in_short(found: Found) -> str:
         if {of.log_loss.verdict, of.exact.verdict} == {"better", "worse"}
     ]
     lines += [
+        f"GRASS against other methods, on four bases: {_others(found)}.",
         f"On the second task, relations, by log-loss: {_briefly(found, 'relations')}.",
         f"On {'; on '.join(f'{name}, {text}' for name, text in _real(found).items())}.",
     ]
@@ -123,6 +122,21 @@ def _better_than_uniform(found: Found, place: int) -> str:
         f"`{a}`" for (a, b), of in found.across.items() if b == "uniform" and of[place].verdict == "better"
     ]
     return ", ".join(names) or "none decided"
+
+
+def _others(found: Found) -> str:
+    """Return the verdicts of GRASS against other methods, in short."""
+    family = [(other, of) for (name, other), of in found.families["methods"].items() if name == "grass"]
+    texts = []
+    for measure, place in (("log-loss", "verdict"), ("exact match", "exact_verdict")):
+        by_verdict = [
+            f"{verdict} than {', '.join(names)}"
+            for verdict in ("better", "worse")
+            if (names := [f"`{other}`" for other, of in family if getattr(of, place) == verdict])
+        ]
+        if by_verdict:
+            texts.append(f"by {measure} {', and '.join(by_verdict)}")
+    return "; ".join(texts) or ("none decided" if family else "not run yet")
 
 
 def _briefly(found: Found, family: str) -> str:
@@ -153,8 +167,8 @@ def _counts(subject: str, found: Mapping[Names, Compared]) -> str:
     )
     detectable = sorted(of.log_loss.detectable for of in found.values())
     return (
-        f"Of {len(found)} {subject}, against uniform sampling: {counts}; detectable: {detectable[0]:.2f} to "
-        f"{detectable[-1]:.2f}."
+        f"Of {len(found)} {subject}, against uniform sampling, by log-loss: {counts}; detectable: "
+        f"{detectable[0]:.2f} to {detectable[-1]:.2f}."
     )
 
 
@@ -434,8 +448,8 @@ def _defaults(found: Found) -> str:
         if other == "grass" and of.verdict == "better"
     ]
     kept = (
-        f"Decided to be better than the default here: {', '.join(better)}. The default stays the published method all "
-        "the same, since these are small models of one kind; the others are one argument away."
+        f"Decided to be better than the default here, by log-loss: {', '.join(better)}. The default stays the "
+        "published method all the same, since these are small models of one kind; the others are one argument away."
         if better
         else "No alternative is decided to be better here, so each default stays."
     )

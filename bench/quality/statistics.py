@@ -170,8 +170,8 @@ def corrected_p_values(family: Mapping[Name, Mapping[Any, float]], seed: int = 0
     return {name: float((largest >= of[0] - 1e-9).mean()) for name, of in statistics.items()}
 
 
-def verdict(found: Contrast, p_corrected: float) -> str:
-    """Return "better", "worse" or "undecided" for a method against the one it is compared with; lower is better."""
+def verdict(found: Contrast, p_corrected: float, *, lower_is_better: bool = True) -> str:
+    """Return "better", "worse" or "undecided" for a method against the one it is compared with."""
     if p_corrected > 1 - CONFIDENCE or found.low <= 0 <= found.high or not found.same_sign:
         return "undecided"
-    return "better" if found.mean < 0 else "worse"
+    return "better" if (found.mean < 0) == lower_is_better else "worse"

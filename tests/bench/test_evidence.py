@@ -181,18 +181,26 @@ def test_a_summary_has_deviations_within_bases(rows):
 def test_claims_are_better_worse_undecided_or_not_run(rows, tmp_path):
     of = claims(found_in(rows, tmp_path))
     uniform = of["Sampling by gradient norms is better than uniform sampling (LISA)."]
-    assert uniform.startswith("GRASS is **better** than uniform sampling (-0.03")
-    assert "bases 4 of 4; +3.0 [" in uniform
+    assert uniform.startswith("GRASS against uniform sampling (32 pairs): by log-loss **better** (-0.03")
+    assert "bases 4 of 4), by exact match **better** (+3.0 [" in uniform
     shuffled = of["Doubt: the same probabilities would do as well without the norms."]
     assert shuffled == "GRASS against its own probabilities on permuted layers: not run yet."
     static = of["Adapting during training is better than the probe alone."]
-    assert "static GRASS: **undecided**" in static
-    assert "detectable: 0.0" in static
+    assert "by log-loss **undecided**" in static
+    assert "detectable 0.0" in static
     full = of["GRASS is close to full fine-tuning, or better."]
-    assert full.startswith("GRASS is **worse** than full fine-tuning (+0.1")
+    assert "by log-loss **worse** (+0.1" in full
+    assert "by exact match **worse** (-10.0 [" in full
     rules = of["Doubt: is there any rule that beats random layers?"]
     assert rules.startswith("Rules that see the gradients of all layers: not run yet.")
     assert rules.count("not run yet.") == 5
+    assert "GRASS against other methods, on four bases: not run yet." in in_short(Found.of(tmp_path))
+    lora = rows_of("lora-r32", 0.1, 0.005, STUDY.parts["methods"])
+    for r in lora:
+        r["exact"] = 0.9  # sure of what is wrong, and right more often
+    more = rows_of("grass", 0.0, 0.005, STUDY.parts["methods"])
+    text = in_short(found_in([*rows, *lora, *more], tmp_path))
+    assert "on four bases: by log-loss better than `lora-r32`; by exact match worse than `lora-r32`." in text
     memory = next(text for claim, text in of.items() if "1,792 tokens" in claim)
     assert memory == "not predicted yet."
     write_rows(tmp_path / "memory.jsonl", [{"method": "lora-r128", "peak_gib": 20.26}])
@@ -233,8 +241,8 @@ def test_rules_are_counted_by_verdict(rows, tmp_path):
     of = claims(found_in([*rows, *more, *uniform], tmp_path))
     line = of["Doubt: is there any rule that beats random layers?"]
     assert line.startswith(
-        f"Of {len(rules) - len(BLIND)} rules that see the gradients of all layers, against uniform sampling: "
-        "1 are better"
+        f"Of {len(rules) - len(BLIND)} rules that see the gradients of all layers, against uniform sampling, "
+        "by log-loss: 1 are better"
     )
     assert "(`signal` -0.0" in line
     assert re.search(r"[12] are worse, \d+ undecided", line)
