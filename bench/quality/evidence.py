@@ -95,25 +95,27 @@ def in_short(found: Found) -> str:
     if main is None:
         return "Not run yet.\n"
     drawn = "drawing layers by their gradient norms, as the paper does,"
-    lines = [
+    headline = (
         f"**It is not decided whether {drawn} is better or worse than drawing them by chance.**"
         if main.log_loss.verdict == "undecided"
-        else f"**{drawn.capitalize()} is {main.log_loss.verdict} than drawing them by chance.**",
+        else f"**{drawn.capitalize()} is {main.log_loss.verdict} than drawing them by chance.**"
+    )
+    lines = [
         f"Better than chance by log-loss: {_better_than_uniform(found, 0)}; by exact match: "
         f"{_better_than_uniform(found, 1)}.",
-    ]
-    lines += [
-        f"`{a}` is {of.log_loss.verdict} than `{b}` by log-loss and {of.exact.verdict} by exact match: log-loss also "
-        "measures how sure a model is of wrong answers."
-        for (a, b), of in found.across.items()
-        if {of.log_loss.verdict, of.exact.verdict} == {"better", "worse"}
-    ]
-    lines += [
         f"GRASS against other methods, on four bases: {_others(found)}.",
+        *(
+            f"`{a}` is {of.log_loss.verdict} than `{b}` by log-loss and {of.exact.verdict} by exact match."
+            for (a, b), of in found.across.items()
+            if {of.log_loss.verdict, of.exact.verdict} == {"better", "worse"}
+        ),
+        "Log-loss, the primary outcome, also measures how sure a model is of wrong answers: methods may differ by it "
+        "and not, or otherwise, by exact match.",
         f"On the second task, relations, by log-loss: {_briefly(found, 'relations')}.",
         f"On {'; on '.join(f'{name}, {text}' for name, text in _real(found).items())}.",
     ]
-    return "\n".join([*lines, "", across_table(found), "", _LEGEND])
+    points = "\n".join(f"- {line}" for line in lines)
+    return f"{headline}\n\n{points}\n\n{across_table(found)}\n\n{_LEGEND}"
 
 
 def _better_than_uniform(found: Found, place: int) -> str:

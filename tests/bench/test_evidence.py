@@ -214,7 +214,7 @@ def test_in_short_names_what_is_better_than_chance(rows, tmp_path):
     text = in_short(found_in(rows, tmp_path))
     assert "**Drawing layers by their gradient norms, as the paper does, is better than" in text
     assert "by log-loss: `grass`; by exact match: `grass`.\n" in text
-    assert "how sure a model is" not in text
+    assert "by log-loss and worse" not in text
     more = [*rows_of("remeasured", -0.05, 0.005), *rows_of("static-top", -0.3, 0.005)]
     for r in more:
         r["exact"] = 0.1 if r["method"] == "static-top" else r["exact"]
