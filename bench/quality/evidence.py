@@ -70,7 +70,7 @@ mean over the bases on problems of their own; rules and settings use those of un
 ones that the log names. The rate rises from zero after the probe, whose steps count. `python -m bench.quality run
 --part NAME` runs a part again. The runs of the key contrast took {key:.1f} hours on two cores, those of all parts
 {hours:.0f}, without the base models (four minutes each). `run --small` is a reduced study of ten minutes. `real` is the
-study of a real model, `grass reproduce` at a size for CPUs: two to three hours a table. `stability` and `norms` measure
+study of a real model, `grass reproduce` at a size for CPUs: about two hours a table. `stability` and `norms` measure
 norms.
 """
 

@@ -1,7 +1,7 @@
 """Study B: `grass reproduce` on SmolLM2-135M-Instruct, small enough for a CPU.
 
 Weights are float32, since bfloat16 is ten times slower on processors without instructions for it (AVX512-BF16). A step
-takes 3 to 5 s on a core with AVX2, and a table two to three hours of two such cores.
+takes 3 to 5 s on a core, and a table about two hours of two cores.
 """
 
 from grass.config import GrassConfig
@@ -15,7 +15,7 @@ TASKS: dict[TableName, tuple[str, ...]] = {
     "arithmetic": ("MultiArith", "AddSub", "SingleEq", "SVAMP"),
     "commonsense": ("ARC-Easy", "openbookqa"),
 }
-STEPS, BATCH, CONTEXT, RECORDS = 120, 4, 96, 50
+STEPS, BATCH, CONTEXT, RECORDS = 80, 4, 96, 50
 CONFIG = GrassConfig(active_layers=6, probe_steps=10, sample_interval=10, update_interval=20)
 """A fifth of 30 layers, intervals as in study A."""
 
@@ -38,7 +38,7 @@ def options_for(
         context=CONTEXT,
         template="plain",
         dtype="float32",
-        validation=100,
+        validation=50,
         eval_limit=RECORDS,
         eval_batch_size=RECORDS,
         max_new_tokens=96 if table == "arithmetic" else 16,
