@@ -118,9 +118,9 @@ def compare(rows: Sequence[Row], part: Part, family: Sequence[Names]) -> dict[Na
             int(base): mean(loss for pair, loss in of.items() if pair[0] == base)
             for base in dict.fromkeys(pair[0] for pair in of)
         }
-        of_pairs = [base for base, _ in of]
-        loss = contrast(list(of.values()), of_pairs, len(losses))
-        points = contrast(list(matches[names].values()), of_pairs)
+        bases_of_pairs = [base for base, _ in of]
+        loss = contrast(list(of.values()), bases_of_pairs, len(losses))
+        points = contrast(list(matches[names].values()), bases_of_pairs)
         done = [results(rows, part, name).keys() for name in names]
         found[names] = Compared(
             loss,
