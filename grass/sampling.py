@@ -80,13 +80,18 @@ class Sampler:
 
     def draw(self) -> tuple[int, ...]:
         """Draw ``active_layers`` layers, or all if there are fewer, and return their indices, ascending."""
+        self.num_draws += 1
+        return tuple(sorted(self.ranking()[: self._num_to_draw]))
+
+    def ranking(self) -> list[int]:
+        """Return the layers that can be drawn in random order: the next is drawn by p among the remaining ones."""
         noise = torch.empty_like(self.probabilities).exponential_(generator=self.generator).log().neg()
         keys = torch.where(self.eligible, self.probabilities.log() + noise, -torch.inf)
         # Layers whose probability underflowed to 0 rank behind all others, in random order.
         underflowed = self.eligible & (self.probabilities <= 0)
         keys = torch.where(underflowed, noise - 1e6, keys)
-        self.num_draws += 1
-        return tuple(sorted(keys.topk(self._num_to_draw).indices.tolist()))
+        order: list[int] = keys.topk(int(self.eligible.sum())).indices.tolist()
+        return order
 
     @property
     def _num_to_draw(self) -> int:

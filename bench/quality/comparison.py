@@ -8,12 +8,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bench.quality.methods import RULES
-from bench.quality.statistics import Contrast, Mean, contrast, corrected_p_values, holm, mean_of, verdict
+from bench.quality.methods import ACTIVE, RULES
+from bench.quality.statistics import (
+    Contrast,
+    Mean,
+    contrast,
+    corrected_p_values,
+    detectable,
+    holm,
+    mean_of,
+    verdict,
+)
 from bench.quality.study import (
+    AGAIN,
     ALTERNATIVES,
     CHOSEN,
-    EARLIER,
     KEY,
     NEW_RULES,
     REMOVED,
@@ -219,21 +228,23 @@ FAMILIES: dict[str, tuple[str, list[Names]]] = {
         "units",
         [
             ("grass-floor", "grass"),
-            ("modules-grass", "modules-uniform"),
-            ("modules-grass", "grass"),
-            ("modules-uniform", "uniform"),
             ("grass-inside", "uniform-inside"),
             ("grass-inside", "grass"),
             ("uniform-inside", "uniform"),
         ],
     ),
+    "modules": (
+        "modules",
+        [("modules-grass", "modules-uniform"), ("modules-grass", "grass"), ("modules-uniform", "uniform")],
+    ),
     "again": (
         "again",
         [
-            ("remeasured", "uniform"),
+            *((name, "uniform") for name in AGAIN),
             ("remeasured", "remeasured-shuffled"),
-            ("remeasured-shuffled", "uniform"),
-            ("progress-top", "uniform"),
+            ("remeasured", "positions"),
+            ("static-top", "static-top-shuffled"),
+            ("static-top", "remeasured"),
         ],
     ),
     "rules": (
@@ -264,13 +275,16 @@ ACROSS: list[Names] = [
     *GRASS_AGAINST,
     ("remeasured", "full"),
     ("remeasured", "uniform"),
+    ("remeasured", "grass"),
     ("remeasured", "remeasured-shuffled"),
+    ("remeasured", "positions"),
     ("signal-squared", "uniform"),
     ("static-top", "full"),
     ("static-top", "uniform"),
+    ("static-top", "grass"),
     ("static-top", "remeasured"),
+    ("static-top", "static-top-shuffled"),
     ("lowest", "uniform"),
-    ("lowest", "static-top"),
 ]
 """Comparisons on all bases of arithmetic."""
 
@@ -280,11 +294,13 @@ class Tested(NamedTuple):
 
     Attributes:
         difference: mean over the bases.
+        detectable: difference that would have been decided in 80 % of such experiments.
         p_value: corrected for the number of comparisons.
         verdict: "better", "worse" or "undecided".
     """
 
     difference: Mean
+    detectable: float
     p_value: float
     verdict: str
 
@@ -296,31 +312,38 @@ class Across(NamedTuple):
     exact: Tested
 
 
-def across(rows: Sequence[Row], earlier: Sequence[Row]) -> dict[Names, Across]:
-    """Return the comparisons of `ACROSS` on the bases of all parts; without those that have fewer than two bases.
+def counted_parts(names: Names) -> list[Part]:
+    """Return the parts of arithmetic that have both methods, and on whose bases neither was chosen.
 
-    Runs of several parts on bases of the same seed, whose data are the same, count as one. Bases on which a method was
-    chosen do not count: those of the rules, and for `SUGGESTED` those of the confirmation.
+    Rules were chosen on the bases of the rules, and `SUGGESTED` on those of the confirmation.
     """
-    counted = [(earlier, EARLIER), *((rows, part) for name, part in STUDY.parts.items() if name != "rules")]
+    return [
+        part
+        for name, part in STUDY.parts.items()
+        if (part.task, name != "rules", {*names} <= {*part.methods}) == ("arithmetic", True, True)
+        and not (name == "confirmation" and {*SUGGESTED} & {*names})
+    ]
+
+
+def across(rows: Sequence[Row]) -> dict[Names, Across]:
+    """Return the comparisons of `ACROSS` on the bases of all `counted_parts`; without those on fewer than two bases."""
 
     def bases_of(names: Names, value: Callable[[Row], float]) -> list[float]:
         found: dict[int | str, list[float]] = {}
-        for of, part in counted:
-            chosen_there = part is STUDY.parts["confirmation"] and not {*SUGGESTED}.isdisjoint(names)
-            if part.task != "arithmetic" or not set(names) <= {*part.methods} or chosen_there:
-                continue
-            pairs = differences(of, part, names, value)
+        for part in counted_parts(names):
+            pairs = differences(rows, part, names, value)
             for (base, _), difference in pairs.items() if len(pairs) >= FEWEST else ():
                 found.setdefault(base, []).append(difference)
         return [mean(values) for values in found.values()]
 
     def tested(value: Callable[[Row], float], sign: int) -> dict[Names, Tested]:
-        means = {names: mean_of(of) for names in ACROSS if len(of := bases_of(names, value)) > 1}
+        values = {names: of for names in ACROSS if len(of := bases_of(names, value)) > 1}
+        means = {names: mean_of(of) for names, of in values.items()}
         p_values = holm({names: of.p_value for names, of in means.items()})
         return {
             names: Tested(
                 of,
+                detectable(values[names], len(means)),
                 p_values[names],
                 "undecided" if p_values[names] > 0.05 else "better" if sign * of.mean > 0 else "worse",
             )
@@ -331,12 +354,45 @@ def across(rows: Sequence[Row], earlier: Sequence[Row]) -> dict[Names, Across]:
     return {names: Across(of, matches[names]) for names, of in losses.items()}
 
 
+def at_uniform_rate(rows: Sequence[Row], method: str) -> tuple[list[float], list[float]]:
+    """Return the differences of log-loss and exact match from uniform sampling, both at the rate of the latter.
+
+    They are of the runs of the search, in the parts of which results are counted.
+    """
+    losses, points = [], []
+    for part in counted_parts((method, "uniform")):
+        lr, _ = SEARCH.next_rates(rows, part.task, "uniform", part.bases)
+        of: dict[str, dict[Pair, Row]] = {method: {}, "uniform": {}}
+        for row in rows:
+            pair = (row["base"], row["order"])
+            is_search = (
+                row["task"] == part.task and row["base"] in part.bases and row["order"] in SEARCH.orders
+            )
+            if is_search and row["method"] in of and row["lr"] == lr and row["log_loss"] is not None:
+                of[row["method"]][pair] = row
+        for pair in of[method].keys() & of["uniform"].keys():
+            losses.append(log_loss(of[method][pair]) - log_loss(of["uniform"][pair]))
+            points.append(exact(of[method][pair]) - exact(of["uniform"][pair]))
+    return losses, points
+
+
+def trained_lowest(rows: Sequence[Row], method: str) -> tuple[int, int]:
+    """Return the number of runs of a method that trained the layers nearest to the input only, and of all its runs."""
+    runs = [
+        row
+        for part in counted_parts((method, "uniform"))
+        for row in results(rows, part, method).values()
+        if row["log_loss"] is not None
+    ]
+    return sum(not any(row["layers"][ACTIVE:]) for row in runs), len(runs)
+
+
 @dataclass(frozen=True)
 class Found:
     """Rows of the studies, and all comparisons made from them.
 
     Attributes:
-        rows, earlier: rows of study A with its budgets, and of parts that were run before.
+        rows: rows of study A with its budgets.
         families: comparisons of each family.
         across: comparisons on all bases.
         stability: rows of the stability of norms.
@@ -344,7 +400,6 @@ class Found:
     """
 
     rows: list[Row]
-    earlier: list[Row]
     families: dict[str, dict[Names, Compared]]
     across: dict[Names, Across]
     stability: list[Row]
@@ -353,12 +408,8 @@ class Found:
     @classmethod
     def of(cls, folder: Path) -> "Found":
         """Read the rows of a folder, and make each comparison once."""
-        rows, earlier = (
-            STUDY.matching(read_rows(folder / name)) for name in ("study.jsonl", "earlier.jsonl")
-        )
+        rows = STUDY.matching(read_rows(folder / "study.jsonl"))
         families = {
             name: compare(rows, STUDY.parts[part], family) for name, (part, family) in FAMILIES.items()
         }
-        families["earlier"] = compare(earlier, EARLIER, GRASS_AGAINST)
-        stability = read_rows(folder / "stability.jsonl")
-        return cls(rows, earlier, families, across(rows, earlier), stability, folder)
+        return cls(rows, families, across(rows), read_rows(folder / "stability.jsonl"), folder)

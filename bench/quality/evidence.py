@@ -3,22 +3,35 @@
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, product
 from pathlib import Path
+from statistics import mean
 
 from scipy import stats
 
 from bench.output import replace_between
 from bench.quality import real, stability
-from bench.quality.comparison import Compared, Found, Names, has_all, summarize
+from bench.quality.comparison import (
+    ACROSS,
+    Compared,
+    Found,
+    Names,
+    at_uniform_rate,
+    has_all,
+    results,
+    summarize,
+    trained_lowest,
+)
 from bench.quality.figures import MEMORY
 from bench.quality.methods import BLIND, CONFIG
-from bench.quality.study import BUDGETS, CHOSEN, SEARCH, STUDY
+from bench.quality.study import ALTERNATIVES, BUDGETS, CHOSEN, SEARCH, STUDY, rate_of
 from bench.quality.tables import (
+    COLUMNS,
     across_table,
     interval,
+    line,
     log_page,
-    mean_and_range,
-    p_text,
+    means_and_ranges,
     real_report,
+    table,
     tables_page,
 )
 from grass import GrassConfig
@@ -40,22 +53,24 @@ it, is in the [log](evidence-log.md).
 
 _LEGEND = """\
 Differences of held-out log-loss of the answers, in nats a token (negative is better), and of exact match (positive is
-better), with 95 % intervals, on word problems. A *base* is a small model trained from scratch; here each is one
-observation of a t test, so that a verdict is about other models of this kind. p is corrected for the comparisons of
-the table (Holm). *Undecided* does not mean equal. Bases were added part by part, as the log says. `grass`: the default,
-as in the paper. `uniform`: as in LISA, with moments kept. `shuffled`, `remeasured-shuffled`: the same probabilities on
-permuted layers. `static`: the norms of the probe, for the whole run. `remeasured`: the sampler of this name; the last
-step of each period measures all layers, and probabilities follow the squared norms. `static-top`: always the layers
-with the largest norms in the probe. `lowest`: always those nearest to the input. `signal-squared`: squares of the
-norms of the mean gradient, which no method that saves memory can measure.
+better), on word problems. A *base* is a small model trained from scratch; here each is one observation of a t test, so
+that a verdict is about other models of this kind. Intervals are 95 % ones of each comparison alone; p is corrected for
+the comparisons of the table (Holm). *Detectable*: the difference that would have been decided in four of five such
+studies. *Undecided* does not mean equal. Bases were added part by part, as the log says.
+
+`grass`: the default sampler, with intervals for short runs ({intervals}). `uniform`: as in LISA, with moments kept.
+`*-shuffled` and `shuffled`: the same probabilities on permuted layers. `static`: the norms of the probe, for the whole
+run. `remeasured`: the sampler of this name; the last step of each period measures all layers, and probabilities follow
+the squared norms. `positions`: each layer in the share of periods in which `remeasured` trained it on other bases,
+without norms. `static-top`: always the layers with the largest norms in the probe. `lowest`: always those nearest to
+the input. `signal-squared`: squares of the norms of the mean gradient, which no method that saves memory can measure.
 """
 
 _WORDS = """\
-Verdicts of this table are about the bases on which a comparison was run, two to four of them, with several orders of
-the data. A difference has a bootstrap interval, of this comparison alone; p is corrected for the comparisons of its
-table. *Better* and *worse* mean that p is below 0.05, the interval excludes 0, and all bases agree on the sign (*bases*
-says how many do). *Detectable* is the difference that would have been decided in four of five such studies, if it is
-the same on all bases.
+A pair is a base and an order of the data; in brackets is the part of the study, if it is not the key contrast. Verdicts
+of this table are about the bases of that part, two to four, and not about others as those of the first table. Intervals
+are bootstrap ones, of each comparison alone; p is corrected for the comparisons of the part. *Better* and *worse* mean
+that p is below 0.05, the interval excludes 0, and all bases agree on the sign (*bases* says how many do).
 """
 
 _METHOD = """\
@@ -64,29 +79,16 @@ _METHOD = """\
 A base model is a Llama of eight layers and 0.77 million parameters that learns sums, look-ups and easy problems from
 scratch. It is then fine-tuned on what it does not know: **arithmetic** (word problems, {arithmetic} steps) or
 **relations** (who of three is the oldest, answered by option, {relations} steps), 16 problems a step. Layer methods
-train two of eight layers at a time for {period} steps, and what is outside of the layers. A pair is a base and an order
-of the data; methods are compared on the same pairs. Each method has the best of at least three learning rates, by its
-mean over the bases on problems of their own; rules and settings use those of uniform sampling and of GRASS, but for the
-ones that the log names. The rate rises from zero after the probe, whose steps count. `python -m bench.quality run
---part NAME` runs a part again. The runs of the key contrast took {key:.1f} hours on two cores, those of all parts
-{hours:.0f}, without the base models (four minutes each). `run --small` is a reduced study of ten minutes. `real` is the
-study of a real model, `grass reproduce` at a size for CPUs: about two hours a table. `stability` and `norms` measure
-norms.
+train two of eight layers at a time for {period} steps, and what is outside of the layers. Methods are compared on the
+same pairs. Each method has the best of at least three learning rates, by its mean log-loss over the bases on problems
+of their own; rules and settings use those of uniform sampling and of GRASS, but for the ones that the log names. Exact
+match is that of the same runs: {by_exact}. The rate rises from zero after the probe, whose steps count.
+
+`python -m bench.quality run --part NAME` runs a part again. The runs of the key contrast took {key:.1f} hours on two
+cores, those of all parts {hours:.0f}, without the base models (about four minutes each). `run --small` is a reduced
+study of about ten minutes. `real` is the study of a real model, `grass reproduce` at a size for CPUs: about two hours a
+table. `stability` and `norms` measure norms.
 """
-
-
-def sentence(subject: str, other: str, found: Compared | None) -> str:
-    """Return a finding as a sentence."""
-    if found is None:
-        return f"{subject} against {other}: not run yet."
-    loss = found.log_loss
-    diverged = f", without {found.diverged} in which a run diverged" if found.diverged else ""
-    detectable = f", detectable {loss.detectable:.3f}" if found.verdict == "undecided" else ""
-    return (
-        f"{subject} against {other} ({loss.num_pairs} pairs{diverged}): by log-loss **{found.verdict}** "
-        f"({interval(loss)} nats, p {p_text(found.p_value)}, bases {found.agreement}{detectable}), by exact match "
-        f"**{found.exact_verdict}** ({interval(found.exact, 1)} points, p {p_text(found.exact_p_value)})."
-    )
 
 
 def in_short(found: Found) -> str:
@@ -94,28 +96,54 @@ def in_short(found: Found) -> str:
     main = found.across.get(("grass", "uniform"))
     if main is None:
         return "Not run yet.\n"
-    drawn = "drawing layers by their gradient norms, as the paper does,"
     headline = (
-        f"**It is not decided whether {drawn} is better or worse than drawing them by chance.**"
+        "**It is not decided whether drawing layers by their gradient norms (GRASS) is better or worse than drawing "
+        "them by chance.**"
         if main.log_loss.verdict == "undecided"
-        else f"**{drawn.capitalize()} is {main.log_loss.verdict} than drawing them by chance.**"
+        else f"**Drawing layers by their gradient norms (GRASS) is {main.log_loss.verdict} than drawing them by "
+        "chance.**"
     )
     lines = [
         f"Better than chance by log-loss: {_better_than_uniform(found, 0)}; by exact match: "
         f"{_better_than_uniform(found, 1)}.",
-        f"GRASS against other methods, on four bases: {_others(found)}.",
+        *_fixed_layers(found),
+        f"GRASS against other methods, on the four bases on which these ran: {_others(found)}.",
         *(
             f"`{a}` is {of.log_loss.verdict} than `{b}` by log-loss and {of.exact.verdict} by exact match."
             for (a, b), of in found.across.items()
             if {of.log_loss.verdict, of.exact.verdict} == {"better", "worse"}
         ),
-        "Log-loss, the primary outcome, also measures how sure a model is of wrong answers: methods may differ by it "
-        "and not, or otherwise, by exact match.",
+        "Log-loss is the primary outcome. It also measures how sure a model is of wrong answers, so a method can be "
+        "better by log-loss and worse by exact match.",
         f"On the second task, relations, by log-loss: {_briefly(found, 'relations')}.",
-        f"On {'; on '.join(f'{name}, {text}' for name, text in _real(found).items())}.",
+        *(f"{name}: {text}." for name, text in _real(found).items()),
     ]
     points = "\n".join(f"- {line}" for line in lines)
-    return f"{headline}\n\n{points}\n\n{across_table(found)}\n\n{_LEGEND}"
+    legend = _LEGEND.format(
+        intervals=f"T_p {CONFIG.probe_steps}, T_s {CONFIG.sample_interval}, T_u {CONFIG.update_interval}"
+    )
+    return f"{headline}\n\n{points}\n\n{across_table(found)}\n\n{legend}"
+
+
+def _fixed_layers(found: Found) -> list[str]:
+    """Return what layers ``static-top`` trained, and what fixed layers gain at the rate of uniform sampling."""
+    lowest, runs = trained_lowest(found.rows, "static-top")
+    if not runs:
+        return []
+    text = f"`static-top` trained the two layers nearest to the input, those of `lowest`, in {lowest} of {runs} runs."
+    texts = []
+    for method in ("static-top", "lowest"):
+        losses, points = at_uniform_rate(found.rows, method)
+        if losses:
+            texts.append(
+                f"`{method}` {mean(losses):+.3f} nats and {mean(points):+.1f} points ({len(losses)} runs of the search)"
+            )
+    if texts:
+        text += (
+            " Both bear a higher learning rate than `uniform`. At the rate of the latter they differ from it by less: "
+            f"{', '.join(texts)}."
+        )
+    return [text]
 
 
 def _better_than_uniform(found: Found, place: int) -> str:
@@ -157,20 +185,18 @@ def _counts(subject: str, found: Mapping[Names, Compared]) -> str:
     """Return how many methods are better and worse than uniform sampling, with the names of the better ones."""
     if not found:
         return f"{subject.capitalize()}: not run yet."
-    by_verdict = {
-        verdict: sorted((of.log_loss.mean, name) for (name, _), of in found.items() if of.verdict == verdict)
-        for verdict in ("better", "worse", "undecided")
-    }
-    named = ", ".join(f"`{name}` {mean:+.3f}" for mean, name in by_verdict["better"])
-    counts = ", ".join(
-        f"{len(of)} {'are ' if verdict != 'undecided' else ''}{verdict}"
-        + (f" ({named})" if verdict == "better" and of else "")
-        for verdict, of in by_verdict.items()
-    )
-    detectable = sorted(of.log_loss.detectable for of in found.values())
+    texts = []
+    for measure, place in (("log-loss", "verdict"), ("exact match", "exact_verdict")):
+        verdicts = [getattr(of, place) for of in found.values()]
+        names = [f"`{name}`" for (name, _), of in found.items() if getattr(of, place) == "better"]
+        better = f"{len(names)} better" + (f" ({', '.join(names)})" if names else "")
+        texts.append(
+            f"by {measure} {better}, {verdicts.count('worse')} worse, {verdicts.count('undecided')} undecided"
+        )
+    least = sorted(of.log_loss.detectable for of in found.values())
     return (
-        f"Of {len(found)} {subject}, against uniform sampling, by log-loss: {counts}; detectable: "
-        f"{detectable[0]:.2f} to {detectable[-1]:.2f}."
+        f"Of {len(found)} {subject}, against uniform sampling: {'; '.join(texts)}. Detectable: {least[0]:.2f} to "
+        f"{least[-1]:.2f} nats."
     )
 
 
@@ -182,7 +208,8 @@ def page(found: Found) -> str:
         **budgets,
         period=CONFIG.sample_interval,
         key=_hours(row for row in found.rows if row["task"] == key.task and row["base"] in key.bases),
-        hours=_hours([*found.rows, *found.earlier]),
+        hours=_hours(found.rows),
+        by_exact=_by_exact(found),
     )
     picture = "![Differences from uniform sampling, by method and part](evidence/differences.png)\n"
     return "\n".join(
@@ -204,20 +231,42 @@ def _hours(rows: Iterable[Row]) -> float:
     return float(sum(row["processor_seconds"] for row in rows)) / 3600 / 2
 
 
+def _by_exact(found: Found) -> str:
+    """Return for which methods of the first table the search would have chosen another rate by exact match."""
+    wrong = [row | {"log_loss": None if row["log_loss"] is None else 1 - row["exact"]} for row in found.rows]
+    texts = []
+    for method in dict.fromkeys(name for names in ACROSS for name in names):
+        parts = [
+            part for part in STUDY.parts.values() if part.task == "arithmetic" and method in part.methods
+        ]
+        rates = [
+            [
+                min(losses, key=lambda lr: losses[lr])
+                for rows in (found.rows, wrong)
+                if (losses := SEARCH.losses(rows, part.task, rate_of(method), part.bases))
+            ]
+            for part in parts
+        ]
+        others = sum(len({*of}) > 1 for of in rates)
+        if others:
+            texts.append(f"`{method}` in {others} of {sum(map(bool, rates))} parts")
+    return "a search by it would have chosen other rates for " + (", ".join(texts) or "no method")
+
+
 def _real(found: Found) -> dict[str, str]:
     """Return the differences of study B, by the name of its table."""
     texts = {}
     for name in real.TASKS:
-        differences = real_report(found.folder, name)[1]
+        differences = real_report(found.folder, name).differences
         others = [
-            f"`{other}` {mean_and_range(differences[other])}"
+            f"`{other}` {loss} nats, {points} points"
             for other in ("uniform", "shuffled", "static", "static-top", "remeasured", "full", "lora-r8")
             if differences.get(other)
+            for loss, points in [means_and_ranges(differences[other])]
         ]
         fewest = min(map(len, filter(None, differences.values())), default=0)
         texts[f"SmolLM2-135M-Instruct and {name}"] = (
-            f"log-loss of GRASS minus that of {', '.join(others)} (mean and range of {fewest} orders or more, too few "
-            "to decide)"
+            f"GRASS - {'; '.join(others)} (mean and range of {fewest} orders or more, too few to decide)"
             if others
             else "not run yet"
         )
@@ -246,19 +295,60 @@ def _norms(found: Found) -> str:
     return f" On SmolLM2: {', '.join(texts)}."
 
 
-def claims(found: Found) -> dict[str, str]:
-    """Return the result for each claim of the paper, and each doubt of its reviewers."""
+_PERMUTED = "its probabilities on permuted layers"
+CLAIMS: dict[str, Sequence[tuple[str, Names, str]]] = {
+    "Sampling by gradient norms is better than uniform sampling (LISA)": [
+        ("key", ("grass", "uniform"), ""),
+        ("relations", ("grass", "uniform"), ""),
+    ],
+    "Doubt: the same probabilities would do as well without the norms": [
+        ("key", ("grass", "shuffled"), ""),
+        ("relations", ("grass", "shuffled"), ""),
+    ],
+    "Adapting during training is better than the probe alone": [
+        ("key", ("grass", "static"), ""),
+        ("relations", ("grass", "static"), ""),
+    ],
+    "GRASS is close to full fine-tuning, or better": [
+        ("key", ("grass", "full"), ""),
+        ("relations", ("grass", "full"), ""),
+    ],
+    "GRASS is better than LoRA, by up to 4.38 points, and than DoRA, which train nothing outside of the layers": [
+        ("methods", ("grass", "lora-r32"), ""),
+        ("methods", ("grass", "dora-r32"), ""),
+        ("units", ("grass-inside", "grass"), "GRASS that trains nothing outside of the layers"),
+    ],
+    "GRASS is better than LISA as it is, whose moments restart": [("methods", ("grass", "lisa"), "")],
+    "Doubt: would norms of this moment, of all layers, do better?": [
+        ("key", ("remeasured", "uniform"), ""),
+        ("further", ("remeasured", "uniform"), ""),
+        ("relations", ("remeasured", "uniform"), ""),
+        ("further", ("remeasured", "remeasured-shuffled"), ""),
+        ("again", ("remeasured", "remeasured-shuffled"), ""),
+        ("relations", ("remeasured", "remeasured-shuffled"), ""),
+        ("again", ("remeasured", "positions"), ""),
+    ],
+    "Sampling is needed: without it some layers are never trained": [
+        ("key", ("static-top", "uniform"), ""),
+        ("relations", ("static-top", "uniform"), ""),
+        ("again", ("static-top", "static-top-shuffled"), ""),
+        ("key", ("static-top", "remeasured"), ""),
+        ("confirmation", ("lowest", "grass"), ""),
+        ("relations", ("lowest", "uniform"), ""),
+        ("confirmation", ("signal-top", "grass"), "the largest norms in each period"),
+    ],
+    "T_s of 25 to 50 is best, 5 is poor: against T_s of 10 and T_u of 20": [
+        ("settings", ("period-5", "grass"), "T_s 5, T_u 20"),
+        ("settings", ("period-20", "grass"), "T_s 20, T_u 20"),
+        ("settings", ("period-25", "grass"), "T_s 25, T_u 100, the defaults"),
+        ("settings", ("period-40", "grass"), "T_s 40, T_u 40"),
+    ],
+}
+"""Claim of the paper, or doubt of its reviewers -> comparisons: family, methods, and a note in place of the family."""
 
-    def of(family: str, name: str, title: str, other: str, other_title: str) -> str:
-        return sentence(title, other_title, found.families[family].get((name, other)))
 
-    def grass(family: str, other: str, other_title: str) -> str:
-        return of(family, "grass", "GRASS", other, other_title)
-
-    def chance(family: str, name: str, title: str) -> str:
-        return of(family, name, title, "uniform", "uniform sampling")
-
-    remeasured, permuted = "`remeasured`", "its own probabilities on permuted layers"
+def findings(found: Found) -> dict[str, str]:
+    """Return the result for each claim of the paper, and doubt of its reviewers, that is no comparison."""
     key = STUDY.parts["key"]
     summaries = {method: summarize(found.rows, key, method) for method in ("grass", "uniform")}
     seeing = {names: of for names, of in found.families["rules"].items() if names[0] not in BLIND}
@@ -267,89 +357,23 @@ def claims(found: Found) -> dict[str, str]:
         for names, of in found.families["confirmation"].items()
         if names[0] in CHOSEN and names[1] == "uniform"
     }
+    waits = [f"`{name}` {summary.longest_wait}" for name, summary in summaries.items() if summary is not None]
     return {
-        "Sampling by gradient norms is better than uniform sampling (LISA).": grass(
-            "key", "uniform", "uniform sampling"
-        ),
-        "Doubt: the same probabilities would do as well without the norms.": grass(
-            "key", "shuffled", permuted
-        ),
-        "The same on the second task, relations.": " ".join(
-            [
-                grass("relations", "uniform", "uniform sampling"),
-                grass("relations", "shuffled", permuted),
-                *(chance("relations", name, f"`{name}`") for name in ("remeasured", "static-top", "lowest")),
-                of("relations", "remeasured", remeasured, "remeasured-shuffled", permuted),
-            ]
-        ),
-        "The same on a real model.": " ".join(f"{name}: {text}." for name, text in _real(found).items()),
-        "Adapting during training is better than the probe alone.": grass("key", "static", "static GRASS"),
-        "GRASS is close to full fine-tuning, or better.": grass("key", "full", "full fine-tuning"),
-        "GRASS is better than LoRA, by up to 4.38 points, and than DoRA.": " ".join(
-            [
-                grass("methods", "lora-r32", "LoRA of rank 32"),
-                grass("methods", "dora-r32", "DoRA of rank 32"),
-            ]
-        ),
-        "GRASS is better than LISA as it is, whose moments restart.": grass(
-            "methods", "lisa", "uniform sampling with moments that restart"
-        ),
         "Doubt: is there any rule that beats random layers?": " ".join(
             [
                 _counts("rules that see the gradients of all layers", seeing),
                 _counts("rules that were chosen to run again on other bases", again),
-                chance(
-                    "key",
-                    "remeasured",
-                    'Drawing by the squares of norms that are remeasured (`sampler="remeasured"`)',
-                ),
-                of("further", "remeasured", remeasured, "remeasured-shuffled", permuted),
-                of("again", "remeasured", "On more bases, `remeasured`", "remeasured-shuffled", permuted),
             ]
         ),
-        "Sampling is needed: without it some layers are never trained.": " ".join(
-            [
-                chance(
-                    "key",
-                    "static-top",
-                    "Training always the layers with the largest norms in the probe (`static-top`)",
-                ),
-                of("key", "static-top", "`static-top`", "remeasured", remeasured),
-                of(
-                    "confirmation",
-                    "lowest",
-                    "Training always the layers nearest to the input (`lowest`)",
-                    "grass",
-                    "GRASS",
-                ),
-                of(
-                    "confirmation",
-                    "signal-top",
-                    "Training those with the largest norms in each period",
-                    "grass",
-                    "GRASS",
-                ),
-                *(
-                    f"Longest wait of a layer with `{name}`: {summary.longest_wait} of {BUDGETS[key.task].steps} steps."
-                    for name, summary in summaries.items()
-                    if summary is not None
-                ),
-            ]
-        ),
-        "T_s of 25 to 50 is best, 5 is poor.": " ".join(
-            of("settings", name, title, "grass", "10 and 20")
-            for name, title in (
-                ("period-5", "T_s of 5 with T_u of 20"),
-                ("period-20", "T_s and T_u of 20"),
-                ("period-25", "T_s of 25 with T_u of 100"),
-                ("period-40", "T_s and T_u of 40"),
-            )
-        ),
+        "Doubt: some layers starve.": "not run yet."
+        if not waits
+        else f"Longest wait of a layer, of {BUDGETS[key.task].steps} steps: {', '.join(waits)}.",
         "Doubt: the norm of a batch is noise.": _noise(found),
         "Which layers have large norms differs between tasks, and changes during training.": _order(found),
         "The deviation over seeds is 0.12 points.": "not run yet."
         if summaries["grass"] is None
         else f"GRASS: {summaries['grass'].exact_deviation:.1f} points between orders of the data on one base model.",
+        "The same on a real model.": " ".join(f"{name}: {text}." for name, text in _real(found).items()),
         "Peak memory up to 19.97 % lower.": "Predicted without a GPU, not measured: [performance](performance.md).",
         "At 1,792 tokens LoRA and DoRA pass 24 GB, GRASS does not; offloading cuts the growth in memory from 1.63 to "
         "0.14 GB.": _memory(found),
@@ -394,33 +418,40 @@ def _memory(found: Found) -> str:
 
 
 def _claims(found: Found) -> str:
-    lines = "\n".join(f"| {claim} | {text} |" for claim, text in claims(found).items())
-    head = "| the paper, or its reviewers | here |\n| --- | --- |"
-    return f"## The paper's claims\n\n{_WORDS}\n{head}\n{lines}\n"
+    lines = []
+    for claim, comparisons in CLAIMS.items():
+        lines.append([f"**{claim}**", *[""] * len(COLUMNS)])
+        for family, (a, b), note in comparisons:
+            title = f"`{a}` - `{b}`" + (f" ({note})" if note else "" if family == "key" else f" ({family})")
+            of = found.families[family].get((a, b))
+            lines.append(line(title, of, lambda compared: compared.agreement))
+    others = "\n".join(f"- **{claim}** {text}" for claim, text in findings(found).items())
+    compared = table(["claim of the paper, or doubt", *COLUMNS], lines)
+    return f"## The paper's claims\n\n{_WORDS}\n{compared}\n\n{others}\n"
 
 
 def _defaults(found: Found) -> str:
     default = GrassConfig()
 
-    def differences(names: Sequence[str]) -> str:
-        texts = []
-        for name in names:
-            of = next(
-                (
-                    found.families[family][name, "grass"]
-                    for family in ("settings", "units", "key")
-                    if (name, "grass") in found.families[family]
-                ),
-                None,
-            )
-            texts.append(f"{name} " + ("not run" if of is None else f"{interval(of.log_loss)} {of.verdict}"))
-        return "; ".join(texts)
+    def differences(names: Sequence[str], family: str = "settings") -> str:
+        return "; ".join(
+            f"{name} " + ("not run" if of is None else f"{interval(of.log_loss)} {of.verdict}")
+            for name in names
+            for of in [found.families[family].get((name, "grass"))]
+        )
+
+    samplers = "; ".join(
+        f"{name} "
+        + ("not run" if of is None else f"{interval(of.log_loss.difference)} {of.log_loss.verdict}")
+        for name in ALTERNATIVES
+        for of in [found.across.get((name, "grass"))]
+    )
 
     lines = [
         [
             "`sampler`",
             default.sampler,
-            differences(["remeasured", "static-top"]) + "; others: the key contrast",
+            f"{samplers}; others: the first table",
         ],
         ["`probe_steps`", str(default.probe_steps), differences(["probe-0", "probe-5"])],
         [
@@ -436,8 +467,8 @@ def _defaults(found: Found) -> str:
             default.importance_scale,
             differences(["scale-mean", "scale-zscore", "scale-none"]),
         ],
-        ["`min_probability`", str(default.min_probability), differences(["grass-floor"])],
-        ["`always_active`", str(default.always_active), differences(["grass-inside"])],
+        ["`min_probability`", str(default.min_probability), differences(["grass-floor"], "units")],
+        ["`always_active`", str(default.always_active), differences(["grass-inside"], "units")],
         ["`moments`", default.moments, differences(["reset"])],
         ["`draw_ahead`", str(default.draw_ahead), differences(["ahead-5"])],
         ["`active_layers`", str(default.active_layers), differences(["active-1", "active-4"])],
@@ -445,27 +476,30 @@ def _defaults(found: Found) -> str:
     rows = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     better = [
         f"`{name}`"
-        for family in ("settings", "units", "key")
-        for (name, other), of in found.families[family].items()
-        if other == "grass" and of.verdict == "better"
+        for name in ALTERNATIVES
+        if (of := found.across.get((name, "grass"))) and of.log_loss.verdict == "better"
     ]
+    settings = found.families["settings"]
+    better += [f"`{name}`" for (name, _), of in settings.items() if of.verdict == "better"]
     kept = (
         f"Decided to be better than the default here, by log-loss: {', '.join(better)}. The default stays the "
         "published method all the same, since these are small models of one kind; the others are one argument away."
         if better
         else "No alternative is decided to be better here, so each default stays."
     )
-    settings = found.families["settings"].values()
-    undecidable = [of.log_loss.detectable for of in settings if of.verdict == "undecided"]
+    least = [of.log_loss.detectable for of in settings.values() if of.verdict == "undecided"]
     power = (
-        f" Differences below {min(undecidable):.2f} to {max(undecidable):.2f} could not be decided, so that an "
-        "undecided one is no evidence for the default."
-        if undecidable
+        f" Differences of less than {min(least):.2f} to {max(least):.2f} could not be decided: *undecided* says "
+        "little for the default."
+        if least
         else ""
     )
+    rate = next((row["lr"] for row in results(found.rows, STUDY.parts["settings"], "grass").values()), None)
     return (
-        "## Defaults\n\nLog-loss of each alternative minus that of GRASS, at GRASS's learning rate: negative is "
-        "better. "
+        "## Defaults\n\nLog-loss of each alternative minus that of GRASS: negative is better. Of `sampler` over all "
+        "bases, at a rate of each; of the rest "
+        + ("at" if rate is None else f"at {rate:g},")
+        + " GRASS's rate, but for `grass-floor` and `grass-inside`, which have their own. "
         f"Runs are short, so GRASS has a `probe_steps` of {CONFIG.probe_steps}, a `sample_interval` of "
         f"{CONFIG.sample_interval} and an `update_interval` of {CONFIG.update_interval} here; `period-25` has the "
         "defaults of the last two. `offload`, the buffers and `fused_backward` do not change what is trained "

@@ -19,6 +19,7 @@ from bench.quality.study import (
     CHOSEN,
     FURTHER,
     KEY,
+    MODULES,
     NEW_RULES,
     OTHERS,
     STUDY,
@@ -169,6 +170,7 @@ def draw_differences(rows: Sequence[Row], path: Path) -> None:
         "further": FURTHER,
         "methods": (*OTHERS, *NEW_RULES),
         "units": UNITS,
+        "modules": MODULES,
         "again": AGAIN,
         "confirmation": (*CHOSEN, *SUGGESTED),
     }

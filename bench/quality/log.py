@@ -129,6 +129,15 @@ NOTES: dict[str, Note] = {
         "runs of `first-top`.",
         "as `first-top` within 0.02, though the probe takes 20 steps",
     ),
+    "positions": Note(
+        "Each layer in the share of periods in which `remeasured` trained it in the key contrast, whatever its "
+        "gradients are: is it the norm of the moment, or that the lowest layer trains most?",
+        "as `remeasured` within 0.02: the shares are alike on all bases",
+    ),
+    "static-top-shuffled": Note(
+        "The control of `static-top`: two layers for the whole run, at random.",
+        "worse than `static-top` by 0.1, equal to uniform",
+    ),
     "remeasured-shuffled": Note(
         "The control of `remeasured`: its probabilities on permuted layers.",
         "equal to uniform, worse than `remeasured` by 0.03",
@@ -172,12 +181,13 @@ REPLACED = """\
 ## Runs that were replaced
 
 All methods of a part must begin with the same weights, and base models cannot be trained again on another machine. So
-when methods were added to the key contrast it was run anew; its first runs are in the [tables](evidence-tables.md) too.
-Others are only in the history of the repository: relations for 600 steps, too few for layer methods to answer better
-than by guessing one of three, and settings on bases of two machines. `signal-top` and `progress-top` were run with the
-rules at rates that turned out not to be their best, and lack runs there. That a verdict needs the same sign on all
-bases was added when the first key contrast and the rules were known; the table over all base models, when the key
-contrast and the confirmation were, and before the runs with controls on other bases. Each part that is run adds its
-bases to that table: first the key contrast, the confirmation and `further`, then `methods`, `units`, and `again`, which
-repeats the control of `remeasured`.
+when methods were added to the key contrast it was run anew; the verdicts of its first runs, whose rates were chosen for
+each base, were the same. These runs are in the history of the repository, and others: relations for 600 steps, too few
+for layer methods to answer better than by guessing one of three, settings on bases of two machines, and modules that
+were drawn by number, whatever their size. `signal-top`
+and `progress-top` were run with the rules at rates that turned out not to be their best, and lack runs there. That a
+verdict needs the same sign on all bases was added when the first key contrast and the rules were known; the table over
+all base models, when the key contrast and the confirmation were, and before the runs with controls on other bases. Each
+part that is run adds its bases to that table: first the key contrast, the confirmation and `further`, then `methods`,
+`units`, and `again`, with controls that tell the norm from the position of a layer.
 """

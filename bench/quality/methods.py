@@ -13,7 +13,7 @@ from bench.quality.tasks import Data
 from bench.quality.training import LAYERS, layer_gradients, loss_of, root_mean_squares
 from grass.reproduce import methods
 from grass.reproduce.methods import Method
-from grass.sampling import Sampler, ShuffledSampler
+from grass.sampling import Sampler, ShuffledSampler, StaticSampler
 
 ACTIVE = LAYERS // 4
 PERIOD = 10
@@ -273,21 +273,47 @@ def always(*layers: int) -> Choice:
     return lambda view, scores: layers
 
 
+def by_position(*shares: float) -> Choice:
+    """Return a choice that trains each layer in its share of the periods, whatever its gradients are.
+
+    The shares sum to `ACTIVE`. Layers are put in a random order on a line, each as long as its share, and those at
+    points 1 apart are trained, the first point at random (systematic sampling).
+
+    Source: Madow, On the theory of systematic sampling, 1949.
+    """
+
+    def choose(view: View, scores: Tensor) -> Sequence[int]:
+        order = torch.randperm(LAYERS, generator=view.generator)
+        ends = torch.tensor(shares, dtype=torch.float64)[order].cumsum(0)
+        points = torch.rand(1, generator=view.generator, dtype=torch.float64) + torch.arange(ACTIVE)
+        return order[torch.searchsorted(ends, points, right=True).clamp_max(LAYERS - 1)].tolist()
+
+    return choose
+
+
 class PermutedSampler(ShuffledSampler):
     """The probabilities of ``remeasured`` on permuted layers: its control."""
 
     remeasures = True
 
 
-def remeasured_shuffled(model: nn.Module, config: grass.GrassConfig) -> Optimizer:
-    """Return ``remeasured`` whose probabilities are those of other layers."""
-    optimizer = methods.remeasured(model, config)
-    assert isinstance(optimizer, grass.GrassAdamW)
-    scheduler = optimizer._scheduler
-    before = scheduler.sampler  # drew the first layers, by importance of ones
-    scheduler.sampler = PermutedSampler(before.config, [True] * LAYERS)
-    scheduler.sampler.load_state_dict(before.state_dict())
-    return optimizer
+class PermutedStaticSampler(ShuffledSampler, StaticSampler):
+    """The probabilities of ``static-top`` on permuted layers: its control."""
+
+
+def shuffled(method: Method, sampler: type[ShuffledSampler]) -> Method:
+    """Return a method whose probabilities are those of other layers, by a sampler of this kind."""
+
+    def make(model: nn.Module, config: grass.GrassConfig) -> Optimizer:
+        optimizer = method(model, config)
+        assert isinstance(optimizer, grass.GrassAdamW)
+        scheduler = optimizer._scheduler
+        before = scheduler.sampler  # may have drawn the first layers, by importance of ones
+        scheduler.sampler = sampler(before.config, [True] * LAYERS)
+        scheduler.sampler.load_state_dict(before.state_dict())
+        return optimizer
+
+    return make
 
 
 METHODS: dict[str, Method] = {
@@ -295,9 +321,10 @@ METHODS: dict[str, Method] = {
     "lora-r32": methods.low_rank(32),
     "dora-r32": methods.low_rank(32, use_dora=True),
     "galore": methods.galore(32),
-    "remeasured-shuffled": remeasured_shuffled,
+    "remeasured-shuffled": shuffled(methods.remeasured, PermutedSampler),
+    "static-top-shuffled": shuffled(methods.METHODS["static-top"], PermutedStaticSampler),
 }
-"""Methods that a user can choose, and a control; low ranks are for a width of 88."""
+"""Methods that a user can choose, and controls; low ranks are for a width of 88."""
 
 RULES: dict[str, Rule] = {
     "lowest": by_rule(nothing, always(*range(ACTIVE))),
@@ -322,9 +349,10 @@ RULES: dict[str, Rule] = {
     "hopeful": by_rule(hopeful(signal), drawn(1.0)),
     "hopeful-progress": by_rule(hopeful(progress), drawn(1.0)),
     "diminishing": by_rule(diminishing(signal), drawn(1.0)),
+    "positions": by_rule(nothing, by_position(0.80, 0.20, 0.20, 0.18, 0.14, 0.21, 0.15, 0.12)),
 }
-"""Rules of the oracle study."""
-BLIND = ("lowest", "highest", "unseen")
+"""Rules of the oracle study. The shares of ``positions`` are those of ``remeasured`` in the key contrast."""
+BLIND = ("lowest", "highest", "unseen", "positions")
 """Rules that look at no gradient."""
 
 SETTINGS: dict[str, Method] = {

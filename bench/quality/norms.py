@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from bench.quality.real import CONFIG, options_for
+from bench.quality.real import CONFIG, STEPS, options_for
 from bench.quality.training import layer_gradients, root_mean_squares
 from grass.finetune.data import read_records
 from grass.finetune.encoding import Encoder, Example
@@ -26,7 +26,8 @@ from grass.reproduce.tables import TABLES, read_table
 from grass.reproduce.training import batches, schedule, set_lr, train_step
 
 BATCH, BATCHES = 8, 6
-STAGES = (0, 30, 60, 90)
+STAGES = tuple(STEPS * quarter // 4 for quarter in range(4))
+"""Steps of a run after which norms are measured."""
 
 
 def measure(model_dir: str, data_dir: str, lr: float) -> Iterator[Row]:
@@ -41,14 +42,14 @@ def measure(model_dir: str, data_dir: str, lr: float) -> Iterator[Row]:
     options = options_for("arithmetic", model_dir, data_dir, "", 1, 1e6)
     model, tokenizer = load_model(options.model, options.dtype)
     encoder = Encoder(tokenizer, options.template, options.context)
+    data = read_table(Path(data_dir), "arithmetic", as_tuple(options.tasks), options.validation)
     for name, table in TABLES.items():
         tasks = [task for task in table.tasks if (Path(data_dir) / task / "test.json").is_file()]
         for task in tasks:
             read = read_records(str(Path(data_dir) / task / "test.json"), evaluation=True).records
             records = [record for record in read if isinstance(record, Conversation)]
             if any(record.has_target for record in records):
-                yield _row(name, task, layer_norms(model, _examples(encoder, records)), model)
-    data = read_table(Path(data_dir), "arithmetic", as_tuple(options.tasks), options.validation)
+                yield _row(name, task, model, _examples(encoder, records))
     fixed = _examples(encoder, data.validation)
     examples = [
         example for example in encode(encoder, data.train) if len(example.input_ids) <= options.context
@@ -58,7 +59,7 @@ def measure(model_dir: str, data_dir: str, lr: float) -> Iterator[Row]:
     model.train()
     for step, batch in enumerate(batches(examples, options.batch_size, max(STAGES) + 1, seed=0)):
         if step in STAGES:
-            yield _row("arithmetic, while training", f"step {step}", layer_norms(model, fixed), model)
+            yield _row("arithmetic, while training", f"step {step}", model, fixed)
         set_lr(optimizer, lr * schedule(step, steps))
         train_step(model, optimizer, batch, options, pad, chunked=False)
 
@@ -81,17 +82,18 @@ def _loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _examples(encoder: Encoder, records: Sequence[Conversation]) -> list[Example]:
-    """Return as many short examples as are measured, the same ones each time."""
+    """Return as many short examples as are measured, in whole batches, the same ones each time."""
     found = [e for e in encode(encoder, [r for r in records if r.has_target]) if len(e.input_ids) <= 160]
-    return random.Random(0).sample(found, min(len(found), BATCH * BATCHES))
+    return random.Random(0).sample(found, min(len(found) // BATCH, BATCHES) * BATCH)
 
 
-def _row(panel: str, name: str, norms: Tensor, model: PreTrainedModel) -> Row:
+def _row(panel: str, name: str, model: PreTrainedModel, examples: Sequence[Example]) -> Row:
+    norms = layer_norms(model, examples)
     return {
         "panel": panel,
         "name": name,
         "model": Path(str(model.config.name_or_path)).name,
-        "batches": BATCHES,
+        "records": len(examples),
         "batch_size": BATCH,
         "norms": [float(f"{norm:.4g}") for norm in norms.tolist()],
     }

@@ -26,6 +26,7 @@ FURTHER = (*ALTERNATIVES, "remeasured-shuffled", "lowest")
 """These with two controls, permuted layers and the lowest ones, always: run on other bases and on the second task."""
 FIXED = (
     "lowest", "highest", "signal-top", "noisy-top", "first-top", "progress-top", "decrease-top", "tau-0.05",
+    "positions",
 )  # fmt: skip
 """Rules and settings that may train the same layers for long, and so have learning rates of their own."""
 CHOSEN = ("lowest", "signal-squared", "signal-top")
@@ -101,11 +102,15 @@ class Design:
 
 NEW_RULES = ("update", "hopeful-progress", "diminishing")
 """Rules that were added when the others had been run."""
-UNITS = ("grass-floor", "modules-uniform", "modules-grass", "uniform-inside", "grass-inside")
-"""Methods that train other units than whole layers and what is outside, or each layer with a floor."""
-AGAIN = ("remeasured", "remeasured-shuffled", "progress-top")
-"""The sampler that helped and its control on more bases, and a rule whose first runs were incomplete."""
-OTHERS = tuple(name for name in METHODS if name not in (*KEY, *FURTHER, *UNITS))
+UNITS = ("grass-floor", "uniform-inside", "grass-inside")
+"""Methods that train nothing outside of the layers, or each layer with a floor."""
+MODULES = ("modules-uniform", "modules-grass")
+"""Methods that train modules of layers."""
+CONTROLS = ("static-top-shuffled", "positions")
+"""Controls that tell whether the norms matter, or that few layers train, or that these are the lowest ones."""
+AGAIN = (*FURTHER, *CONTROLS, "progress-top")
+"""What helped and its controls on more bases, and a rule whose first runs were incomplete."""
+OTHERS = tuple(name for name in METHODS if name not in (*KEY, *FURTHER, *UNITS, *MODULES, *CONTROLS))
 STUDY = Design(
     {
         "key": Part("arithmetic", (*KEY, *ALTERNATIVES), range(4), orders=8),
@@ -119,12 +124,17 @@ STUDY = Design(
         ),
         "units": Part("arithmetic", ("uniform", "grass", *UNITS), range(60, 64), orders=2),
         "again": Part("arithmetic", ("uniform", *AGAIN), range(70, 74), orders=2),
+        "modules": Part("arithmetic", ("uniform", "grass", *MODULES), range(80, 84), orders=2),
         "rules": Part(
             "arithmetic",
             (
                 "uniform",
                 "grass",
-                *(n for n in RULES if n not in (*SUGGESTED, *NEW_RULES, *AGAIN, "signal-top")),
+                *(
+                    n
+                    for n in RULES
+                    if n not in (*SUGGESTED, *NEW_RULES, *CONTROLS, "progress-top", "signal-top")
+                ),
             ),
             range(20, 22),
             orders=4,
@@ -140,8 +150,6 @@ STUDY = Design(
         ),
     }
 )
-EARLIER = Part("arithmetic", KEY, range(4), orders=8)
-"""The key contrast as it was run before, on base models of the same seeds but other weights."""
 SMALL = Design(
     {
         "key": Part("arithmetic", KEY, range(2), orders=2),
@@ -198,7 +206,7 @@ class RunJob:
             **asdict(budget),
             **asdict(trained),
             **{name: environment[name] for name in ("commit", "dirty", "device", "torch")},
-            **{name: version(name) for name in ("transformers", "peft")},
+            **{name: version(name) for name in ("transformers", "peft", "galore-torch")},
             "grass": grass.__version__,
             "processor_seconds": round(time.process_time() - start, 1),
         }

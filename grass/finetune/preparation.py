@@ -132,6 +132,20 @@ def to_device(model: PreTrainedModel) -> None:
         model.to("cuda")  # type: ignore[arg-type]  # transformers annotates `to` with another signature
 
 
+def stop_at_end_of_reply(model: PreTrainedModel, encoder: Encoder) -> int | None:
+    """Add the token that ends a reply to those at which generation stops: base models may have another EOS token.
+
+    Returns:
+        The token; None if generation stops there already, or if no special token ends a reply.
+    """
+    ends = model.generation_config.eos_token_id or encoder.tokenizer.eos_token_id
+    ends, end = list(ends) if isinstance(ends, list) else [ends], encoder.end_of_reply()
+    if end is None or end in ends:
+        return None
+    model.generation_config.eos_token_id = [*ends, end]
+    return end
+
+
 def _read(
     options: FinetuneOptions, config: GrassConfig, screen: Screen
 ) -> tuple[list[Record], list[Record], list[BadRecord], dict[str, str]]:
@@ -187,14 +201,9 @@ def _seconds_of_product(dtype: torch.dtype) -> float:
 
 
 def _use_template(encoder: Encoder, model: PreTrainedModel, options: FinetuneOptions, screen: Screen) -> None:
-    """Save the template with the model, so that every program asks as it was trained; tell which it is.
-
-    The token that ends a reply becomes one at which generation stops: base models may have another EOS token.
-    """
-    ends = model.generation_config.eos_token_id or encoder.tokenizer.eos_token_id
-    ends, end = list(ends) if isinstance(ends, list) else [ends], encoder.end_of_reply()
-    if end is not None and end not in ends:
-        model.generation_config.eos_token_id = [*ends, end]
+    """Save the template with the model, so that every program asks as it was trained; tell which it is."""
+    end = stop_at_end_of_reply(model, encoder)
+    if end is not None:
         screen.say(f"generation stops at {encoder.tokenizer.convert_ids_to_tokens(end)}, which ends a reply")
     if encoder.chat_template == encoder.tokenizer.chat_template:
         screen.say("conversations are written with the model's own chat template")

@@ -1,5 +1,6 @@
 """A reproduction from beginning to end: check, run what is missing, report."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -39,7 +40,7 @@ def reproduce(
     prepared = prepare(options)
     data = prepared.data
     screen.say(
-        f"{len(prepared.train):,} records to train on, {len(data.validation):,} to choose learning rates"
+        f"{len(prepared.train):,} records to train on, {len(prepared.validation):,} to choose learning rates"
     )
     if data.num_skipped:
         screen.say(f"{data.num_skipped:,} training records cannot be used and are left out")
@@ -51,7 +52,10 @@ def reproduce(
         shared = data.shared[task]
         note = f"; {shared:,} others are among the training records" if shared else ""
         limit = f", {options.eval_limit:,} are used" if len(records) > options.eval_limit else ""
-        screen.say(f"{task}: {len(records):,} test records{limit}{note}")
+        count = prepared.num_wrong[task]
+        wrong = f", {count:,} others are wrong" if count else ""
+        outputs = f"log-loss of {len(prepared.tests[task]):,} outputs{wrong}"
+        screen.say(f"{task}: {len(records):,} test records{limit}{note}; {outputs}")
     if data.absent:
         screen.say(f"tasks of the paper without files: {', '.join(data.absent)}")
     if prepared.num_cut:
@@ -59,7 +63,8 @@ def reproduce(
             f"the beginning of {prepared.num_cut:,} questions is cut, as the model has no more positions"
         )
     path = Path(options.output) / f"{options.table}.jsonl"
-    _check_settings(path, options, config, data.digests)
+    settings = settings_of(options, config, weights_of(options.model), data.digests)
+    _check_rows(path, settings)
     methods = as_tuple(options.methods)
 
     def jobs(rows: Sequence[Row]) -> list[Job]:
@@ -67,7 +72,7 @@ def reproduce(
             rows, options.search, [(options.table, method, options.pairs) for method in methods]
         )
 
-    run = partial(run_job, options, config, origin or {})
+    run = partial(run_job, options, config, {**(origin or {}), "settings": digest_of(settings)})
     for row, left in run_missing(jobs, run, path, options.workers, 60 * options.minutes):
         screen.say(_line(row, left))
     return make_report(read_rows(path), options)
@@ -81,27 +86,56 @@ _FREE = {
 """Options that may differ between pieces of a reproduction, since they do not change what is computed."""
 
 
-def _check_settings(
-    path: Path, options: ReproduceOptions, config: GrassConfig, digests: dict[str, str]
-) -> None:
-    """Write the settings beside the rows; rows of other settings are not comparable.
+def settings_of(
+    options: ReproduceOptions, config: GrassConfig, weights: str, records: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return all that rows must have in common to be compared, as JSON has it.
 
-    Raises:
-        ConfigError: the rows that are there were made with other settings, another model or other records.
+    Args:
+        options: what is reproduced; the model is the name of its folder, which may be moved.
+        config: configuration of the sampling of layers.
+        weights: what tells the model's weights from others, of `weights_of`.
+        records: digests of the training records and of each task's.
     """
     settings = {k: v for k, v in (asdict(options) | asdict(config)).items() if k not in _FREE}
-    if Path(options.model).exists():
-        settings["model"] = str(Path(options.model).resolve())
-    settings = json.loads(json.dumps(settings | {"records": digests}))  # tuples become lists
+    settings |= {"model": options.base, "weights": weights, "records": dict(records)}
+    as_json: dict[str, Any] = json.loads(json.dumps(settings))  # tuples become lists
+    return as_json
+
+
+def digest_of(settings: Mapping[str, Any]) -> str:
+    """Return a short digest of settings, which each row carries."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def weights_of(model: str) -> str:
+    """Return the SHA-256 of the configuration and weights in a model's folder; a name on the hub as it is."""
+    folder, digest = Path(model), hashlib.sha256()
+    if not folder.is_dir():
+        return model
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _check_rows(path: Path, settings: dict[str, Any]) -> None:
+    """Check that all rows were made with these settings, and write the settings beside them.
+
+    Raises:
+        ConfigError: rows were made with others: another option, model or records.
+    """
     file = path.with_suffix(".settings.json")
-    if file.exists() and read_rows(path):
-        before = json.loads(file.read_text(encoding="utf-8"))
-        for name, value in settings.items():
-            if before.get(name) != value:
-                was = (
-                    "other records" if name == "records" else f"--{name.replace('_', '-')} {before.get(name)}"
-                )
-                raise ConfigError(f"{path.parent} has runs with {was}: pass another --output")
+    if any(row.get("settings") != digest_of(settings) for row in read_rows(path)):
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else settings
+        others = [name for name, value in settings.items() if before.get(name) != value]
+        if not others:
+            was = "other settings"
+        elif others[0] in ("weights", "records"):
+            was = f"other {others[0]}"
+        else:
+            was = f"--{others[0].replace('_', '-')} {before.get(others[0])}"
+        raise ConfigError(f"{path.parent} has runs with {was}: pass another --output")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, settings)
 

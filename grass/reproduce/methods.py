@@ -22,26 +22,29 @@ name                  method
 ``remeasured``        the same by the squares of norms that the last step of each period measures, of all layers
 ``shuffled``          the probabilities of GRASS, on permuted layers
 ``grass-floor``       GRASS, each layer with at least half of its uniform probability
-``modules-uniform``   attention and MLP drawn uniformly, on average as many parameters as in the layers
-``modules-grass``     attention and MLP drawn by their gradient norms, in the manner of MISA
+``modules-uniform``   attention and MLP drawn uniformly, as many as fit the parameters of the active layers
+``modules-grass``     the same drawn by their gradient norms, in the manner of MISA
 ``uniform-inside``    ``uniform``, nothing outside of the layers
 ``grass-inside``      ``grass``, nothing outside of the layers
 ====================  =====================================================================================
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from grass.choices import SamplerName
 from grass.config import GrassConfig
 from grass.errors import ConfigError
 from grass.layers import LayerMap
 from grass.optim import AdamW, GrassAdamW
+from grass.sampling import Sampler, UniformSampler
 
 Method = Callable[[nn.Module, GrassConfig], Optimizer]
 """From a model, which it may change, and the configuration of sampling (of which other methods use the seed only), to
@@ -62,24 +65,68 @@ def sampled(**changes: Any) -> Method:
     return make
 
 
-def modules(**changes: Any) -> Method:
-    """Return a method that samples the large modules of layers, such as attention and MLP."""
+class ModuleSampler(Sampler):
+    """Draw modules by their importance as long as they fit a budget of parameters.
+
+    Args:
+        config, eligible: as for `Sampler`.
+        sizes: number of parameters of each module.
+        budget: largest number of parameters of the modules that train at a time.
+    """
+
+    def __init__(self, config: GrassConfig, eligible: list[bool], sizes: Sequence[int], budget: int) -> None:
+        super().__init__(config, eligible)
+        self.sizes, self.budget = sizes, budget
+
+    def draw(self) -> tuple[int, ...]:
+        """Draw modules; one that does not fit what is left of the budget is passed over."""
+        self.num_draws += 1
+        chosen, left = list[int](), self.budget
+        for module in self.ranking():
+            if self.sizes[module] <= left:
+                chosen.append(module)
+                left -= self.sizes[module]
+        return tuple(sorted(chosen))
+
+
+class UniformModuleSampler(ModuleSampler, UniformSampler):
+    """Draw modules with the same probability."""
+
+
+def modules(kind: type[ModuleSampler]) -> Method:
+    """Return a method that samples the large modules of layers, such as attention and MLP.
+
+    As many train at a time as fit the parameters of `GrassConfig.active_layers` layers.
+    """
 
     def make(model: nn.Module, config: GrassConfig) -> Optimizer:
         layers = LayerMap.from_model(model)
-        block = layers.modules(model)[0]
-        size = sum(p.numel() for p in block.parameters())
+        blocks = [_size(block) for block in layers.modules(model)]
         names = [
             name
-            for name, child in block.named_children()
-            if sum(p.numel() for p in child.parameters()) > size / 20
+            for name, child in layers.modules(model)[0].named_children()
+            if _size(child) > max(blocks) / 20
         ]
         stacks = dict.fromkeys(path.rpartition(".")[0] for path in layers.names)
         patterns = [f"{stack}.*.{name}" for stack in stacks for name in names]
-        config = replace(config, active_layers=len(names) * config.active_layers, **changes)
-        return _grass(model, config, patterns)
+        sizes = [_size(module) for module in LayerMap.from_model(model, patterns).modules(model)]
+        budget = config.active_layers * max(blocks)
+        most = sum(total <= budget for total in accumulate(sorted(sizes)))
+        name: SamplerName = "uniform" if issubclass(kind, UniformSampler) else "adaptive"
+        config = replace(config, active_layers=most, sampler=name)
+        optimizer = _grass(model, config, patterns)
+        scheduler = optimizer._scheduler
+        scheduler.sampler = kind(config, [True] * len(sizes), sizes, budget)
+        if scheduler.active:  # in place of what was drawn at construction
+            scheduler.draw_counts = [0] * len(sizes)
+            optimizer._apply_change(scheduler.draw_at_once())
+        return optimizer
 
     return make
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def floored(model: nn.Module, config: GrassConfig) -> Optimizer:
@@ -150,8 +197,8 @@ METHODS: dict[str, Method] = {
     "remeasured": remeasured,
     "shuffled": sampled(sampler="shuffled"),
     "grass-floor": floored,
-    "modules-uniform": modules(sampler="uniform"),
-    "modules-grass": modules(),
+    "modules-uniform": modules(UniformModuleSampler),
+    "modules-grass": modules(ModuleSampler),
     "uniform-inside": sampled(sampler="uniform", always_active="none"),
     "grass-inside": sampled(always_active="none"),
 }

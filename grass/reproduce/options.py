@@ -35,7 +35,7 @@ class ReproduceOptions:
         search_steps: number of steps of a run of the search; by default `steps`.
         batch_size: number of texts in a step.
         micro_batch_size: number of texts in a forward pass; by default `batch_size`.
-        context: maximum length in tokens; longer training records are left out.
+        context: maximum length in tokens; longer training records are left out, also of those that are held out.
         template: how records are written: "alpaca", which LLM-Adapters uses, "plain", or "chat".
         dtype: dtype of the weights during training: auto (as saved), float32 or bfloat16.
         activation_checkpointing: recompute activations in the backward pass to save memory.

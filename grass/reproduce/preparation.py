@@ -1,7 +1,7 @@
 """Inputs of a reproduction, read and checked before the first run, and once in each process that runs some."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from grass.config import GrassConfig
-from grass.errors import ConfigError, ModelError, did_you_mean, library_errors
+from grass.errors import ConfigError, DataError, ModelError, did_you_mean, library_errors
 from grass.finetune.encoding import Encoder, Example
 from grass.finetune.evaluation import Question, make_questions
 from grass.finetune.model import check_model, context_of, positions_of
@@ -29,9 +29,11 @@ class Prepared:
         data: the records.
         encoder: their encoder.
         train: examples to train on, none longer than the context.
-        num_long: number of those that are left out as they are longer.
-        validation: examples of the search.
-        tests: examples of each task, whose log-loss is computed.
+        validation: examples of the search, none longer than the context.
+        num_long: number of those that are left out of both as they are longer.
+        tests: examples of each task, whose log-loss is computed: their outputs are right by the rule of the answer,
+            and fit the model's positions.
+        num_wrong: number of outputs of each task that are wrong by the rule of the answer.
         questions: prompts of each task, which the model answers.
         rules: rules of the expected answers of each task.
         num_cut: number of prompts whose beginning was cut.
@@ -40,12 +42,13 @@ class Prepared:
     data: TableData
     encoder: Encoder
     train: list[Example]
-    num_long: int
     validation: list[Example]
-    tests: dict[str, list[Example]]
-    questions: dict[str, list[Question]]
-    rules: dict[str, Mapping[str, Rule]]
-    num_cut: int
+    num_long: int = 0
+    tests: dict[str, Sequence[Example]] = field(default_factory=dict)
+    num_wrong: dict[str, int] = field(default_factory=dict)
+    questions: dict[str, list[Question]] = field(default_factory=dict)
+    rules: dict[str, Mapping[str, Rule]] = field(default_factory=dict)
+    num_cut: int = 0
 
 
 @cache
@@ -53,8 +56,9 @@ def prepare(options: ReproduceOptions) -> Prepared:
     """Read and encode all records.
 
     Raises:
-        ConfigError: all training records are longer than the context, or most prompts do not fit the model.
-        DataError: a file is missing or malformed.
+        ConfigError: all training or validation records are longer than the context, or most prompts do not fit the
+            model.
+        DataError: a file is missing or malformed, or a task has no output of which a log-loss can be computed.
     """
     data = read_table(Path(options.data_dir), options.table, as_tuple(options.tasks), options.validation)
     model = model_without_weights(options)
@@ -63,24 +67,40 @@ def prepare(options: ReproduceOptions) -> Prepared:
     ):
         tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     encoder = Encoder(tokenizer, options.template, context_of(model, options.context))
-    everything = encode(encoder, data.train)
-    train = [example for example in everything if len(example.input_ids) <= encoder.context]
-    if not train:
-        raise ConfigError(
-            f"all {len(data.train):,} training records are longer than {options.context} tokens: pass --context"
-        )
-    prepared = Prepared(
-        data, encoder, train, len(everything) - len(train), encode(encoder, data.validation), {}, {}, {}, 0
-    )
+    train, validation = encode(encoder, data.train), encode(encoder, data.validation)
+    prepared = Prepared(data, encoder, _within(encoder.context, train), _within(encoder.context, validation))
+    for kind, short, whole in (
+        ("training", prepared.train, train),
+        ("validation", prepared.validation, validation),
+    ):
+        if not short:
+            raise ConfigError(
+                f"all {len(whole):,} {kind} records are longer than {options.context} tokens: pass --context"
+            )
+        prepared.num_long += len(whole) - len(short)
+    positions = positions_of(model)
     for task, records in data.tests.items():
-        chosen = limited(records, options.eval_limit)
-        prepared.rules[task] = rules_for([str(record.answer) for record in records])
+        rules = rules_for([str(record.answer) for record in records])
+        outputs = [record for record in records if record.has_target]
+        right = [r for r in outputs if rules[str(r.answer)].is_right(r.reply, str(r.answer))]
+        examples = _within(positions, encode(encoder, right))
+        if not examples:
+            raise DataError(
+                f"{Path(options.data_dir, task, 'test.json')}: no record has an output, of which the log-loss is "
+                "computed, that is right by the rule of its answer and fits the model: pass --tasks without this one"
+            )
+        prepared.rules[task] = rules
+        prepared.num_wrong[task] = len(outputs) - len(right)
+        prepared.tests[task] = limited(examples, options.eval_limit)
         prepared.questions[task], cut = make_questions(
-            encoder, chosen, positions_of(model), options.max_new_tokens
+            encoder, limited(records, options.eval_limit), positions, options.max_new_tokens
         )
         prepared.num_cut += cut
-        prepared.tests[task] = encode(encoder, [record for record in chosen if record.has_target])
     return prepared
+
+
+def _within(length: int | None, examples: Sequence[Example]) -> list[Example]:
+    return [example for example in examples if length is None or len(example.input_ids) <= length]
 
 
 def encode(encoder: Encoder, records: Sequence[Conversation]) -> list[Example]:

@@ -18,9 +18,9 @@ def make_report(rows: Sequence[Row], options: ReproduceOptions) -> dict[str, Any
         options: what is reproduced.
 
     Returns:
-        Table, model, and for each method its learning rate, number of runs, means and standard deviations (None with
-        fewer than two) of log-loss and average accuracy, accuracy of each task, and the paper's averages; what has
-        not been run is None.
+        Table, model, `eval_limit`, and for each method its learning rate, number of runs, means and standard
+        deviations (None with fewer than two) of log-loss and average accuracy, accuracy of each task, and the paper's
+        averages; what has not been run is None.
     """
     methods = {}
     for method in as_tuple(options.methods):
@@ -40,19 +40,24 @@ def make_report(rows: Sequence[Row], options: ReproduceOptions) -> dict[str, Any
             "accuracies": {task: mean(row["accuracies"][task] for row in finished) for task in tasks},
             "paper": None if paper is None else dict(zip(PAPER_MODELS, paper, strict=True)),
         }
-    return {"table": options.table, "model": options.base, "methods": methods}
+    return {
+        "table": options.table,
+        "model": options.base,
+        "eval_limit": options.eval_limit,
+        "methods": methods,
+    }
 
 
 def results_of(rows: Sequence[Row], options: ReproduceOptions, method: str) -> tuple[float | None, list[Row]]:
-    """Return the learning rate of a method, None before it is chosen, and the rows of its results."""
+    """Return the learning rate of a method, None before it is chosen, and a row for each of its results."""
     lr, _ = options.search.next_rates(rows, options.table, method, [options.base])
-    own = [
-        row
+    own = {
+        (row["base"], row["order"]): row
         for row in rows
         if (row["task"], row["method"], row["lr"]) == (options.table, method, lr)
         and (row["base"], row["order"]) in options.pairs
-    ]
-    return lr, own
+    }
+    return lr, list(own.values())
 
 
 def format_report(report: dict[str, Any]) -> str:
@@ -80,7 +85,10 @@ def format_report(report: dict[str, Any]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     ]
-    note = f"{report['table']} on {report['model']}; the last {len(PAPER_MODELS)} columns are the paper's averages"
+    note = (
+        f"{report['table']} on {report['model']}, by greedy decoding, at most {report['eval_limit']:,} records a task "
+        f"(--eval-limit); the last {len(PAPER_MODELS)} columns are the paper's averages"
+    )
     return "\n".join([note, "", *text])
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from grass.errors import GrassError
+from grass.errors import GrassError, first_line
 from grass.finetune.run_folder import append_row, read_rows, write_rows
 
 Row = dict[str, Any]
@@ -142,15 +142,15 @@ def run_missing(
         seconds: no run begins later.
 
     Raises:
-        GrassError: a process was killed.
+        GrassError: a run failed, or its process was killed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     rows, end = read_rows(path), time.monotonic() + seconds
-    if rows:  # a row that was being written when the process was killed is incomplete
+    if path.exists():  # a row that was being written when the process was killed is incomplete
         write_rows(path, rows)
     idle: list[_Worker] = []
     running: dict[Any, tuple[_Worker, Job]] = {}  # by connection
-    failure: Exception | None = None
+    failure: GrassError | None = None
     try:
         while True:
             busy = {job for _, job in running.values()}
@@ -172,7 +172,7 @@ def run_missing(
                         f"the process of a run of {job.method} was killed; if memory is short, pass fewer --workers or "
                         "a smaller --micro-batch-size, and repeat the command: finished runs are kept"
                     )
-                if isinstance(result, Exception):
+                if isinstance(result, GrassError):
                     failure = failure or result
                     continue
                 idle.append(worker)
@@ -196,7 +196,7 @@ class _Worker:
 
     Attributes:
         process: the process.
-        connection: takes a job, and gives what the run returned or raised.
+        connection: takes a job, and gives what the run returned, or a `GrassError`.
     """
 
     def __init__(self, run_job: Callable[[Job], Row]) -> None:
@@ -219,11 +219,19 @@ def _serve(connection: Connection, run_job: Callable[[Job], Row]) -> None:
         while True:
             job = connection.recv()
             try:
-                result: Row | Exception = run_job(job)
+                result: Row | GrassError = run_job(job)
             except Exception as error:
-                error.add_note(traceback.format_exc())  # shown with --debug
-                result = error
+                # Exceptions of libraries may not unpickle, and would end the process that waits for them.
+                result = error if isinstance(error, GrassError) else _failed(job, error)
+                result.add_note(traceback.format_exc())  # shown with --debug
             connection.send(result)
+
+
+def _failed(job: Job, error: Exception) -> GrassError:
+    return GrassError(
+        f"a run of {job.method} failed ({type(error).__name__}: {first_line(error)}); finished runs are kept: repeat "
+        "the command to go on, with --debug for the traceback"
+    )
 
 
 def _end_with_parent() -> None:

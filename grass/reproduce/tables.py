@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from grass.errors import DataError
 from grass.finetune.data import read_records
@@ -14,6 +15,7 @@ from grass.reproduce.options import TableName
 MAX_SKIPPED = 0.01  # largest share of unusable training records: math_data.json has three without an output
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3})")
 _PUNCTUATION = re.compile(r"[,;:!?\"'`]|\.(?!\d)")  # not what belongs to a number or an equation
+T = TypeVar("T")
 PAPER_MODELS = ("TinyLlama", "Gemma-2B", "LLaMA2-7B")
 
 
@@ -139,8 +141,6 @@ def read_table(folder: Path, name: TableName, tasks: Sequence[str], validation: 
             raise DataError(f"{path}: all of its records are among the training records")
         if unanswered := sum(record.answer is None for record in result.tests[task]):
             raise DataError(f"{path}: {unanswered:,} records have no answer, by which they are scored")
-        if not any(record.has_target for record in result.tests[task]):
-            raise DataError(f"{path}: no record has an output, of which the log-loss is computed")
     return result
 
 
@@ -154,6 +154,6 @@ def _folded(record: Conversation) -> str:
     return " ".join(_PUNCTUATION.sub(" ", _THOUSANDS.sub("", texts)).split())
 
 
-def limited(records: Sequence[Conversation], limit: int) -> Sequence[Conversation]:
-    """Return at most `limit` records, the same ones for every run."""
-    return records if len(records) <= limit else random.Random(0).sample(list(records), limit)
+def limited(items: Sequence[T], limit: int) -> Sequence[T]:
+    """Return at most `limit` items, the same ones for every run."""
+    return items if len(items) <= limit else random.Random(0).sample(list(items), limit)

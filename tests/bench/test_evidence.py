@@ -27,16 +27,30 @@ from bench.quality.comparison import (
     results,
     summarize,
 )
-from bench.quality.evidence import BEGIN, END, claims, in_short, page, written_pages
+from bench.quality.evidence import BEGIN, CLAIMS, END, findings, in_short, page, written_pages
 from bench.quality.log import NOTES
 from bench.quality.methods import BLIND, CONFIG, RULES, SETTINGS
 from bench.quality.stability import measure
-from bench.quality.study import BUDGETS, FURTHER, KEY, OTHERS, REMOVED, SEARCH, SMALL, STUDY, UNITS, rate_of
+from bench.quality.study import (
+    BUDGETS,
+    CONTROLS,
+    FURTHER,
+    KEY,
+    MODULES,
+    OTHERS,
+    REMOVED,
+    SEARCH,
+    SMALL,
+    STUDY,
+    UNITS,
+    rate_of,
+)
 from bench.quality.tables import TITLES, log_page, real_report, tables_page
 from bench.quality.training import Budget, make_model
 from grass import GrassConfig
 from grass.errors import GrassError
 from grass.finetune.run_folder import read_rows, write_rows
+from grass.reproduce.job import digest_of, settings_of
 from grass.reproduce.options import SEARCH_SEED
 from grass.reproduce.study import Job
 
@@ -52,6 +66,7 @@ def row(job, log_loss, **changes):
         "curve": [2.0, 1.5, 1.2, 1.0, 0.9, 0.8, 0.7, 0.65, 0.6, 0.55],
         "trained_share": 0.25,
         "longest_wait": 30,
+        "layers": [0.25] * 8,
         "processor_seconds": 20.0,
     }
     return asdict(job) | asdict(BUDGETS[job.task]) | values | changes
@@ -61,7 +76,7 @@ def rows_of(method, shift, noise=0.0, part=PART):
     """Rows of a method whose log-loss is 0.5, a term of the pair, and a shift."""
     rng = random.Random(method)
     found = [
-        row(Job(part.task, method, lr, base, order), 1.0 + (lr != BEST))
+        row(Job(part.task, method, lr, base, order), 1.0 + (lr != BEST), exact=0.5 - 0.1 * (lr != BEST))
         for lr in SEARCH.rates
         for base in part.bases
         for order in SEARCH.orders
@@ -178,45 +193,87 @@ def test_a_summary_has_deviations_within_bases(rows):
     assert of.exact == pytest.approx(70.0)
 
 
+def line_of(text, names):
+    """The cells of a comparison in the table of claims."""
+    (line,) = [
+        line for line in text.splitlines() if line.startswith(f"| {names} |") and line.count("|") == 11
+    ]
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
 def test_claims_are_better_worse_undecided_or_not_run(rows, tmp_path):
-    of = claims(found_in(rows, tmp_path))
-    uniform = of["Sampling by gradient norms is better than uniform sampling (LISA)."]
-    assert uniform.startswith("GRASS against uniform sampling (32 pairs): by log-loss **better** (-0.03")
-    assert "bases 4 of 4), by exact match **better** (+3.0 [" in uniform
-    shuffled = of["Doubt: the same probabilities would do as well without the norms."]
-    assert shuffled == "GRASS against its own probabilities on permuted layers: not run yet."
-    static = of["Adapting during training is better than the probe alone."]
-    assert "by log-loss **undecided**" in static
-    assert "detectable 0.0" in static
-    full = of["GRASS is close to full fine-tuning, or better."]
-    assert "by log-loss **worse** (+0.1" in full
-    assert "by exact match **worse** (-10.0 [" in full
+    found = found_in(rows, tmp_path)
+    claims = page(found).partition("## The paper's claims")[2]
+    pairs, loss, bases, p_value, _, verdict, exact, _, exact_verdict = line_of(claims, "`grass` - `uniform`")
+    assert (pairs, bases, p_value, verdict) == ("32", "4 of 4", "< 0.001", "better")
+    assert loss.startswith("-0.03")
+    assert exact.startswith("+3.0 [")
+    assert exact_verdict == "better"
+    assert line_of(claims, "`grass` - `shuffled`") == ["not run", *[""] * 8]
+    assert line_of(claims, "`grass` - `static`")[5] == "undecided"
+    full = line_of(claims, "`grass` - `full`")
+    assert (full[5], full[8]) == ("worse", "worse")
+    assert full[6].startswith("-10.0 [")
+    of = findings(found)
     rules = of["Doubt: is there any rule that beats random layers?"]
     assert rules.startswith("Rules that see the gradients of all layers: not run yet.")
-    assert rules.count("not run yet.") == 5
-    assert "GRASS against other methods, on four bases: not run yet." in in_short(Found.of(tmp_path))
+    assert (
+        of["Doubt: some layers starve."] == "Longest wait of a layer, of 500 steps: `grass` 30, `uniform` 30."
+    )
+    assert "GRASS against other methods, on the four bases on which these ran: not run yet." in in_short(
+        found
+    )
     lora = rows_of("lora-r32", 0.1, 0.005, STUDY.parts["methods"])
     for r in lora:
         r["exact"] = 0.9  # sure of what is wrong, and right more often
     more = rows_of("grass", 0.0, 0.005, STUDY.parts["methods"])
     text = in_short(found_in([*rows, *lora, *more], tmp_path))
-    assert "on four bases: by log-loss better than `lora-r32`; by exact match worse than `lora-r32`." in text
+    assert "these ran: by log-loss better than `lora-r32`; by exact match worse than `lora-r32`." in text
     memory = next(text for claim, text in of.items() if "1,792 tokens" in claim)
     assert memory == "not predicted yet."
     write_rows(tmp_path / "memory.jsonl", [{"method": "lora-r128", "peak_gib": 20.26}])
-    memory = next(text for claim, text in claims(Found.of(tmp_path)).items() if "1,792 tokens" in claim)
+    memory = next(text for claim, text in findings(Found.of(tmp_path)).items() if "1,792 tokens" in claim)
     assert "`lora-r128` 20.3 GiB (" in memory
+
+
+def test_every_comparison_of_a_claim_is_made():
+    for comparisons in CLAIMS.values():
+        for family, names, _ in comparisons:
+            assert names in FAMILIES[family][1]
+
+
+def test_what_fixed_layers_gain_is_told_at_both_rates(rows, tmp_path):
+    """The layers that they trained, and the search at the rate of uniform sampling, not at their own."""
+    top = rows_of("static-top", -0.3, 0.005)
+    for r in top:
+        r["layers"] = [0.9, 0.0, 0.9, *[0.0] * 5] if r["base"] == 3 else [0.9, 0.9, *[0.0] * 6]
+        if r["order"] in SEARCH.orders and r["lr"] == BEST:
+            r |= {"log_loss": 0.96, "exact": 0.7}
+    text = in_short(found_in([*rows, *top], tmp_path))
+    assert "in 24 of 32 runs." in text
+    assert "`static-top` -0.040 nats and +20.0 points (4 runs of the search)." in text
+
+
+def test_rates_that_exact_match_would_have_chosen_are_told(rows, tmp_path):
+    for r in rows:
+        if r["method"] == "grass" and r["order"] in SEARCH.orders and r["lr"] == SEARCH.rates[0]:
+            r["exact"] = 0.9
+    text = page(found_in(rows, tmp_path))
+    assert "a search by it would have chosen other rates for `grass` in 1 of 1 parts." in " ".join(
+        text.split()
+    )
 
 
 def test_in_short_names_what_is_better_than_chance(rows, tmp_path):
     """A verdict on the wrong comparison, or the same sentence whatever was found."""
     assert in_short(found_in([], tmp_path)) == "Not run yet.\n"
     text = in_short(found_in(rows, tmp_path))
-    assert "**Drawing layers by their gradient norms, as the paper does, is better than" in text
+    assert "**Drawing layers by their gradient norms (GRASS) is better than" in text
     assert "by log-loss: `grass`; by exact match: `grass`.\n" in text
-    assert "by log-loss and worse" not in text
+    assert "than `full` by log-loss and worse" not in text
     more = [*rows_of("remeasured", -0.05, 0.005), *rows_of("static-top", -0.3, 0.005)]
     for r in more:
+        r["layers"] = [0.9, 0.9, *[0.0] * 6]
         r["exact"] = 0.1 if r["method"] == "static-top" else r["exact"]
     text = in_short(found_in([*rows, *more], tmp_path))
     assert (
@@ -238,41 +295,33 @@ def test_rules_are_counted_by_verdict(rows, tmp_path):
     shifts = {"signal": -0.08, "signal-inverse": 0.1}
     more = [r for name in rules for r in rows_of(name, shifts.get(name, 0.0), 0.005, part)]
     uniform = rows_of("uniform", 0.0, 0.002, part)
-    of = claims(found_in([*rows, *more, *uniform], tmp_path))
+    of = findings(found_in([*rows, *more, *uniform], tmp_path))
     line = of["Doubt: is there any rule that beats random layers?"]
     assert line.startswith(
-        f"Of {len(rules) - len(BLIND)} rules that see the gradients of all layers, against uniform sampling, "
-        "by log-loss: 1 are better"
+        f"Of {len(rules) - len(set(BLIND) & set(rules))} rules that see the gradients of all layers, against uniform "
+        "sampling: by log-loss 1 better (`signal`), "
     )
-    assert "(`signal` -0.0" in line
-    assert re.search(r"[12] are worse, \d+ undecided", line)
+    assert re.search(r"[12] worse, \d+ undecided; by exact match \d+ better", line)
 
 
 def test_every_arm_has_a_title_or_a_reason_and_a_prediction():
-    assert set(TITLES) >= {*KEY, *OTHERS, *FURTHER, *UNITS}
-    assert set(NOTES) == {*RULES, *SETTINGS, *REMOVED, "grass-floor", *FURTHER}
+    assert set(TITLES) >= {*KEY, *OTHERS, *FURTHER, *UNITS, *MODULES, *CONTROLS}
+    assert set(NOTES) == {*RULES, *SETTINGS, *REMOVED, "grass-floor", *FURTHER, *CONTROLS}
     assert all(note.reason.endswith((".", "?")) and note.prediction for note in NOTES.values())
     for part, family in FAMILIES.values():
         assert {name for names in family for name in names} <= {*STUDY.parts[part].methods, *REMOVED}
 
 
 def test_a_base_is_one_observation_over_all_parts(rows):
-    """Also one that was run before with other weights; a t test of the bases' means, corrected for their number."""
+    """A t test of the bases' means, corrected for their number."""
     confirmation = STUDY.parts["confirmation"]
     more = [r for name in ("uniform", "grass") for r in rows_of(name, 0.0, 0.005, confirmation)]
-    earlier = [r | {"base_digest": "other"} for name in ("uniform", "grass") for r in rows_of(name, 0.0)]
-    for r in earlier:
-        if r["method"] == "grass" and r["base"] == 2 and r["order"] not in SEARCH.orders:
-            r["log_loss"] += 0.04
-    found = across([*rows, *more], earlier)
+    found = across([*rows, *more])
     of = found["grass", "uniform"].log_loss.difference
     assert of.size == 8
     assert set(found) <= set(ACROSS)
-    alone = across([*rows, *more], [])["grass", "uniform"].log_loss.difference
-    # of the key contrast -0.03; with the earlier one, of 0 and of 0.04 on one base, the means of both
-    assert alone.mean == pytest.approx(4 * -0.03 / 8, abs=0.005)
-    assert of.mean == pytest.approx((3 * -0.015 + 0.005) / 8, abs=0.005)
-    only = across(rows, [])
+    assert of.mean == pytest.approx(4 * -0.03 / 8, abs=0.005)  # -0.03 on the bases of the key contrast
+    only = across(rows)
     values = [one(rows, "grass", "full").bases[base] for base in PART.bases]
     expected = stats.ttest_1samp(values, 0.0)
     of = only["grass", "full"].log_loss
@@ -280,7 +329,9 @@ def test_a_base_is_one_observation_over_all_parts(rows):
     assert of.p_value == pytest.approx(expected.pvalue * 3)  # the smallest of three
     assert of.verdict == only["grass", "full"].exact.verdict == "worse"
     assert only["grass", "uniform"].exact.verdict == "better"
-    assert only["grass", "static"].log_loss.verdict == "undecided"
+    undecided = only["grass", "static"].log_loss
+    assert undecided.verdict == "undecided"
+    assert undecided.detectable > abs(undecided.difference.mean)
 
 
 def test_bases_on_which_a_method_was_chosen_do_not_count(rows):
@@ -290,7 +341,7 @@ def test_bases_on_which_a_method_was_chosen_do_not_count(rows):
         r for name in ("uniform", "static-top", "lowest") for r in rows_of(name, 0.0, 0.005, confirmation)
     ]
     more += [r for name in ("uniform", "lowest") for r in rows_of(name, 0.0, 0.005, rules)]
-    found = across([*rows, *more, *rows_of("static-top", 0.0, 0.005)], [])
+    found = across([*rows, *more, *rows_of("static-top", 0.0, 0.005)])
     assert found["static-top", "uniform"].log_loss.difference.size == len(PART.bases)
     assert found["lowest", "uniform"].log_loss.difference.size == len(confirmation.bases)
 
@@ -551,55 +602,58 @@ def test_the_page_of_this_checkout_is_that_of_its_rows():
     figures.check_figures(command.RESULTS, command.FIGURES)
 
 
-def real_rows(table, losses):
-    """Rows of study B: a search, and a result for each log-loss of a method."""
+def write_real(folder, table, losses):
+    """Rows of study B and their settings: a search, and a result for each log-loss of a method."""
+    options = real.options_for(table, "SmolLM2", "data", "", 1, 1.0)
+    settings = settings_of(options, real.CONFIG, "weights", {"train": "records"})
     rows = []
     for method, of in losses.items():
-        job = {"task": table, "method": method, "base": "SmolLM2"}
+        job = {"task": table, "method": method, "base": "SmolLM2", "settings": digest_of(settings)}
+        job |= {"lr": 2e-4, "num_examples": 677}
         for lr in (1e-4, 2e-4, 4e-4):
-            search = {
-                "lr": lr,
-                "order": SEARCH_SEED,
-                "log_loss": 1.0 + (lr != 2e-4),
-                "steps": real.STEPS // 2,
-            }
-            rows.append(job | search | {"batch_size": real.BATCH})
+            rows.append(job | {"lr": lr, "order": SEARCH_SEED, "log_loss": 1.0 + (lr != 2e-4)})
         for order, loss in enumerate(of):
-            run = {
-                "lr": 2e-4,
-                "order": order,
-                "log_loss": loss,
-                "steps": real.STEPS,
-                "batch_size": real.BATCH,
-            }
-            rows.append(job | run | {"accuracies": dict.fromkeys(real.TASKS[table], 0.25)})
-    return rows
+            accuracies = dict.fromkeys(real.TASKS[table], 0.75 - loss)
+            rows.append(job | {"order": order, "log_loss": loss, "accuracies": accuracies})
+    write_rows(folder / f"{table}.jsonl", rows)
+    (folder / f"{table}.settings.json").write_text(json.dumps(settings))
 
 
 def test_rows_of_the_real_model_are_compared_by_order(tmp_path):
     """Another order's loss; an arm with fewer orders; a method that has none."""
     losses = {"grass": [0.5, 0.6, 0.7], "uniform": [0.6, 0.6, 0.6], "full": [0.4, 0.5], "static": []}
-    write_rows(tmp_path / "arithmetic.jsonl", real_rows("arithmetic", losses))
-    report, differences = real_report(tmp_path, "arithmetic")
-    assert differences["uniform"] == pytest.approx([-0.1, 0.0, 0.1])
-    assert differences["full"] == pytest.approx([0.1, 0.1])
-    assert not differences["static"]
-    assert report["grass"]["lr"] == 2e-4
+    write_real(tmp_path, "arithmetic", losses)
+    report = real_report(tmp_path, "arithmetic")
+    assert report.differences["uniform"] == [
+        pytest.approx(of) for of in ((-0.1, 10.0), (0.0, 0.0), (0.1, -10.0))
+    ]
+    assert report.differences["full"] == [pytest.approx((0.1, -10.0))] * 2
+    assert not report.differences["static"]
+    assert report.methods["grass"]["lr"] == 2e-4
     found = Found.of(tmp_path)
-    text = claims(found)["The same on a real model."]
+    text = findings(found)["The same on a real model."]
     assert (
-        "`uniform` +0.000 (-0.100 to +0.100), `full` +0.100 (+0.100 to +0.100) (mean and range of 2 orders"
-        in text
+        "GRASS - `uniform` +0.000 (-0.100 to +0.100) nats, +0.0 (-10.0 to +10.0) points; `full` +0.100 (+0.100 to "
+        "+0.100) nats, -10.0 (-10.0 to -10.0) points (mean and range of 2 orders" in text
     )
     assert "commonsense: not run yet." in text
     table = tables_page(found)
-    assert "| grass | 0.0002 | 3 | 0.600 ± 0.100 | 25.0 |" in table
+    assert "**arithmetic**, 677 training records" in table
+    assert "| grass | 0.0002 | 3 | 0.600 ± 0.100 | 15.0 | 15.0 | 15.0 | 15.0 | 15.0 ± 10.0 |  |  |" in table
     assert "| static | 0.0002 | 0 |" in table
-    shorter = [row | {"steps": row["steps"] // 2} for row in real_rows("arithmetic", losses)]
-    write_rows(
-        tmp_path / "arithmetic.jsonl", [r for r in shorter if r["order"] < SEARCH_SEED and r["order"] > 0]
-    )
-    assert real_report(tmp_path, "arithmetic")[1]["uniform"] == []  # of runs of other lengths
+
+
+def test_rows_of_the_real_model_with_other_settings_are_refused(tmp_path, monkeypatch):
+    """A run of another length, or rows to which the settings do not belong."""
+    write_real(tmp_path, "arithmetic", {"grass": [0.5]})
+    with monkeypatch.context() as patch:
+        patch.setattr(real, "STEPS", 2 * real.STEPS)
+        with pytest.raises(GrassError, match="rows of arithmetic were made with other settings"):
+            real_report(tmp_path, "arithmetic")
+    rows = read_rows(tmp_path / "arithmetic.jsonl")
+    write_rows(tmp_path / "arithmetic.jsonl", [*rows, rows[-1] | {"settings": "other", "order": 1}])
+    with pytest.raises(GrassError, match="rows of arithmetic were made with other settings"):
+        real_report(tmp_path, "arithmetic")
 
 
 def test_norms_of_the_real_model_are_compared_by_task(tmp_path, measured):
@@ -614,7 +668,7 @@ def test_norms_of_the_real_model_are_compared_by_task(tmp_path, measured):
     ]
     write_rows(tmp_path / "norms.jsonl", rows)
     text = next(
-        text for claim, text in claims(Found.of(tmp_path)).items() if claim.startswith("Which layers")
+        text for claim, text in findings(Found.of(tmp_path)).items() if claim.startswith("Which layers")
     )
     assert "+0.80 to +0.80 between two of 2 arithmetic tasks" in text
     assert "+1.00 to +1.00 between two of 2 commonsense tasks" in text
@@ -629,13 +683,12 @@ def test_the_page_is_written_with_all_rows(tmp_path, rows, measured):
     rows = list({(r["task"], r["method"], r["lr"], r["base"], r["order"]): r for r in rows}.values())
     removed = [r for name in REMOVED for r in rows_of(name, 0.0, 0.02, STUDY.parts["confirmation"])]
     write_rows(tmp_path / "study.jsonl", [*rows, *removed])
-    write_rows(tmp_path / "earlier.jsonl", [r for r in rows if r["base"] in PART.bases])
     enough = [r | {"norms": r["norms"] * 10} if r["kind"] == "norms" else r for r in measured]
     write_rows(tmp_path / "stability.jsonl", enough)
     write_rows(tmp_path / "memory.jsonl", [{"method": "grass", "peak_gib": 20.0}])
     for table in real.TASKS:
         losses = {method: [0.5, 0.6, 0.7] for method in real.METHODS[table]}
-        write_rows(tmp_path / f"{table}.jsonl", real_rows(table, losses))
+        write_real(tmp_path, table, losses)
     found = Found.of(tmp_path)
     text = page(found) + tables_page(found) + log_page(found)
     assert "not run" not in text.lower()

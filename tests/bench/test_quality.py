@@ -12,18 +12,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from bench.quality.methods import (
+    ACTIVE,
+    CONFIG,
     NAMES,
     PERIOD,
     View,
+    by_position,
     diminishing,
     hopeful,
     make,
     nothing,
     update,
 )
-from bench.quality.statistics import contrast, corrected_p_values, holm, mean_of, verdict
+from bench.quality.statistics import contrast, corrected_p_values, detectable, holm, mean_of, verdict
 from bench.quality.study import SEARCH, STUDY, Design, Part, RunJob, problems
 from bench.quality.tasks import IGNORED, TASKS, Data, Problem, base_texts, encode
 from bench.quality.training import Budget, evaluate, fine_tune, loss_of, make_model
@@ -150,15 +154,15 @@ def test_every_method_trains(name):
         if "modules" not in name:
             assert trained.trained_share == pytest.approx(share * (1 - probed), rel=1e-6)
             return
-        # Four of the modules, attention or MLP as they are drawn, and all that is outside of them.
+        # Attention and MLP as they are drawn, within a budget, and all that is outside of them.
         sizes = [
             sum(p.numel() for p in getattr(layer, kind).parameters())
             for layer in model.model.layers
             for kind in ("self_attn", "mlp")
         ]
-        outside = total - sum(sizes)
-        least, most = (outside + 4 * size for size in (min(sizes), max(sizes)))
-        assert least * (1 - probed) - 1 <= trained.trained_share * total <= most * (1 - probed) + 1
+        most = total - sum(sizes) + blocks / 4
+        least = most - min(sizes)  # otherwise one more would fit
+        assert least * (1 - probed) < trained.trained_share * total <= most * (1 - probed) + 1
 
 
 def test_rules_choose_by_the_true_norms():
@@ -184,21 +188,32 @@ def test_rules_choose_by_the_true_norms():
     assert counts["signal-inverse"] == 0
 
 
-def test_the_control_of_remeasured_has_its_probabilities_on_other_layers():
-    """Of one model and batch, both measure the same norms in the step before the second draw."""
+@pytest.mark.parametrize(("name", "steps"), [("remeasured", PERIOD), ("static-top", CONFIG.probe_steps)])
+def test_a_control_has_the_probabilities_of_its_method_on_other_layers(name, steps):
+    """Of one model and batches, both measure the same norms: in the step before the second draw, or in the probe."""
     train = Data(TASKS["arithmetic"](32, 8, 0)[0])
     probabilities = []
-    for name in ("remeasured", "remeasured-shuffled"):
+    for method in (name, f"{name}-shuffled"):
         model = make_model(0)
-        optimizer = make(name, model, train, seed=0)
-        for ids, labels in train.batches(4, PERIOD, 0):
+        optimizer = make(method, model, train, seed=0)
+        for ids, labels in train.batches(4, steps, 0):
             loss_of(model, ids, labels).backward()
             optimizer.step()
             optimizer.zero_grad()
         probabilities.append(optimizer.probabilities)
     first, second = probabilities
     assert torch.allclose(first.sort().values, second.sort().values)
-    assert (first != second).all()
+    assert first.argmax() != second.argmax()
+
+
+def test_positions_train_each_layer_in_its_share_of_the_periods():
+    shares = [0.8, 0.2, 0.2, 0.18, 0.14, 0.21, 0.15, 0.12]
+    assert sum(shares) == pytest.approx(ACTIVE)
+    choose, view = by_position(*shares), view_of()
+    chosen = [choose(view, nothing(view)) for _ in range(4000)]
+    assert all(len(set(layers)) == ACTIVE for layers in chosen)
+    counts = torch.bincount(torch.tensor(chosen).flatten(), minlength=8) / len(chosen)
+    assert counts.tolist() == pytest.approx(shares, abs=0.03)  # four deviations
 
 
 def view_of(**periods):
@@ -419,3 +434,11 @@ def test_intervals_hold_the_truth_as_often_as_stated(count):
         found = contrast(0.3 + rng.standard_normal(count), seed=seed)
         hits.append(found.low <= 0.3 <= found.high)
     assert 0.92 < np.mean(hits) < 0.98
+
+
+def test_a_detectable_difference_of_bases_is_decided_in_four_of_five_studies():
+    rng = np.random.default_rng(5)
+    unit = rng.standard_normal(8)
+    difference = detectable(unit / unit.std(ddof=1), comparisons=14)
+    p_values = stats.ttest_1samp(rng.standard_normal((4000, 8)) + difference, 0.0, axis=1).pvalue
+    assert (p_values < 0.05 / 14).mean() == pytest.approx(0.8, abs=0.03)

@@ -35,6 +35,8 @@ def test_the_study_names_methods_and_tasks_that_exist(table):
     assert options.seeds >= 3
     assert len(options.search.rates) >= 3
     assert CONFIG.for_run(options.search_steps).probe_steps == CONFIG.probe_steps
+    assert len(set(norms.STAGES)) == 4
+    assert max(norms.STAGES) < options.steps  # else the learning rate would be negative
 
 
 def test_norms_are_root_mean_squares_of_the_layers_gradients(tiny_model):

@@ -1,8 +1,8 @@
 """`grass reproduce` on a tiny model.
 
 Would catch: a method that trains nothing, something else, or other parameters than it names; a run that differs when it
-is repeated; a rate chosen on test records; a stopped study that starts again; a table with wrong averages; errors that
-come after the first runs.
+is repeated or comes after another one; a rate chosen on test records; a log-loss of wrong outputs; a stopped study that
+starts again, or goes on with other settings; a table with wrong averages; errors that come after the first runs.
 """
 
 import json
@@ -15,19 +15,22 @@ from statistics import mean, stdev
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from grass.cli import main
 from grass.config import GrassConfig
-from grass.errors import ConfigError
+from grass.errors import ConfigError, DataError, GrassError
 from grass.finetune.loss import IGNORED
 from grass.finetune.model import load_model
 from grass.finetune.run_folder import read_rows, write_rows
 from grass.reproduce import training
+from grass.reproduce.job import digest_of, settings_of, weights_of
 from grass.reproduce.methods import METHODS, full
 from grass.reproduce.options import SEARCH_SEED, ReproduceOptions
 from grass.reproduce.preparation import check_methods, prepare
 from grass.reproduce.report import format_report, make_report
 from grass.reproduce.study import Job
+from grass.reproduce.tables import read_table
 from grass.reproduce.training import batches, curve_of, run_job, schedule, train_step
 
 CONFIG = GrassConfig(active_layers=1, probe_steps=2, sample_interval=2, update_interval=2)
@@ -100,8 +103,15 @@ def test_each_method_trains_what_it_names(name, tiny_model):
             units = {key.split(".")[3] for key in moved if "layers" in key and "norm" not in key}
             assert units
             assert units <= {"self_attn", "mlp"}
-            inside = {tuple(key.split(".")[2:4]) for key in moved if "layers" in key and "norm" not in key}
-            assert len(inside) == 2
+            inside = {key.rsplit(".", 2)[0] for key in moved if "layers" in key and "norm" not in key}
+            sizes = {
+                f"model.layers.{layer}.{unit}": sum(p.numel() for p in getattr(block, unit).parameters())
+                for layer, block in enumerate(model.model.layers)
+                for unit in ("self_attn", "mlp")
+            }
+            budget = sum(p.numel() for p in model.model.layers[0].parameters())
+            left = budget - sum(sizes[unit] for unit in inside)
+            assert 0 <= left < min(size for unit, size in sizes.items() if unit not in inside)
         else:
             assert len(layers) == 1
 
@@ -157,6 +167,12 @@ def test_the_rate_is_zero_in_the_probe_and_rises_after_it(options, monkeypatch):
     assert adapt == [schedule(step, 32) for step in range(32)]
 
 
+def test_the_rate_does_not_become_negative_after_the_last_step():
+    assert schedule(80, 80) == 0.0
+    with pytest.raises(ValueError, match="step 81 is after the last of 80 steps"):
+        schedule(81, 80)
+
+
 def test_activations_are_recomputed_if_asked_for(options, monkeypatch):
     calls = []
     monkeypatch.setattr(training, "evaluate", lambda *args, **kwargs: {"log_loss": 1.0})
@@ -191,6 +207,123 @@ def test_records_without_an_output_count_for_the_accuracy_only(options, data_dir
     prepare.cache_clear()
     prepared = prepare(options)
     assert len(prepared.tests["AddSub"]) < len(prepared.questions["AddSub"]) == 3
+
+
+def change(path, *changes):
+    """Change the first records of a file, one by each of the changes."""
+    records = json.loads(path.read_text())
+    path.write_text(json.dumps([*map(dict.__or__, records, changes), *records[len(changes) :]]))
+
+
+WRONG = {"output": "It is 12345 ."}
+
+
+def test_outputs_that_are_wrong_count_for_the_accuracy_only(options, data_dir):
+    """With a limit of one record, that of the log-loss is drawn of the right ones."""
+    change(data_dir / "AddSub" / "test.json", WRONG, WRONG | {"output": ""}, WRONG)
+    for limit in (1, 3):
+        prepared = prepare(replace(options, eval_limit=limit))
+        assert (len(prepared.tests["AddSub"]), len(prepared.questions["AddSub"])) == (1, limit)
+        assert prepared.num_wrong == {"AddSub": 2, "gsm8k": 0}
+        text = prepared.encoder.tokenizer.decode(prepared.tests["AddSub"][0].input_ids)
+        assert "12345" not in text
+
+
+@pytest.mark.parametrize(
+    "output", ["", "It is 12345 .", "40 + 1 " * 40 + "{answer}"], ids=["none", "wrong", "too long"]
+)
+def test_a_task_of_which_no_log_loss_can_be_computed_is_refused(options, data_dir, output):
+    path = data_dir / "AddSub" / "test.json"
+    records = json.loads(path.read_text())
+    change(path, *({"output": output.format(answer=record["answer"])} for record in records))
+    with pytest.raises(DataError, match=r"AddSub/test.json: no record has an output, .*: pass --tasks"):
+        prepare(options)
+
+
+def test_outputs_that_do_not_fit_the_model_are_left_out(options, data_dir):
+    path = data_dir / "AddSub" / "test.json"
+    answer = json.loads(path.read_text())[0]["answer"]
+    change(path, {"output": f"{'40 + 1 ' * 40} {answer}"})
+    prepared = prepare(options)
+    assert len(prepared.tests["AddSub"]) == 3
+    assert prepared.num_wrong["AddSub"] == 0
+    assert all(len(example.input_ids) <= 64 for example in prepared.tests["AddSub"])
+
+
+def test_rates_are_chosen_on_records_within_the_context(options, data_dir):
+    """The search is to measure what is trained on."""
+    held_out = read_table(data_dir, "arithmetic", (), options.validation).validation
+    questions = [record.messages[0].content for record in held_out]
+    path = data_dir / "math_data.json"
+    records = json.loads(path.read_text())
+
+    def lengthen(questions):
+        new = [r | {"output": "40 + 1 " * 40} if r["instruction"] in questions else r for r in records]
+        path.write_text(json.dumps(new))
+        prepare.cache_clear()
+
+    lengthen(questions[:2])
+    prepared = prepare(options)
+    assert (len(prepared.validation), len(prepared.train), prepared.num_long) == (4, 34, 2)
+    assert all(len(example.input_ids) <= 64 for example in prepared.validation)
+    lengthen(questions)
+    with pytest.raises(
+        ConfigError, match="all 6 validation records are longer than 64 tokens: pass --context"
+    ):
+        prepare(options)
+
+
+def test_generation_stops_where_a_reply_ends(options, tmp_path, monkeypatch):
+    """A base model whose template ends replies by another token than its EOS."""
+    AutoModelForCausalLM.from_pretrained(options.model).save_pretrained(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<unk>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }} {% if m.role == 'assistant' %}<unk>{% endif %}{% endfor %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "base")
+    ends = []
+
+    def evaluate(model, *args, **kwargs):
+        ends.extend(model.generation_config.eos_token_id)
+        return {"log_loss": 1.0}
+
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    settings = replace(options, model=str(tmp_path / "base"), template="chat", steps=1)
+    run_job(settings, CONFIG, {}, Job("arithmetic", "full", 1e-3, settings.base, 0))
+    assert ends == [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<unk>")]
+
+
+def test_dropout_does_not_depend_on_the_runs_before(options, tmp_path, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    rates = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.5)
+    sizes = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    GPT2LMHeadModel(GPT2Config(**sizes, **rates, **ends)).save_pretrained(tmp_path / "gpt2")
+    monkeypatch.setattr(training, "evaluate", lambda *args, **kwargs: {"log_loss": 1.0})
+    settings = replace(options, model=str(tmp_path / "gpt2"))
+    job = Job("arithmetic", "full", 1e-3, settings.base, 0)
+    first, again = (run_job(settings, CONFIG, {}, job)["curve"] for _ in range(2))
+    assert first == again
+
+
+@pytest.mark.parametrize(
+    ("message", "is_memory"),
+    [
+        ("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory", True),
+        ("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: not enough memory", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_a_cpu_without_memory_left_is_an_error_with_a_remedy(options, monkeypatch, message, is_memory):
+    def fail(*args):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(training, "_run_job", fail)
+    with pytest.raises(GrassError if is_memory else RuntimeError, match=re.escape(message)) as caught:
+        run_job(options, CONFIG, {}, Job("arithmetic", "full", 1e-3, options.base, 0))
+    assert ("A run of full has no memory left: pass a smaller" in str(caught.value)) == is_memory
 
 
 def test_a_step_is_the_same_in_one_pass_or_several(tiny_model, options):
@@ -228,15 +361,23 @@ def test_a_curve_is_the_mean_of_tenths():
     assert curve_of([float(i) for i in range(20)])[0] == 0.5
 
 
-def test_the_command_runs_all_and_goes_on(options, tmp_path, capsys):
+def test_the_command_runs_all_and_goes_on(options, data_dir, tmp_path, capsys):
+    change(data_dir / "AddSub" / "test.json", WRONG)
     command = ["reproduce", "--model", options.model, "--data-dir", options.data_dir, *QUICK.split()]
     command += ["--methods", "uniform", "--output", str(tmp_path / "out"), "--json"]
     assert main(command) == 0
     captured = capsys.readouterr()
     report = json.loads(captured.out)
-    assert "gsm8k: 4 test records, 3 are used; 2 others are among the training records" in captured.err
+    shared = "2 others are among the training records"
+    assert (
+        f"AddSub: 4 test records, 3 are used; {shared}; log-loss of 3 outputs, 1 others are wrong"
+        in captured.err
+    )
+    assert f"gsm8k: 4 test records, 3 are used; {shared}; log-loss of 3 outputs\n" in captured.err
     assert "tasks of the paper without files: MultiArith, AQuA, SingleEq, SVAMP" in captured.err
     rows = read_rows(tmp_path / "out" / "arithmetic.jsonl")
+    settings = tmp_path / "out" / "arithmetic.settings.json"
+    assert {row["settings"] for row in rows} == {digest_of(json.loads(settings.read_text()))}
     own = [row for row in rows if row["order"] < SEARCH_SEED]
     found = report["methods"]["uniform"]
     assert found["runs"] == len(own) == 2
@@ -266,7 +407,10 @@ def test_nothing_begins_after_the_given_minutes_and_the_table_says_what_is_missi
     command = ["reproduce", "--model", options.model, "--data-dir", options.data_dir, *QUICK.split()]
     assert main([*command, "--minutes", "0", "--output", options.output]) == 0
     table = capsys.readouterr().out.splitlines()
-    assert table[0] == "arithmetic on tiny; the last 3 columns are the paper's averages"
+    assert table[0] == (
+        "arithmetic on tiny, by greedy decoding, at most 3 records a task (--eval-limit); the last 3 columns are the "
+        "paper's averages"
+    )
     grass = next(line.split() for line in table if line.startswith("grass"))
     assert grass == ["grass", "0", "34.22", "60.65", "59.59"]
 
@@ -366,25 +510,64 @@ def test_float16_is_refused(options, tmp_path):
     check_methods(replace(options, model=str(tmp_path / "half"), dtype="float32"), CONFIG)
 
 
-def test_runs_of_another_model_or_of_other_records_are_not_continued(options, data_dir, tmp_path, capsys):
-    command = ["reproduce", "--data-dir", options.data_dir, *QUICK.split(), "--output", str(tmp_path / "out")]
-    model = tmp_path / "elsewhere" / "tiny"
-    shutil.copytree(options.model, model)
-    write_rows(tmp_path / "out" / "arithmetic.jsonl", [])
-    assert main([*command, "--model", options.model, "--minutes", "0"]) == 0
-    (tmp_path / "out" / "arithmetic.jsonl").write_text(
-        json.dumps(
-            {"task": "arithmetic", "method": "full", "lr": 1.0, "base": "tiny", "order": 0, "log_loss": 1.0}
-        )
-        + "\n"
-    )
-    assert main([*command, "--model", str(model), "--minutes", "0"]) == 2
-    assert f"has runs with --model {options.model}: pass another --output" in capsys.readouterr().err
-    path = data_dir / "AddSub" / "test.json"
-    path.write_text(path.read_text().replace("=", "is"))
-    prepare.cache_clear()
-    assert main([*command, "--model", options.model, "--minutes", "0"]) == 2
-    assert "has runs with other records: pass another --output" in capsys.readouterr().err
+@pytest.fixture
+def goes_on(options, tmp_path, capsys):
+    """Function that goes on from a row of `options`, and returns the error, if there is one."""
+    output = tmp_path / "out"
+    command = ["reproduce", "--data-dir", options.data_dir, *QUICK.split(), "--output", str(output)]
+    command += ["--minutes", "0", "--model"]
+    assert main([*command, options.model]) == 0
+    digest = digest_of(json.loads((output / "arithmetic.settings.json").read_text()))
+    row = {"task": "arithmetic", "method": "full", "lr": 1.0, "base": "tiny", "order": 0, "log_loss": 1.0}
+    write_rows(output / "arithmetic.jsonl", [row | {"settings": digest}])
+    capsys.readouterr()
+
+    def go_on(model, *arguments):
+        prepare.cache_clear()
+        code, error = main([*command, str(model), *arguments]), capsys.readouterr().err.splitlines()[-1]
+        assert code == (2 if "pass another --output" in error else 0)
+        return error if code else ""
+
+    return go_on
+
+
+def test_runs_of_the_same_model_elsewhere_are_continued_and_those_of_another_are_not(
+    options, tmp_path, goes_on
+):
+    moved = tmp_path / "elsewhere" / "tiny"
+    shutil.copytree(options.model, moved)
+    assert goes_on(moved) == ""
+    assert "out has runs with --model tiny: pass" in goes_on(shutil.copytree(moved, tmp_path / "renamed"))
+    model = AutoModelForCausalLM.from_pretrained(moved)
+    with torch.no_grad():
+        model.model.norm.weight += 1
+    model.save_pretrained(moved)
+    assert "out has runs with other weights: pass" in goes_on(moved)
+
+
+def test_models_of_the_hub_are_told_from_each_other_by_their_whole_name(options):
+    one, other = (replace(options, model=name) for name in ("one/tiny", "other/tiny"))
+    assert one.base == other.base
+    settings = [settings_of(of, CONFIG, weights_of(of.model), {}) for of in (one, other)]
+    assert digest_of(settings[0]) != digest_of(settings[1])
+
+
+def test_runs_of_other_records_are_not_continued(options, data_dir, goes_on):
+    change(data_dir / "AddSub" / "test.json", {"instruction": "Another question"})
+    assert "out has runs with other records: pass" in goes_on(options.model)
+
+
+def test_every_row_must_have_the_settings_of_the_run(options, tmp_path, goes_on):
+    """Also if the file of settings was removed, or if a row comes from another study."""
+    path = tmp_path / "out" / "arithmetic.jsonl"
+    own, settings = read_rows(path), path.with_suffix(".settings.json")
+    settings.unlink()
+    assert "out has runs with other settings: pass" in goes_on(options.model, "--steps", "8")
+    assert goes_on(options.model) == ""
+    for other in ({"settings": "0123456789ab"}, {}):
+        row = {key: value for key, value in own[0].items() if key != "settings"} | {"order": 1}
+        write_rows(path, [*own, row | other])
+        assert "out has runs with other settings: pass" in goes_on(options.model)
 
 
 def test_rows_of_another_model_do_not_count(options, tmp_path):
@@ -401,3 +584,17 @@ def test_rows_of_another_model_do_not_count(options, tmp_path):
     ]
     write_rows(tmp_path / "rows.jsonl", rows)
     assert make_report(rows, options)["methods"]["uniform"]["lr"] is None
+
+
+def test_a_run_that_is_in_the_file_twice_counts_once(options):
+    searches = [
+        {"method": "full", "lr": lr, "order": SEARCH_SEED, "log_loss": loss}
+        for lr, loss in ((1e-3, 2.0), (2e-3, 1.0), (4e-3, 2.0))
+    ]
+    results = [
+        {"method": "full", "lr": 2e-3, "order": order, "log_loss": loss, "accuracies": {"AddSub": loss}}
+        for order, loss in ((0, 0.0), (0, 0.0), (1, 0.5))
+    ]
+    rows = [row | {"task": "arithmetic", "base": "tiny"} for row in (*searches, *results)]
+    found = make_report(rows, options)["methods"]["full"]
+    assert (found["runs"], found["log_loss"], found["accuracy"]) == (2, 0.25, 0.25)

@@ -1,7 +1,7 @@
 """Runs of a study: which are missing, and going on after a stop.
 
 Would catch: a rate at the edge of what was tried, or chosen from runs of the results; a run done twice, or never; a row
-that is lost when the study stops.
+that is lost when the study stops; an error of a run that ends more than that run.
 """
 
 import os
@@ -96,6 +96,13 @@ def test_a_stopped_study_goes_on_and_each_run_is_done_once(tmp_path):
     assert [row["log_loss"] for row in rows[-2:]] == [0.0, 1.0]
 
 
+def test_a_lone_row_that_was_cut_off_does_not_damage_the_next_one(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"task": "t", "met')  # killed while it wrote the first row
+    row, _ = next(run_missing(jobs, parabola, path))
+    assert read_rows(path) == [row]
+
+
 def test_a_run_that_diverges_is_no_number(tmp_path):
     path = tmp_path / "rows.jsonl"
     for row, _ in run_missing(jobs, nan_at_four, path):
@@ -109,16 +116,25 @@ def nan_at_four(job):
 
 def test_after_an_error_what_others_have_finished_is_kept(tmp_path):
     path = tmp_path / "rows.jsonl"
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(GrassError, match="a run of a failed") as caught:
         list(run_missing(jobs, fails_at_one, path, workers=2))
+    assert "(LibraryError: no kernel); finished runs are kept" in str(caught.value)
+    assert any("fails_at_one" in note for note in caught.value.__notes__)  # the traceback
     assert [row["order"] for row in read_rows(path)] == [101]
+
+
+class LibraryError(Exception):
+    """Does not unpickle, as its arguments are others than those of Exception."""
+
+    def __init__(self, what, code):
+        super().__init__(f"no {what}")
 
 
 def fails_at_one(job):
     if job.order == 101:
         time.sleep(1)
         return {"log_loss": 1.0}
-    return {"log_loss": 1 / (job.lr - 1.0)}
+    raise LibraryError("kernel", 7)
 
 
 def test_a_process_that_is_killed_is_an_error_with_a_remedy(tmp_path):
