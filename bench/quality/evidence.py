@@ -115,7 +115,8 @@ def in_short(found: Found) -> str:
         ),
         "Log-loss is the primary outcome. It also measures how sure a model is of wrong answers, so a method can be "
         "better by log-loss and worse by exact match.",
-        f"On the second task, relations, by log-loss: {_briefly(found, 'relations')}.",
+        f"On the second task, relations, on four bases, log-loss minus that of `uniform`: "
+        f"{_briefly(found, 'relations')}.",
         *(f"{name}: {text}." for name, text in _real(found).items()),
     ]
     points = "\n".join(f"- {line}" for line in lines)
@@ -171,14 +172,12 @@ def _others(found: Found) -> str:
 
 def _briefly(found: Found, family: str) -> str:
     """Return the comparisons with uniform sampling of a family, in short."""
-    return (
-        ", ".join(
-            f"`{a}` - `{b}` {interval(of.log_loss)} {of.verdict}"
-            for (a, b), of in found.families[family].items()
-            if b == "uniform"
-        )
-        or "not run yet"
-    )
+    compared = {a: of for (a, b), of in found.families[family].items() if b == "uniform"}
+    if not compared:
+        return "not run yet"
+    texts = [f"`{name}` {of.log_loss.mean:+.3f} {of.verdict}" for name, of in compared.items()]
+    least = sorted(of.log_loss.detectable for of in compared.values())
+    return f"{', '.join(texts)}; detectable {least[0]:.2f} to {least[-1]:.2f}"
 
 
 def _counts(subject: str, found: Mapping[Names, Compared]) -> str:
