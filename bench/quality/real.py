@@ -15,7 +15,7 @@ TASKS: dict[TableName, tuple[str, ...]] = {
     "arithmetic": ("MultiArith", "AddSub", "SingleEq", "SVAMP"),
     "commonsense": ("ARC-Easy", "openbookqa"),
 }
-STEPS, BATCH, CONTEXT, RECORDS = 80, 4, 96, 50
+STEPS, BATCH, CONTEXT, RECORDS, SEEDS = 80, 4, 96, 50, 3
 VALIDATION: dict[TableName, int] = {"arithmetic": 200, "commonsense": 50}
 """Of which those that are not longer than the context choose the rates: a quarter in arithmetic."""
 CONFIG = GrassConfig(active_layers=6, probe_steps=10, sample_interval=10, update_interval=20)
@@ -32,7 +32,7 @@ def options_for(
         table=table,
         tasks=TASKS[table],
         methods=METHODS[table],
-        seeds=3,
+        seeds=SEEDS,
         rates=("1e-4", "2e-4", "4e-4"),
         steps=STEPS,
         search_steps=STEPS // 2,

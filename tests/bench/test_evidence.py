@@ -652,6 +652,7 @@ def test_rows_of_the_real_model_are_compared_by_order(tmp_path, rows):
     assert "commonsense: not run yet." in text
     table = tables_page(found)
     assert "**arithmetic**, 677 training records" in table
+    assert "confirmation, arithmetic, commonsense." in page(found)  # not run completely
     assert "| grass | 0.0002 | 3 | 0.600 ± 0.100 | 15.0 | 15.0 | 15.0 | 15.0 | 15.0 ± 10.0 |  |  |" in table
     assert "| static | 0.0002 | 0 |" in table
 
