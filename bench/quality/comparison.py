@@ -317,11 +317,11 @@ def counted_parts(names: Names) -> list[Part]:
 
     Rules were chosen on the bases of the rules, and `SUGGESTED` on those of the confirmation.
     """
+    chosen_on = {"rules", "confirmation"} if {*SUGGESTED} & {*names} else {"rules"}
     return [
         part
         for name, part in STUDY.parts.items()
-        if (part.task, name != "rules", {*names} <= {*part.methods}) == ("arithmetic", True, True)
-        and not (name == "confirmation" and {*SUGGESTED} & {*names})
+        if part.task == "arithmetic" and {*names} <= {*part.methods} and name not in chosen_on
     ]
 
 

@@ -109,7 +109,7 @@ MODULES = ("modules-uniform", "modules-grass")
 CONTROLS = ("static-top-shuffled", "positions")
 """Controls that tell whether the norms matter, or that few layers train, or that these are the lowest ones."""
 AGAIN = (*FURTHER, *CONTROLS, "progress-top")
-"""What helped and its controls on more bases, and a rule whose first runs were incomplete."""
+"""Methods that helped and their controls, run on more bases, with a rule whose first runs were incomplete."""
 OTHERS = tuple(name for name in METHODS if name not in (*KEY, *FURTHER, *UNITS, *MODULES, *CONTROLS))
 STUDY = Design(
     {
