@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bench.quality.methods import ACTIVE, RULES
+from bench.quality.methods import ACTIVE, RULES, SETTINGS
 from bench.quality.statistics import (
     Contrast,
     Mean,
@@ -234,7 +234,7 @@ FAMILIES: dict[str, tuple[str, list[Names]]] = {
         ],
     ),
     "modules": (
-        "modules",
+        "settings",
         [("modules-grass", "modules-uniform"), ("modules-grass", "grass"), ("modules-uniform", "uniform")],
     ),
     "again": (
@@ -257,7 +257,7 @@ FAMILIES: dict[str, tuple[str, list[Names]]] = {
     ),
     "settings": (
         "settings",
-        [(name, "grass") for name in STUDY.parts["settings"].methods if name != "grass"],
+        [(name, "grass") for name in STUDY.parts["settings"].methods if name in SETTINGS],
     ),
     "confirmation": (
         "confirmation",

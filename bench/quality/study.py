@@ -124,7 +124,6 @@ STUDY = Design(
         ),
         "units": Part("arithmetic", ("uniform", "grass", *UNITS), range(60, 64), orders=2),
         "again": Part("arithmetic", ("uniform", *AGAIN), range(70, 74), orders=2),
-        "modules": Part("arithmetic", ("uniform", "grass", *MODULES), range(80, 84), orders=2),
         "rules": Part(
             "arithmetic",
             (
@@ -141,8 +140,8 @@ STUDY = Design(
         ),
         "settings": Part(
             "arithmetic",
-            ("grass", *(name for name in SETTINGS if name not in SUGGESTED)),
-            range(40, 44),
+            ("uniform", "grass", *MODULES, *(name for name in SETTINGS if name not in SUGGESTED)),
+            range(80, 84),
             orders=2,
         ),
         "confirmation": Part(

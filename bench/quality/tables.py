@@ -380,8 +380,12 @@ def tables_page(found: Found) -> str:
             _part("`further`: what helped and its controls, arithmetic, on other bases", found, "further"),
             _part("`methods`: other methods, arithmetic", found, "methods"),
             _part("`units`: nothing outside of the layers, and a floor, arithmetic", found, "units"),
-            _part("`modules`: modules of layers, arithmetic", found, "modules"),
             _part("`again`: what helped and more controls, arithmetic, on more bases", found, "again"),
+            _part(
+                "`settings`: GRASS with one setting changed, and modules of layers, arithmetic",
+                found,
+                "modules",
+            ),
             _real(found.folder),
             _stability(found.stability),
         ]
