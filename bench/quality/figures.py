@@ -170,7 +170,7 @@ def draw_differences(rows: Sequence[Row], path: Path) -> None:
         "further": FURTHER,
         "methods": (*OTHERS, *NEW_RULES),
         "units": UNITS,
-        "modules": MODULES,
+        "settings": MODULES,
         "again": AGAIN,
         "confirmation": (*CHOSEN, *SUGGESTED),
     }
