@@ -10,15 +10,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.quality import norms
+from bench.quality import norms, real
+from bench.quality.comparison import Found
+from bench.quality.evidence import in_short, page
 from bench.quality.real import CONFIG, METHODS, TASKS, options_for
+from bench.quality.tables import real_report, tables_page
+from grass.errors import GrassError
 from grass.finetune.arithmetic import word_problems
 from grass.finetune.demo import demo_tokenizer
 from grass.finetune.encoding import Example
 from grass.finetune.model import load_model
+from grass.finetune.run_folder import read_rows, write_rows
 from grass.reproduce import methods
 from grass.reproduce.tables import TABLES
 from tests.support.saved_model import save_tiny_model
+from tests.support.study import found_in, write_real
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +82,41 @@ def test_rows_are_of_tasks_and_of_stages(tiny_model, tmp_path, monkeypatch):
     ]
     assert all(len(row["norms"]) == 4 and min(row["norms"]) > 0 for row in rows)
     assert rows[2]["norms"] != rows[3]["norms"]
+
+
+def test_rows_of_the_real_model_are_compared_by_order(tmp_path, rows):
+    """Another order's loss; an arm with fewer orders; a method that has none."""
+    losses = {"grass": [0.5, 0.6, 0.7], "uniform": [0.6, 0.6, 0.6], "full": [0.4, 0.5], "static": []}
+    write_real(tmp_path, "arithmetic", losses)
+    report = real_report(tmp_path, "arithmetic")
+    assert report.differences["uniform"] == [
+        pytest.approx(of) for of in ((-0.1, 10.0), (0.0, 0.0), (0.1, -10.0))
+    ]
+    assert report.differences["full"] == [pytest.approx((0.1, -10.0))] * 2
+    assert not report.differences["static"]
+    assert report.methods["grass"]["lr"] == 2e-4
+    found = Found.of(tmp_path)
+    text = in_short(found_in(rows, tmp_path))
+    assert (
+        "GRASS - `uniform` +0.000 (-0.100 to +0.100) nats, +0.0 (-10.0 to +10.0) points; `full` +0.100 (+0.100 to "
+        "+0.100) nats, -10.0 (-10.0 to -10.0) points (mean and range of 2 orders" in text
+    )
+    assert "commonsense: not run yet." in text
+    table = tables_page(found)
+    assert "**arithmetic**, 677 training records" in table
+    assert "confirmation, arithmetic, commonsense." in page(found)  # not run completely
+    assert "| grass | 0.0002 | 3 | 0.600 ± 0.100 | 15.0 | 15.0 | 15.0 | 15.0 | 15.0 ± 10.0 |  |  |" in table
+    assert "| static | 0.0002 | 0 |" in table
+
+
+def test_rows_of_the_real_model_with_other_settings_are_refused(tmp_path, monkeypatch):
+    """A run of another length, or rows to which the settings do not belong."""
+    write_real(tmp_path, "arithmetic", {"grass": [0.5]})
+    with monkeypatch.context() as patch:
+        patch.setattr(real, "STEPS", 2 * real.STEPS)
+        with pytest.raises(GrassError, match="rows of arithmetic were made with other settings"):
+            real_report(tmp_path, "arithmetic")
+    rows = read_rows(tmp_path / "arithmetic.jsonl")
+    write_rows(tmp_path / "arithmetic.jsonl", [*rows, rows[-1] | {"settings": "other", "order": 1}])
+    with pytest.raises(GrassError, match="rows of arithmetic were made with other settings"):
+        real_report(tmp_path, "arithmetic")
