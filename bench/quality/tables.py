@@ -1,4 +1,4 @@
-"""docs/evidence-tables.md: all numbers of the studies, from the stored rows, and the parts of which the pages are made."""
+"""docs/evidence-tables.md: all numbers of the studies, from the stored rows; and what the other pages have of it."""
 
 import json
 import math
