@@ -240,7 +240,8 @@ FAMILIES: dict[str, tuple[str, list[Names]]] = {
     "again": (
         "again",
         [
-            *((name, "uniform") for name in AGAIN),
+            *((name, "uniform") for name in ("grass", *AGAIN)),
+            ("grass", "shuffled"),
             ("remeasured", "remeasured-shuffled"),
             ("remeasured", "positions"),
             ("static-top", "static-top-shuffled"),
@@ -254,6 +255,14 @@ FAMILIES: dict[str, tuple[str, list[Names]]] = {
     "turns": (
         "rules",
         [(name, "unseen") for name in STUDY.parts["rules"].methods if name in RULES and name != "unseen"],
+    ),
+    "controls": (
+        "settings",
+        [
+            *(("grass", other) for other in ("uniform", "static", "shuffled", "lora-r32")),
+            ("grass-inside", "lora-r32"),
+            ("grass-inside", "grass"),
+        ],
     ),
     "settings": (
         "settings",

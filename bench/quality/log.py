@@ -196,7 +196,7 @@ their best, and lack runs there. That a verdict needs the same sign on all bases
 and the rules were known; the table over all base models, when the key contrast and the confirmation were, and before
 the runs with controls on other bases. Each part that is run adds its bases to that table: first the key contrast, the
 confirmation and `further`, then `methods` and `units`, `again` with controls that tell the norm from the position of a
-layer, and `settings`.
+layer, and `settings`. `shuffled` was added to the last two, as the four bases of the key contrast decide little of it.
 """
 
 

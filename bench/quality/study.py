@@ -123,7 +123,7 @@ STUDY = Design(
             orders=2,
         ),
         "units": Part("arithmetic", ("uniform", "grass", *UNITS), range(60, 64), orders=2),
-        "again": Part("arithmetic", ("uniform", *AGAIN), range(70, 74), orders=2),
+        "again": Part("arithmetic", ("uniform", "grass", "shuffled", *AGAIN), range(70, 74), orders=2),
         "rules": Part(
             "arithmetic",
             (
@@ -140,7 +140,11 @@ STUDY = Design(
         ),
         "settings": Part(
             "arithmetic",
-            ("uniform", "grass", *MODULES, *(name for name in SETTINGS if name not in SUGGESTED)),
+            (
+                *("uniform", "grass", "static", "shuffled", "grass-inside", "lora-r32"),
+                *MODULES,
+                *(name for name in SETTINGS if name not in SUGGESTED),
+            ),
             range(80, 84),
             orders=2,
         ),
