@@ -140,7 +140,10 @@ def _verify(arguments: argparse.Namespace) -> int:
             unified_diff(path.read_text(encoding="utf-8").splitlines(), text.splitlines(), lineterm="", n=0)
         )
         if lines:
-            raise GrassError(f"{path.name} is not what the rows say: {' '.join(lines[3:5])}")
+            raise GrassError(
+                f"{path.name} is not what the rows say, run python -m bench.quality verify --write: "
+                f"{' '.join(lines[3:5])}"
+            )
         print(f"{path.name}: as the rows say")
     check_figures(RESULTS, FIGURES)
     print("figures: as drawn from the rows")

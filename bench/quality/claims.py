@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, product
+from typing import NamedTuple
 
 from scipy import stats
 
@@ -10,101 +11,133 @@ from bench.quality.comparison import Compared, Found, Names, summarize
 from bench.quality.figures import MEMORY
 from bench.quality.methods import BLIND
 from bench.quality.study import BUDGETS, CHOSEN, STUDY
-from bench.quality.tables import COLUMNS, VERDICTS, line, table
+from bench.quality.tables import interval, table
 from grass.finetune.run_folder import read_rows
 
 _WORDS = """\
-The table above counts: it generalizes to new base models. This one does not: each pair of runs, on a base with an order
-of the data, is an observation of a test for these bases only, two to four of them (max t, corrected within the part).
-So a comparison can be *better* here and *undecided* above. *Better* and *worse* mean that p is below 0.05, the
-bootstrap interval excludes 0, and all bases agree on the sign (*bases* says how many do). In brackets is the part of
-the study, if it is not the key contrast. *For* and *against*: what the first comparison says of the claim.
+Comparisons are those of the table above, on all bases. With a part in brackets they are of that part only, where each
+pair of runs, on one base with one order of the data, is an observation: the verdict then holds for these two to four
+bases, must have the same sign on all of them, and is corrected for the comparisons of the part (max t). *For* and
+*against*: what the first comparison says of the claim.
 """
 
-CLAIMS: dict[str, tuple[str, Sequence[tuple[str, Names, str]]]] = {
+Place = tuple[str, Names, str]
+"""Where a comparison is, "bases" for all of them or a family; its methods; a note, which may be empty."""
+
+CLAIMS: dict[str, tuple[str, Sequence[Place]]] = {
     "Sampling by gradient norms is better than uniform sampling (LISA)": (
         "better",
-        [("key", ("grass", "uniform"), ""), ("relations", ("grass", "uniform"), "")],
+        [("bases", ("grass", "uniform"), ""), ("relations", ("grass", "uniform"), "")],
     ),
-    "Doubt: the same probabilities would do as well without the norms": (
+    "Doubt: the same probabilities would do as well on other layers": (
         "worse",
-        [("key", ("grass", "shuffled"), ""), ("relations", ("grass", "shuffled"), "")],
+        [("bases", ("grass", "shuffled"), ""), ("relations", ("grass", "shuffled"), "")],
     ),
     "Adapting during training is better than the probe alone": (
         "better",
-        [("key", ("grass", "static"), ""), ("relations", ("grass", "static"), "")],
+        [("bases", ("grass", "static"), ""), ("relations", ("grass", "static"), "")],
     ),
     "GRASS is close to full fine-tuning, or better": (
         "better",
-        [("key", ("grass", "full"), ""), ("relations", ("grass", "full"), "")],
+        [("bases", ("grass", "full"), ""), ("relations", ("grass", "full"), "")],
     ),
-    "GRASS is better than LoRA (by up to 4.38 points) and DoRA; here neither trains embedding, head and norms": (
+    "GRASS is better than LoRA (by up to 4.38 points) and DoRA": (
         "better",
         [
-            ("methods", ("grass", "lora-r32"), ""),
-            ("methods", ("grass", "dora-r32"), ""),
-            ("units", ("grass-inside", "grass"), "GRASS that does not train them either"),
+            ("bases", ("grass", "lora-r32"), ""),
+            ("bases", ("grass", "dora-r32"), ""),
+            ("bases", ("grass-inside", "lora-r32"), "embedding, head and norms frozen in both"),
         ],
     ),
-    "GRASS is better than LISA as published, whose moments restart": (
+    "GRASS is better than LISA, whose moments restart in the paper and are kept in its code (`uniform`)": (
         "better",
-        [("methods", ("grass", "lisa"), "")],
+        [("bases", ("grass", "lisa"), ""), ("bases", ("lisa", "uniform"), "the restart alone")],
     ),
-    "Norms of this moment, of all layers, are better than uniform sampling": (
-        "better",
+    "Doubt: layers trained as often without norms would do as well as norms of all layers in each period": (
+        "worse",
         [
-            ("key", ("remeasured", "uniform"), ""),
-            ("further", ("remeasured", "uniform"), ""),
-            ("relations", ("remeasured", "uniform"), ""),
-            ("further", ("remeasured", "remeasured-shuffled"), ""),
-            ("again", ("remeasured", "remeasured-shuffled"), ""),
+            ("bases", ("remeasured", "positions"), ""),
+            ("bases", ("remeasured", "remeasured-shuffled"), ""),
+            ("bases", ("remeasured", "uniform"), ""),
             ("relations", ("remeasured", "remeasured-shuffled"), ""),
-            ("again", ("remeasured", "positions"), ""),
+            ("relations", ("remeasured", "uniform"), ""),
         ],
     ),
     "Sampling is needed: without it some layers are never trained": (
         "worse",
         [
-            ("key", ("static-top", "uniform"), ""),
+            ("bases", ("static-top", "uniform"), ""),
+            ("bases", ("static-top", "static-top-shuffled"), ""),
+            ("bases", ("lowest", "uniform"), ""),
             ("relations", ("static-top", "uniform"), ""),
-            ("again", ("static-top", "static-top-shuffled"), ""),
-            ("key", ("static-top", "remeasured"), ""),
-            ("confirmation", ("lowest", "grass"), ""),
             ("relations", ("lowest", "uniform"), ""),
-            ("confirmation", ("signal-top", "grass"), "the largest norms in each period"),
+            ("confirmation", ("signal-top", "uniform"), "the largest norms in each period"),
         ],
     ),
-    "T_s of 25 to 50 is best and 5 is poor (here against T_s 10, T_u 20)": (
+    "An interval of 25 to 50 steps is best and 5 is poor (here against 10)": (
         "worse",
-        [
-            ("settings", ("period-5", "grass"), "T_s 5, T_u 20"),
-            ("settings", ("period-20", "grass"), "T_s 20, T_u 20"),
-            ("settings", ("period-25", "grass"), "T_s 25, T_u 100, the defaults"),
-            ("settings", ("period-40", "grass"), "T_s 40, T_u 40"),
-        ],
+        [("settings", (f"period-{n}", "grass"), "") for n in (5, 20, 25, 40)],
     ),
 }
-"""Claim of the paper, or doubt of its reviewers -> the verdict on the first comparison that is for it; comparisons:
-family, methods, and a note in place of the family."""
+"""Claim of the paper, or doubt of its reviewers -> the verdict on the first comparison that is for it; comparisons."""
+
+
+class Outcome(NamedTuple):
+    """A comparison as a line of the table of claims."""
+
+    observations: str
+    log_loss: str
+    verdict: str
+    exact: str
+    exact_verdict: str
+
+
+_NOT_RUN = Outcome("not run", "", "undecided", "", "undecided")
+
+
+def outcome(found: Found, place: str, names: Names) -> Outcome:
+    """Return a comparison, of all bases or of a family."""
+    if place == "bases":
+        if (of := found.across.get(names)) is None:
+            return _NOT_RUN
+        loss, points = of
+        size = f"{loss.difference.size} bases"
+        return Outcome(
+            size, interval(loss.difference), loss.verdict, interval(points.difference, 1), points.verdict
+        )
+    if (compared := found.families[place].get(names)) is None:
+        return _NOT_RUN
+    return Outcome(
+        f"{compared.log_loss.num_pairs} pairs",
+        interval(compared.log_loss),
+        compared.verdict,
+        interval(compared.exact, 1),
+        compared.exact_verdict,
+    )
 
 
 def claims(found: Found) -> str:
     """Return each claim of the paper, and each doubt of its reviewers, with the comparisons that answer it."""
     lines = []
-    for claim, (supporting, comparisons) in CLAIMS.items():
-        first = found.families[comparisons[0][0]].get(comparisons[0][1])
+    for claim, (supporting, places) in CLAIMS.items():
+        outcomes = [outcome(found, place, names) for place, names, _ in places]
         answers = [
             "" if verdict == "undecided" else "**for**" if verdict == supporting else "**against**"
-            for verdict in ((first.verdict, first.exact_verdict) if first else ("undecided", "undecided"))
+            for verdict in (outcomes[0].verdict, outcomes[0].exact_verdict)
         ]
-        cells = dict.fromkeys(range(len(COLUMNS)), "") | dict(zip(VERDICTS, answers, strict=True))
-        lines.append([f"**{claim}**", *cells.values()])
-        for family, (a, b), note in comparisons:
-            title = f"`{a}` - `{b}`" + (f" ({note})" if note else "" if family == "key" else f" ({family})")
-            of = found.families[family].get((a, b))
-            lines.append(line(title, of, lambda compared: compared.agreement))
+        lines.append([f"**{claim}**", "", answers[0], answers[1]])
+        for (place, (a, b), note), of in zip(places, outcomes, strict=True):
+            notes = [text for text in (note, place if place != "bases" else "") if text]
+            title = f"`{a}` - `{b}`" + (f" ({'; '.join(notes)})" if notes else "")
+            if of is _NOT_RUN:
+                lines.append([title, of.observations, "", ""])
+            else:
+                cells = f"{of.log_loss} {of.verdict}", f"{of.exact} {of.exact_verdict}"
+                lines.append([title, of.observations, *cells])
     others = "\n".join(f"- **{claim}** {text}" for claim, text in findings(found).items())
-    compared = table(["claim of the paper, or doubt", *COLUMNS], lines)
+    compared = table(
+        ["claim of the paper, or doubt", "observations", "log-loss", "exact match, points"], lines
+    )
     return f"## The paper's claims\n\n{_WORDS}\n{compared}\n\n{others}\n"
 
 
@@ -112,7 +145,11 @@ def findings(found: Found) -> dict[str, str]:
     """Return the result for each claim of the paper, and doubt of its reviewers, that is no comparison."""
     key = STUDY.parts["key"]
     spread = summarize(found.rows, key, "grass")
-    seeing = {names: of for names, of in found.families["rules"].items() if names[0] not in BLIND}
+    seeing = {
+        names: of
+        for names, of in found.families["rules"].items()
+        if names[0] not in (*BLIND, "signal-inverse")
+    }
     again = {
         names: of
         for names, of in found.families["confirmation"].items()
@@ -124,7 +161,7 @@ def findings(found: Found) -> dict[str, str]:
         if (of := summarize(found.rows, key, name))
     ]
     return {
-        "Doubt: is there any rule that beats random layers?": " ".join(
+        "Doubt: does any rule beat uniform sampling?": " ".join(
             [
                 _counts("rules that see the gradients of all layers", seeing),
                 _counts("rules that were chosen to run again on other bases", again),
@@ -132,7 +169,7 @@ def findings(found: Found) -> dict[str, str]:
         ),
         "Doubt: some layers starve.": "not run yet."
         if not waits
-        else "Yes. Longest wait of a layer in the key contrast, of "
+        else "Also with uniform sampling. Longest wait of a layer in any run of the key contrast, of "
         f"{BUDGETS[key.task].steps} steps: {', '.join(waits)}.",
         "Doubt: the norm of a batch is noise.": _noise(found),
         "Paper: which layers have large norms differs between tasks, and changes during training.": _order(
@@ -143,7 +180,8 @@ def findings(found: Found) -> dict[str, str]:
         else f"Here {spread.exact_deviation:.1f} points over orders of the data, within a base model.",
         "Paper: peak memory is up to 19.97 % lower; at 1,792 tokens LoRA and DoRA pass 24 GB, GRASS does not; "
         "offloading cuts the growth in memory from 1.63 to 0.14 GB.": _memory(found),
-        "Paper: overlap gives 1.08x throughput; norms cost 2 to 6 %.": "Unmeasured: [performance](performance.md).",
+        "Paper: overlap gives 1.08x throughput; norms cost 2 to 6 %.": "Unmeasured ([Performance](performance.md)); "
+        "the overlap is [simulated](evidence/timeline.png).",
     }
 
 
@@ -156,13 +194,11 @@ def _counts(subject: str, found: Mapping[Names, Compared]) -> str:
         verdicts = [getattr(of, place) for of in found.values()]
         names = [f"`{name}`" for (name, _), of in found.items() if getattr(of, place) == "better"]
         better = f"{len(names)} better" + (f" ({', '.join(names)})" if names else "")
-        texts.append(
-            f"by {measure} {better}, {verdicts.count('worse')} worse, {verdicts.count('undecided')} undecided"
-        )
+        texts.append(f"by {measure} {better}, {verdicts.count('worse')} worse")
     least = sorted(of.log_loss.detectable for of in found.values())
     return (
-        f"Of {len(found)} {subject}, against uniform sampling: {'; '.join(texts)}. Detectable: {least[0]:.2f} to "
-        f"{least[-1]:.2f} nats."
+        f"Of {len(found)} {subject}: {'; '.join(texts)}, the others undecided (detectable: {least[0]:.2f} to "
+        f"{least[-1]:.2f} nats)."
     )
 
 
@@ -173,9 +209,12 @@ def _noise(found: Found) -> str:
     steps = sorted({row["step"] for row in found.stability if row["kind"] == "norms"})
     repeated = [stability.repeatability(found.stability, 16, step, 1) for step in steps]
     shares = [stability.noise_share(found.stability, 16, step) for step in steps]
+    agreeing = ", ".join(f"{stability.agreement(found.stability, 16, step, 20):.2f}" for step in steps)
     return (
-        f"Of the squared norm of a batch of 16 problems {min(shares):.0%} to {max(shares):.0%} is noise. But two "
-        f"batches rank the layers alike: rank correlation {min(repeated):.2f} to {max(repeated):.2f}."
+        f"Of the squared norm of a batch of 16 problems {min(shares):.0%} to {max(shares):.0%} is noise. Still two "
+        f"batches rank the layers alike (rank correlation {min(repeated):.2f} to {max(repeated):.2f}), and a mean over "
+        f"20 steps ranks them as the gradient of {stability.REFERENCE:,} problems does: {agreeing} at the start, half "
+        "way and at the end."
     )
 
 
@@ -185,7 +224,10 @@ def _order(found: Found) -> str:
         return "not run yet."
     steps = sorted({row["step"] for row in found.stability if row["kind"] == "norms"})
     correlation = stability.drift(found.stability, 16, steps[0], steps[-1])
-    here = f"Rank correlation of the layers: on the small models {correlation:+.2f}, first with last step."
+    here = (
+        f"Rank correlation of the layers: on the small models, trained by GRASS, {correlation:+.2f} from the first "
+        "step to the last."
+    )
     return here + _norms(found)
 
 
@@ -208,7 +250,7 @@ def _norms(found: Found) -> str:
     if {"arithmetic", "commonsense"} <= panels.keys():
         both = correlations(product(panels["arithmetic"], panels["commonsense"]))
         texts.append(f"{both} between one of arithmetic and one of commonsense")
-    return f" On SmolLM2: {', '.join(texts)}."
+    return f" On SmolLM2, trained by uniform sampling: {', '.join(texts)}."
 
 
 def _memory(found: Found) -> str:
@@ -223,9 +265,12 @@ def _memory(found: Found) -> str:
         "grass-streamed": '`"streamed"`',
     }
     shown = ", ".join(f"{title} {peaks[name]:.1f}" for name, title in titles.items() if name in peaks)
+    below = [title for name, title in titles.items() if name in peaks and peaks[name] * 2**30 < 24e9]
     return (
         "Nothing is measured. The planner predicts for LLaMA2-7B, 4 texts of 1,792 tokens, activation checkpointing, "
-        f"in GiB: {shown} ([all methods and lengths](evidence/memory.png)). DoRA and the growth are not predicted."
+        f"in GiB: {shown}; `full` and LISA with moments in bfloat16, GRASS with moments and master weights in float32 "
+        f"([all methods and lengths](evidence/memory.png)). Below 24 GB: {', '.join(below) or 'none'}. DoRA and the "
+        "growth are not predicted."
         if shown
         else "not predicted yet."
     )

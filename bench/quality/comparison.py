@@ -74,12 +74,6 @@ class Compared(NamedTuple):
     bases: dict[int, float]
     diverged: int
 
-    @property
-    def agreement(self) -> str:
-        """Number of bases whose difference has the sign of the mean, of all bases, as text."""
-        same = sum((of < 0) == (self.log_loss.mean < 0) for of in self.bases.values())
-        return f"{same} of {len(self.bases)}"
-
 
 def results(rows: Sequence[Row], part: Part, method: str) -> dict[Pair, Row]:
     """Return the rows of a method by pair, at its learning rate; also those that diverged."""
@@ -152,7 +146,7 @@ class Summary(NamedTuple):
         runs, diverged: number of runs, and of those without a result.
         log_loss, exact: means.
         log_loss_deviation, exact_deviation: deviations within bases.
-        trained_share: share of the parameters that a step trains.
+        trained_share: parameters that a step trains over those of the base model.
         longest_wait: largest number of steps in a row in which a layer did not train.
     """
 
@@ -189,9 +183,15 @@ def summarize(rows: Sequence[Row], part: Part, method: str) -> Summary | None:
         len(everything) - len(of),
         *statistics(log_loss),
         *statistics(exact),
-        mean(row["trained_share"] for row in of.values()),
+        mean(_share_of_base(row) for row in of.values()),
         max(row["longest_wait"] for row in of.values()),
     )
+
+
+def _share_of_base(row: Row) -> float:
+    """Return the parameters that a step trains over those of the base model: adapters count in rows as parameters."""
+    share = float(row["trained_share"])
+    return share / (1 - share) if row["method"].startswith(("lora", "dora")) else share
 
 
 def has_all(rows: Sequence[Row], part: Part, method: str) -> bool:
@@ -264,6 +264,10 @@ FAMILIES: dict[str, tuple[str, list[Names]]] = {
             ("grass-inside", "grass"),
         ],
     ),
+    "first-settings": (
+        "first-settings",
+        [(name, "grass") for name in STUDY.parts["first-settings"].methods if name != "grass"],
+    ),
     "settings": (
         "settings",
         [(name, "grass") for name in STUDY.parts["settings"].methods if name in SETTINGS],
@@ -281,19 +285,15 @@ FAMILIES: dict[str, tuple[str, list[Names]]] = {
 """Name of a family of comparisons, which are corrected together -> part of the study, and comparisons."""
 
 ACROSS: list[Names] = [
-    *GRASS_AGAINST,
-    ("remeasured", "full"),
-    ("remeasured", "uniform"),
-    ("remeasured", "grass"),
-    ("remeasured", "remeasured-shuffled"),
-    ("remeasured", "positions"),
+    *(("grass", other) for other in ("uniform", "shuffled", "static", "full")),
+    *(("grass", other) for other in ("galore", "lora-r32", "dora-r32", "lisa")),
+    ("grass-inside", "lora-r32"),
+    ("galore", "full"),
+    ("lisa", "uniform"),
+    *(("remeasured", other) for other in ("uniform", "grass", "remeasured-shuffled", "positions", "full")),
     ("signal-squared", "uniform"),
-    ("static-top", "full"),
-    ("static-top", "uniform"),
-    ("static-top", "grass"),
-    ("static-top", "remeasured"),
-    ("static-top", "static-top-shuffled"),
-    ("lowest", "uniform"),
+    *(("static-top", other) for other in ("uniform", "grass", "static-top-shuffled", "remeasured", "full")),
+    *(("lowest", other) for other in ("uniform", "static-top")),
 ]
 """Comparisons on all bases of arithmetic."""
 
@@ -383,6 +383,18 @@ def at_uniform_rate(rows: Sequence[Row], method: str) -> tuple[list[float], list
             losses.append(log_loss(of[method][pair]) - log_loss(of["uniform"][pair]))
             points.append(exact(of[method][pair]) - exact(of["uniform"][pair]))
     return losses, points
+
+
+def rates_over_uniform(rows: Sequence[Row], method: str) -> set[float]:
+    """Return the learning rates of a method over those of uniform sampling, in the parts that are counted."""
+    rates = [
+        [
+            next((row["lr"] for row in results(rows, part, name).values()), None)
+            for name in (method, "uniform")
+        ]
+        for part in counted_parts((method, "uniform"))
+    ]
+    return {of_method / of_uniform for of_method, of_uniform in rates if of_method and of_uniform}
 
 
 def trained_lowest(rows: Sequence[Row], method: str) -> tuple[int, int]:

@@ -9,23 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from bench.__main__ import main as bench
-from bench.quality.comparison import Compared, compare, results
+from bench.kernels.rows import describe_environment
+from bench.quality.comparison import across, results
 from bench.quality.methods import CONFIG
-from bench.quality.study import (
-    AGAIN,
-    ALTERNATIVES,
-    CHOSEN,
-    FURTHER,
-    KEY,
-    MODULES,
-    NEW_RULES,
-    OTHERS,
-    STUDY,
-    SUGGESTED,
-    UNITS,
-)
+from bench.quality.study import ALTERNATIVES, BUDGETS, KEY, STUDY
 from grass.cli import main as grass
 from grass.errors import GrassError
 from grass.finetune.run_folder import read_rows, write_rows
@@ -52,6 +42,8 @@ COLORS = {  # of Okabe and Ito's palette for colour-blind readers
     "static": "#009e73",
     "grass": "#0072b2",
     "shuffled": "#cc79a7",
+    "remeasured": "#e69f00",
+    "static-top": "#56b4e9",
 }
 
 
@@ -74,9 +66,11 @@ def draw_all(results_folder: Path, output: Path) -> list[Path]:
         figures["losses.png"] = lambda path: draw_losses(rows, path)
         figures["differences.png"] = lambda path: draw_differences(rows, path)
     if stability:
-        figures["norms-small.png"] = lambda path: draw_norms(_small_norms(stability), path)
+        figures["norms-small.png"] = lambda path: draw_norms(
+            _small_norms(stability), "models of 0.77 million parameters, arithmetic", path
+        )
     if norms:
-        figures["norms.png"] = lambda path: draw_norms(_real_norms(norms), path)
+        figures["norms.png"] = lambda path: draw_norms(_real_norms(norms), "SmolLM2-135M-Instruct", path)
     for name, draw in figures.items():
         draw(output / name)
     manifest = {name: _digests(results_folder, output, name) for name in figures}
@@ -117,14 +111,12 @@ def _timeline(path: Path) -> None:
 
 def _memory(path: Path, rows: Path) -> None:
     """Figure 4: predicted peak memory of LLaMA2-7B against sequence length, by method; rows of the paper's longest."""
-    step = ["--batch-size", "4", "--context", "1792", "--activation-checkpointing"]
+    step = ["--model", "llama2-7b", "--batch-size", "4", "--context", "1792", "--activation-checkpointing"]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        _run(
-            grass,
-            ["plan", "--model", "llama2-7b", *step, "--json", "--plot", str(path), "--plot-points", "5"],
-        )
-    write_rows(rows, json.loads(printed.getvalue()))
+        _run(grass, ["plan", *step, "--json", "--plot", str(path), "--plot-points", "5"])
+    origin = {"arguments": " ".join(step), "commit": describe_environment(torch.device("cpu"))["commit"]}
+    write_rows(rows, [row | origin for row in json.loads(printed.getvalue())])
 
 
 def _run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> None:
@@ -134,74 +126,72 @@ def _run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> N
 
 
 def draw_losses(rows: Sequence[Row], path: Path) -> None:
-    """Figure 7: training loss by method, mean over the pairs of all, with a band of one deviation within bases."""
-    figure, axes = _figure(1, (8, 4.5))
+    """Figure 7: training loss by method, and its difference from uniform sampling in the same pairs.
+
+    Bands are one standard deviation over orders of the data, within bases. The difference leaves out the first point,
+    which has the probe.
+    """
+    figure, (left, right) = _figure(2, (11, 4.2), share_y=False)
     part = STUDY.parts["key"]
     runs = {
         method: {
-            pair: row for pair, row in results(rows, part, method).items() if row["log_loss"] is not None
+            pair: row["curve"]
+            for pair, row in results(rows, part, method).items()
+            if row["log_loss"] is not None
         }
-        for method in KEY
+        for method in (*KEY, *ALTERNATIVES)
     }
     runs = {method: of for method, of in runs.items() if len(of) > 1}
-    common = {pair for pair in part.pairs if all(pair in of for of in runs.values())}
-    for method, everything in runs.items():
-        of = {pair: row for pair, row in everything.items() if pair in common}
-        curves = np.array([row["curve"] for row in of.values()])
-        bases = np.array([pair[0] for pair in of])
-        within = np.sqrt(np.mean([curves[bases == base].var(axis=0) for base in set(bases)], axis=0))
-        steps = (np.arange(curves.shape[1]) + 0.5) * next(iter(of.values()))["steps"] / curves.shape[1]
-        mean = curves.mean(axis=0)
-        axes[0].plot(steps, mean, color=COLORS[method], lw=1.6, label=method)
-        axes[0].fill_between(steps, mean - within, mean + within, color=COLORS[method], alpha=0.15, lw=0)
-    axes[0].axvspan(0, CONFIG.probe_steps, color=_PALE, lw=0, zorder=0, label="probe, of those that have one")
-    axes[0].set(xlabel="step", ylabel="training loss, nats a token", yscale="log")
-    axes[0].set_yticks([0.5, 0.7, 1.0, 1.5, 2.0, 3.0], labels=["0.5", "0.7", "1", "1.5", "2", "3"])
-    axes[0].minorticks_off()
-    axes[0].legend(frameon=False, fontsize=8, labelcolor=_INK)
+    common = [pair for pair in part.pairs if all(pair in of for of in runs.values())]
+    curves = {method: np.array([of[pair] for pair in common]) for method, of in runs.items()}
+    bases = np.array([base for base, _ in common])
+    for method, of in curves.items():
+        steps = (np.arange(of.shape[1]) + 0.5) * BUDGETS[part.task].steps / of.shape[1]
+        for axes, values in ((left, of), (right, (of - curves["uniform"])[:, 1:])):
+            within = np.sqrt(np.mean([values[bases == base].var(axis=0) for base in set(bases)], axis=0))
+            mean = values.mean(axis=0)
+            at = steps[-len(mean) :]
+            axes.plot(at, mean, color=COLORS[method], lw=1.6, label=method)
+            axes.fill_between(at, mean - within, mean + within, color=COLORS[method], alpha=0.15, lw=0)
+    for axes in (left, right):
+        axes.axvspan(
+            0, CONFIG.probe_steps, color=_PALE, lw=0, zorder=0, label="probe, of those that have one"
+        )
+        axes.set_xlabel("step")
+    left.set(ylabel="training loss, nats a token", yscale="log")
+    left.set_yticks([0.5, 0.7, 1.0, 1.5, 2.0, 3.0], labels=["0.5", "0.7", "1", "1.5", "2", "3"])
+    left.minorticks_off()
+    right.set_ylabel("minus that of uniform, same pairs")
+    left.legend(frameon=False, fontsize=8, labelcolor=_INK)
     _save(figure, path, f"Arithmetic, 0.77 million parameters: training loss, mean of {len(common)} runs")
 
 
 def draw_differences(rows: Sequence[Row], path: Path) -> None:
-    """Draw the difference of each method from uniform sampling, with its interval, in each part that has both."""
-    lines: list[tuple[str, str, Compared]] = []
-    shown = {
-        "key": (*KEY, *ALTERNATIVES),
-        "further": FURTHER,
-        "methods": (*OTHERS, *NEW_RULES),
-        "units": UNITS,
-        "settings": MODULES,
-        "again": AGAIN,
-        "confirmation": (*CHOSEN, *SUGGESTED),
-    }
-    for name, methods in shown.items():
-        family = [(method, "uniform") for method in methods if method != "uniform"]
-        found = compare(rows, STUDY.parts[name], family)
-        lines += [
-            (method, f"{method}, {name} ({of.log_loss.num_pairs} pairs)", of)
-            for (method, _), of in found.items()
-        ]
-    lines.sort(key=lambda line: line[2].log_loss.mean)
+    """Draw the comparisons on all bases with their intervals; those that are decided are filled."""
+    lines = sorted(across(rows).items(), key=lambda line: line[1].log_loss.difference.mean)
     figure, grid = _figure(2, (11, 1.2 + 0.28 * max(1, len(lines))))
-    for place, (method, _, compared) in enumerate(lines):
-        color = COLORS.get(method, _INK)
-        for axes, of in zip(grid, (compared.log_loss, compared.exact), strict=True):
-            axes.plot([of.low, of.high], [place, place], color=color, lw=1.6)
-            axes.plot([of.mean], [place], color=color, marker="o", ms=4)
+    for place, (_, of) in enumerate(lines):
+        for axes, tested in zip(grid, of, strict=True):
+            decided = tested.verdict != "undecided"
+            axes.plot([tested.difference.low, tested.difference.high], [place, place], color=_INK, lw=1.4)
+            face = _INK if decided else "white"
+            axes.plot([tested.difference.mean], [place], color=_INK, marker="o", ms=5, mfc=face)
+    labels = [f"{a} - {b} ({of.log_loss.difference.size} bases)" for (a, b), of in lines]
     for axes in grid:
         axes.axvline(0, color=_INK, lw=0.8, ls=(0, (4, 3)))
-    grid[0].set_yticks(range(len(lines)), labels=[label for _, label, _ in lines])
+    grid[0].set_yticks(range(len(lines)), labels=labels)
     grid[0].invert_yaxis()
     grid[0].set_xlabel("held-out log-loss, nats a token (left is better)", color=_INK)
     grid[1].set_xlabel("exact match, points (right is better)", color=_INK)
-    _save(figure, path, "Arithmetic: difference from uniform sampling, 95 % intervals")
+    _save(figure, path, "Arithmetic: differences and 95 % intervals; filled if decided")
 
 
-def draw_norms(panels: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> None:
+def draw_norms(panels: Mapping[str, Mapping[str, np.ndarray]], model: str, path: Path) -> None:
     """Figures 1 and 6: norms of the layers over their mean, a panel of lines each.
 
     Args:
         panels: title of a panel -> name of a line -> norms, [L].
+        model: what the layers are of.
         path: of the PNG.
     """
     figure, grid = _figure(len(panels), (4.2 * len(panels), 3.8))
@@ -215,12 +205,14 @@ def draw_norms(panels: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> No
         axes.axhline(1, color=_PALE, lw=0.8, zorder=0)
         axes.legend(frameon=False, fontsize=7, labelcolor=_INK)
         ticks = [
-            tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10) if axes.get_ylim()[0] < tick < axes.get_ylim()[1]
+            tick
+            for tick in (0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5, 10)
+            if axes.get_ylim()[0] < tick < axes.get_ylim()[1]
         ]
         axes.set_yticks(ticks, labels=[f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
     grid[0].set_ylabel("mean gradient norm / mean over layers", color=_INK)
-    _save(figure, path, "Mean gradient norm by layer")
+    _save(figure, path, f"Mean gradient norm by layer: {model}")
 
 
 def _small_norms(rows: Sequence[Row]) -> dict[str, dict[str, np.ndarray]]:
@@ -243,13 +235,13 @@ def _real_norms(rows: Sequence[Row]) -> dict[str, dict[str, np.ndarray]]:
     return panels
 
 
-def _figure(columns: int, size: tuple[float, float]) -> tuple[Any, "list[Axes]"]:
+def _figure(columns: int, size: tuple[float, float], *, share_y: bool = True) -> tuple[Any, "list[Axes]"]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    grid = list(figure.subplots(1, columns, squeeze=False, sharey=True)[0])
+    grid = list(figure.subplots(1, columns, squeeze=False, sharey=share_y)[0])
     for axes in grid:
         axes.tick_params(labelsize=8, colors=_INK)
         axes.spines[["top", "right"]].set_visible(False)

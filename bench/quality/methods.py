@@ -374,6 +374,7 @@ SETTINGS: dict[str, Method] = {
     "scale-zscore": methods.sampled(importance_scale="zscore"),
     "scale-none": methods.sampled(importance_scale="none"),
     "reset": methods.sampled(moments="reset"),
+    "ahead-0": methods.sampled(draw_ahead=0),
     "ahead-5": methods.sampled(draw_ahead=5),
     "active-1": methods.sampled(active_layers=1),
     "active-4": methods.sampled(active_layers=4),

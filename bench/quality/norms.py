@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from bench.quality.real import CONFIG, STEPS, options_for
+from bench.quality.real import CONFIG, STAGES, options_for
 from bench.quality.training import layer_gradients, root_mean_squares
 from grass.finetune.data import read_records
 from grass.finetune.encoding import Encoder, Example
@@ -26,8 +26,6 @@ from grass.reproduce.tables import TABLES, read_table
 from grass.reproduce.training import batches, schedule, set_lr, train_step
 
 BATCH, BATCHES = 8, 6
-STAGES = tuple(STEPS * quarter // 4 for quarter in range(4))
-"""Steps of a run after which norms are measured."""
 
 
 def measure(model_dir: str, data_dir: str, lr: float) -> Iterator[Row]:

@@ -16,10 +16,13 @@ TASKS: dict[TableName, tuple[str, ...]] = {
     "commonsense": ("ARC-Easy", "openbookqa"),
 }
 STEPS, BATCH, CONTEXT, RECORDS, SEEDS = 80, 4, 96, 50, 3
+STAGES = tuple(STEPS * quarter // 4 for quarter in range(4))
+"""Steps of a run after which norms are measured."""
 VALIDATION: dict[TableName, int] = {"arithmetic": 200, "commonsense": 50}
 """Of which those that are not longer than the context choose the rates: a quarter in arithmetic."""
-CONFIG = GrassConfig(active_layers=6, probe_steps=10, sample_interval=10, update_interval=20)
-"""A fifth of 30 layers, intervals as in study A."""
+NEW_TOKENS: dict[TableName, int] = {"arithmetic": 96, "commonsense": 16}
+CONFIG = GrassConfig(active_layers=6, probe_steps=10, sample_interval=10, update_interval=10)
+"""A fifth of 30 layers. Importance is refreshed before each draw: in short runs `grass` would else be `static`."""
 
 
 def options_for(
@@ -43,7 +46,7 @@ def options_for(
         validation=VALIDATION[table],
         eval_limit=RECORDS,
         eval_batch_size=RECORDS,
-        max_new_tokens=96 if table == "arithmetic" else 16,
+        max_new_tokens=NEW_TOKENS[table],
         workers=workers,
         threads=1,
         minutes=minutes,

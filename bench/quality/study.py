@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -148,6 +149,12 @@ STUDY = Design(
             range(80, 84),
             orders=2,
         ),
+        "first-settings": Part(
+            "arithmetic",
+            ("grass", *(name for name in SETTINGS if name not in (*SUGGESTED, "ahead-0"))),
+            range(40, 44),
+            orders=2,
+        ),
         "confirmation": Part(
             "arithmetic", ("uniform", "grass", *CHOSEN, *SUGGESTED), range(30, 34), orders=4
         ),
@@ -178,11 +185,13 @@ class RunJob:
         budgets: size of a run of each task.
         folder: keeps the base models.
         begun: digest of the base model with which runs of a task and base began; others may begin with any.
+        environment: of the command, which began with this code.
     """
 
     budgets: Mapping[str, Budget]
     folder: Path
     begun: Mapping[tuple[str, int], str] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=lambda: describe_environment(torch.device("cpu")))
 
     def __call__(self, job: Job) -> Row:
         """Return the result of a run with its settings and origin.
@@ -203,12 +212,11 @@ class RunJob:
         train, heldout = problems(job.task, budget, base, is_search=job.order in SEARCH.orders)
         optimizer = make(job.method, model, train, seed=1000 * base + job.order)
         trained = fine_tune(model, optimizer, train, heldout, job.lr, job.order, budget)
-        environment = describe_environment(torch.device("cpu"))
         return {
             "base_digest": base_digest,
             **asdict(budget),
             **asdict(trained),
-            **{name: environment[name] for name in ("commit", "dirty", "device", "torch")},
+            **{name: self.environment[name] for name in ("commit", "dirty", "device", "torch")},
             **{name: version(name) for name in ("transformers", "peft", "galore-torch")},
             "grass": grass.__version__,
             "processor_seconds": round(time.process_time() - start, 1),

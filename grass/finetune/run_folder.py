@@ -15,6 +15,7 @@
     base/, data/    demo only: the run that trains the base model, and the generated problems
 """
 
+import contextlib
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from grass.errors import RunFolderError
+from grass.errors import GrassError, RunFolderError
 
 MARKER = "run.json"
 
@@ -157,11 +158,25 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return all rows of a JSONL file, without an incomplete last one; an empty list if there is no file."""
+    """Return all rows of a JSONL file, without an incomplete last one; an empty list if there is no file.
+
+    Raises:
+        GrassError: another line is not JSON.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    *lines, last = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise GrassError(
+                f"{path}, line {number}: not JSON; delete this line: what it records is lost, and may run again"
+            ) from error
+    with contextlib.suppress(json.JSONDecodeError):  # it was being written when the process was killed
+        rows.append(json.loads(last))
+    return rows
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -87,7 +87,8 @@ def format_report(report: dict[str, Any]) -> str:
     ]
     note = (
         f"{report['table']} on {report['model']}, by greedy decoding, at most {report['eval_limit']:,} records a task "
-        f"(--eval-limit); the last {len(PAPER_MODELS)} columns are the paper's averages"
+        f"(--eval-limit); the last {len(PAPER_MODELS)} columns are the paper's averages, "
+        f"of {len(TABLES[report['table']].tasks)} tasks"
     )
     return "\n".join([note, "", *text])
 

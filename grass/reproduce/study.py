@@ -169,8 +169,9 @@ def run_missing(
                     result = worker.connection.recv()
                 except EOFError:
                     result = GrassError(
-                        f"the process of a run of {job.method} was killed; if memory is short, pass fewer --workers or "
-                        "a smaller --micro-batch-size, and repeat the command: finished runs are kept"
+                        f"the process of a run of {job.method} was killed; if memory is short, pass fewer --workers "
+                        "(or to grass reproduce a smaller --micro-batch-size), "
+                        "and repeat the command: finished runs are kept"
                     )
                 if isinstance(result, GrassError):
                     failure = failure or result

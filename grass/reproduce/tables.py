@@ -106,7 +106,7 @@ def read_table(folder: Path, name: TableName, tasks: Sequence[str], validation: 
     wanted = tasks or table.tasks
     files = {task: folder / task / "test.json" for task in wanted}
     if tasks and (missing := [str(path) for path in files.values() if not path.is_file()]):
-        raise DataError(f"{missing[0]}: no such file")
+        raise DataError(f"{missing[0]}: no such file; pass --tasks without it")
     found = {task: path for task, path in files.items() if path.is_file()}
     if not found:
         raise DataError(
@@ -124,7 +124,8 @@ def read_table(folder: Path, name: TableName, tasks: Sequence[str], validation: 
     random.Random(0).shuffle(train)
     if len(train) <= validation:
         raise DataError(
-            f"{folder}: {len(train)} training records leave none after {validation} for validation"
+            f"{folder}: {len(train)} training records leave none after {validation} for validation: pass a smaller "
+            "--validation"
         )
     result = TableData(train[validation:], train[:validation])
     result.num_skipped = len(read.bad)
@@ -138,9 +139,14 @@ def read_table(folder: Path, name: TableName, tasks: Sequence[str], validation: 
         result.tests[task] = [record for record in records if _folded(record) not in known]
         result.shared[task] = len(records) - len(result.tests[task])
         if not result.tests[task]:
-            raise DataError(f"{path}: all of its records are among the training records")
+            raise DataError(
+                f"{path}: all of its records are among the training records; pass --tasks without it"
+            )
         if unanswered := sum(record.answer is None for record in result.tests[task]):
-            raise DataError(f"{path}: {unanswered:,} records have no answer, by which they are scored")
+            raise DataError(
+                f"{path}: {unanswered:,} records have no answer, by which they are scored: complete them, or "
+                "pass --tasks without it"
+            )
     return result
 
 

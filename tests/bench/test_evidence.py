@@ -12,7 +12,7 @@ import pytest
 
 from bench.quality import __main__ as command
 from bench.quality import figures, real
-from bench.quality.comparison import FAMILIES, Found
+from bench.quality.comparison import FAMILIES, Found, across
 from bench.quality.evidence import BEGIN, END, in_short, page, written_pages
 from bench.quality.log import NOTES, log_page
 from bench.quality.methods import RULES, SETTINGS
@@ -32,52 +32,77 @@ from bench.quality.study import (
 from bench.quality.tables import TITLES, tables_page
 from grass.errors import GrassError
 from grass.finetune.run_folder import read_rows, write_rows
-from tests.support.study import BEST, found_in, one, row, rows_of, write_real
+from tests.support.study import BEST, found_in, row, rows_of, write_real
 
 
 def test_what_fixed_layers_gain_is_told_at_both_rates(rows, tmp_path):
-    """The layers that they trained, and the search at the rate of uniform sampling, not at their own."""
+    """The layers that they trained, their rate, and the search at the rate of uniform sampling."""
     top = rows_of("static-top", -0.3, 0.005)
     for r in top:
         r["layers"] = [0.9, 0.0, 0.9, *[0.0] * 5] if r["base"] == 3 else [0.9, 0.9, *[0.0] * 6]
         if r["order"] in SEARCH.orders and r["lr"] == BEST:
             r |= {"log_loss": 0.96, "exact": 0.7}
-    text = in_short(found_in([*rows, *top], tmp_path))
+        elif r["order"] in SEARCH.orders and r["lr"] == SEARCH.rates[0]:
+            r["log_loss"] = 0.8
+    for r in top:
+        if r["order"] not in SEARCH.orders:
+            r["lr"] = SEARCH.rates[0]
+    # A search that is best at its lowest rate goes on below it.
+    lower = [r | {"lr": SEARCH.rates[0] / 2, "log_loss": 2.0} for r in top if r["lr"] == SEARCH.rates[2]]
+    text = in_short(found_in([*rows, *top, *lower], tmp_path))
     assert "in 24 of 32 runs." in text
-    assert "`static-top` -0.040 nats, +20.0 points (4 runs of the search)." in text
+    assert "The search gave `static-top` 0.5 times that of `uniform`." in text
+    assert "`static-top` - `uniform` -0.040 [-0.040, -0.040] nats, +20.0 [+20.0, +20.0] points." in text
 
 
-def test_rates_that_exact_match_would_have_chosen_are_told(rows, tmp_path):
+def test_searches_in_which_exact_match_would_have_chosen_another_rate_are_counted(rows, tmp_path):
     for r in rows:
         if r["method"] == "grass" and r["order"] in SEARCH.orders and r["lr"] == SEARCH.rates[0]:
             r["exact"] = 0.9
-    text = page(found_in(rows, tmp_path))
-    assert "A search by it would have chosen another rate for `grass` in 1 of 1 parts." in " ".join(
-        text.split()
-    )
+    text = " ".join(page(found_in(rows, tmp_path)).split())
+    assert "A search by it would have chosen another rate in 1 of the 4 searches" in text
 
 
 def test_in_short_says_what_the_verdicts_are(rows, tmp_path):
     """A verdict on the wrong comparison, or the same sentence whatever was found."""
     assert in_short(found_in([], tmp_path)) == "Not run yet.\n"
     text = in_short(found_in(rows, tmp_path))
-    assert text.startswith("**GRASS is better than uniform sampling.**")
-    assert "| `grass` - `uniform` | 4 | -0.03" in text
-    assert "`static-top` -" not in text
+    assert re.search(
+        r"GRASS is better than uniform sampling: -0\.03\d \[.*?\] nats, \+3\.0 \[.*?\] points, 4 bases\.",
+        text,
+    )
+    assert "It is worse" not in text  # no other method was run
+    assert "In the key contrast they answer 70 % (full) and 60 % exactly; a step of GRASS trains 25%" in text
+    assert "largest norms" not in text
+    assert "opposite directions" not in text
     more = rows_of("static-top", -0.3, 0.005)
     for r in more:
         r["exact"] = 0.1
     text = in_short(found_in([*rows, *more], tmp_path))
-    assert re.search(
-        r"`static-top` - `uniform` \| 4 \| -0\.3\d+ \[.*\] better \| -\d+\.\d \[.*\] worse \|", text
+    assert (
+        "with the largest norms is better by log-loss and worse by exact match than uniform sampling" in text
     )
+    assert "exclude 0, for `static-top` - `uniform`, `static-top` - `grass`, `static-top` - `full`:" in text
     worse = [r for r in rows if r["method"] != "grass"] + rows_of("grass", 0.1, 0.005)
-    text = in_short(found_in(worse, tmp_path))
-    assert text.startswith("**GRASS is worse than uniform sampling.**")
-    noisy = [r for r in rows if r["method"] != "grass"] + rows_of("grass", 0.0, 0.1)
-    assert in_short(found_in(noisy, tmp_path)).startswith(
-        "**It is not decided whether GRASS is better or worse than"
-    )
+    assert "GRASS is worse than uniform sampling" in in_short(found_in(worse, tmp_path))
+    noisy = [r for r in rows if r["method"] != "grass"] + rows_of("grass", 0.03, 0.1)
+    for r in noisy:
+        r["exact"] = 0.5
+    assert "GRASS is not shown to differ from uniform sampling" in in_short(found_in(noisy, tmp_path))
+    for r in noisy:
+        if r["method"] == "grass":
+            r["exact"] = 0.5 + 0.05 * r["base"]
+    assert "GRASS is not shown" in in_short(found_in(noisy, tmp_path))
+    for r in noisy:
+        if r["method"] == "grass":
+            r["exact"] = 0.55 + 0.06 * r["base"]
+    text = in_short(found_in(noisy, tmp_path))
+    assert "GRASS is before correction better by exact match than uniform sampling" in text
+    for r in noisy:
+        if r["method"] == "grass":
+            r["exact"] = 0.9 + r["base"] / 100
+    text = in_short(found_in(noisy, tmp_path))
+    assert "GRASS is better by exact match than uniform sampling" in text
 
 
 def test_every_arm_has_a_title_or_a_reason_and_a_prediction():
@@ -111,7 +136,7 @@ def test_pages_that_were_written_are_as_the_rows_say(project, capsys):
     readme = (project / "README.md").read_text()
     assert readme.startswith("Before\n")
     assert readme.endswith("After\n")
-    assert "**GRASS is better than uniform sampling" in readme
+    assert "GRASS is better than uniform sampling" in readme
     assert "old" not in readme
 
 
@@ -221,21 +246,23 @@ def test_figures_show_what_the_rows_say(rows, monkeypatch, tmp_path):
     figures.draw_differences(rows, tmp_path / "differences.png")
     left, right = drawn[0].axes
     labels = [label.get_text() for label in left.get_yticklabels()]
-    assert labels[0] == "full, key (32 pairs)"  # the best
-    assert len(labels) == 3
+    expected = {f"{a} - {b} (4 bases)": of for (a, b), of in across(rows).items()}
+    assert len(expected) == 3
+    assert labels[0] == "grass - uniform (4 bases)"  # the best
     for place, label in enumerate(labels):
-        expected = one(rows, label.split(",")[0], "uniform")
-        for axes, of in ((left, expected.log_loss), (right, expected.exact)):
+        for axes, of in zip((left, right), expected[label], strict=True):
             span, mean = axes.lines[2 * place : 2 * place + 2]
-            assert list(span.get_xdata()) == [of.low, of.high]
-            assert list(mean.get_xdata()) == [of.mean]
+            assert list(span.get_xdata()) == [of.difference.low, of.difference.high]
+            assert list(mean.get_xdata()) == [of.difference.mean]
+            assert (mean.get_markerfacecolor() == "white") == (of.verdict == "undecided")
     for r in rows:
         r["curve"] = [
             {"full": 1.0, "uniform": 3.0, "static": 2.0, "grass": 2.5}[r["method"]] + r["order"] / 100
         ] * 10
     figures.draw_losses(rows, tmp_path / "losses.png")
-    means = {line.get_label(): line.get_ydata()[0] for line in drawn[1].axes[0].lines}
+    means, below = ({line.get_label(): line.get_ydata()[0] for line in axes.lines} for axes in drawn[1].axes)
     assert means == pytest.approx({"full": 1.035, "uniform": 3.035, "static": 2.035, "grass": 2.535})
+    assert below == pytest.approx({"full": -2.0, "uniform": 0.0, "static": -1.0, "grass": -0.5})
 
 
 def test_the_page_of_this_checkout_is_that_of_its_rows():
@@ -259,6 +286,8 @@ def test_the_page_is_written_with_all_rows(tmp_path, rows, measured):
     enough = [r | {"norms": r["norms"] * 10} if r["kind"] == "norms" else r for r in measured]
     write_rows(tmp_path / "stability.jsonl", enough)
     write_rows(tmp_path / "memory.jsonl", [{"method": "grass", "peak_gib": 20.0}])
+    norms = {"panel": "arithmetic, while training", "norms": [1.0, 2.0]}
+    write_rows(tmp_path / "norms.jsonl", [norms | {"name": f"step {step}"} for step in real.STAGES])
     for table in real.TASKS:
         losses = {method: [0.5, 0.6, 0.7] for method in real.METHODS[table]}
         write_real(tmp_path, table, losses)

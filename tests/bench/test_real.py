@@ -13,7 +13,7 @@ import torch
 from bench.quality import norms, real
 from bench.quality.comparison import Found
 from bench.quality.evidence import in_short, page
-from bench.quality.real import CONFIG, METHODS, TASKS, options_for
+from bench.quality.real import CONFIG, METHODS, STAGES, TASKS, options_for
 from bench.quality.tables import real_report, tables_page
 from grass.errors import GrassError
 from grass.finetune.arithmetic import word_problems
@@ -41,8 +41,8 @@ def test_the_study_names_methods_and_tasks_that_exist(table):
     assert options.seeds >= 3
     assert len(options.search.rates) >= 3
     assert CONFIG.for_run(options.search_steps).probe_steps == CONFIG.probe_steps
-    assert len(set(norms.STAGES)) == 4
-    assert max(norms.STAGES) < options.steps  # else the learning rate would be negative
+    assert len(set(STAGES)) == 4
+    assert max(STAGES) < options.steps  # else the learning rate would be negative
 
 
 def test_norms_are_root_mean_squares_of_the_layers_gradients(tiny_model):
@@ -101,10 +101,12 @@ def test_rows_of_the_real_model_are_compared_by_order(tmp_path, rows):
         "GRASS - `uniform` +0.000 (-0.100 to +0.100) nats, +0.0 (-10.0 to +10.0) points; `full` +0.100 (+0.100 to "
         "+0.100) nats, -10.0 (-10.0 to -10.0) points (mean and range of 2 orders" in text
     )
-    assert "commonsense: not run yet." in text
+    assert "commonsense**: not run yet." in text
     table = tables_page(found)
     assert "**arithmetic**, 677 training records" in table
-    assert "confirmation, arithmetic, commonsense." in page(found)  # not run completely
+    assert "confirmation, arithmetic, commonsense, norms of the real model" in page(
+        found
+    )  # not run completely
     assert "| grass | 0.0002 | 3 | 0.600 ± 0.100 | 15.0 | 15.0 | 15.0 | 15.0 | 15.0 ± 10.0 |  |  |" in table
     assert "| static | 0.0002 | 0 |" in table
 

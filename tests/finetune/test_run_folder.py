@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from grass import RunFolderError
+from grass import GrassError, RunFolderError
 from grass.finetune.run_folder import RunFolder, append_row, check_is_free, read_rows
 
 
@@ -77,3 +77,13 @@ def test_rows_after_the_checkpoint_are_forgotten(tmp_path):
     first = folder.metrics.read_text().splitlines()[0]
     assert json.loads(first, parse_constant=pytest.fail) == {"step": 0, "loss": None}
     assert read_rows(folder.layers) == []
+
+
+def test_rows_are_not_lost_by_a_missing_end_of_line_nor_by_a_damaged_line(tmp_path):
+    """A row that is complete, whose end of line an editor has dropped; a line that is not JSON, but not the last."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}')
+    assert [row["step"] for row in read_rows(path)] == [1, 2]
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(GrassError, match=r"rows.jsonl, line 2: not JSON; delete this line"):
+        read_rows(path)

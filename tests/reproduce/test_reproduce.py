@@ -409,7 +409,7 @@ def test_nothing_begins_after_the_given_minutes_and_the_table_says_what_is_missi
     table = capsys.readouterr().out.splitlines()
     assert table[0] == (
         "arithmetic on tiny, by greedy decoding, at most 3 records a task (--eval-limit); the last 3 columns are the "
-        "paper's averages"
+        "paper's averages, of 6 tasks"
     )
     grass = next(line.split() for line in table if line.startswith("grass"))
     assert grass == ["grass", "0", "34.22", "60.65", "59.59"]
