@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, product
-from typing import NamedTuple
 
 from scipy import stats
 
@@ -11,14 +10,13 @@ from bench.quality.comparison import Compared, Found, Names, summarize
 from bench.quality.figures import MEMORY
 from bench.quality.methods import BLIND
 from bench.quality.study import BUDGETS, CHOSEN, STUDY
-from bench.quality.tables import interval, table
+from bench.quality.tables import table
 from grass.finetune.run_folder import read_rows
 
 _WORDS = """\
-Comparisons are those of the table above, on all bases. With a part in brackets they are of that part only, where each
-pair of runs, on one base with one order of the data, is an observation: the verdict then holds for these two to four
-bases, must have the same sign on all of them, and is corrected for the comparisons of the part (max t). *For* and
-*against*: what the first comparison says of the claim.
+The first comparison answers; the numbers are in the table above. With a part in brackets they are of that part only, in
+the [tables](evidence-tables.md): there each pair of runs, on one base with one order of the data, is an observation,
+and the verdict holds for these two to four bases.
 """
 
 Place = tuple[str, Names, str]
@@ -82,63 +80,41 @@ CLAIMS: dict[str, tuple[str, Sequence[Place]]] = {
 """Claim of the paper, or doubt of its reviewers -> the verdict on the first comparison that is for it; comparisons."""
 
 
-class Outcome(NamedTuple):
-    """A comparison as a line of the table of claims."""
-
-    observations: str
-    log_loss: str
-    verdict: str
-    exact: str
-    exact_verdict: str
-
-
-_NOT_RUN = Outcome("not run", "", "undecided", "", "undecided")
-
-
-def outcome(found: Found, place: str, names: Names) -> Outcome:
-    """Return a comparison, of all bases or of a family."""
+def _verdicts(found: Found, place: str, names: Names) -> tuple[str, str] | None:
+    """Return the verdicts of a comparison by log-loss and by exact match; None if it was not run."""
     if place == "bases":
-        if (of := found.across.get(names)) is None:
-            return _NOT_RUN
-        loss, points = of
-        size = f"{loss.difference.size} bases"
-        return Outcome(
-            size, interval(loss.difference), loss.verdict, interval(points.difference, 1), points.verdict
-        )
-    if (compared := found.families[place].get(names)) is None:
-        return _NOT_RUN
-    return Outcome(
-        f"{compared.log_loss.num_pairs} pairs",
-        interval(compared.log_loss),
-        compared.verdict,
-        interval(compared.exact, 1),
-        compared.exact_verdict,
-    )
+        of = found.across.get(names)
+        return (of.log_loss.verdict, of.exact.verdict) if of else None
+    compared = found.families[place].get(names)
+    return (compared.verdict, compared.exact_verdict) if compared else None
 
 
 def claims(found: Found) -> str:
     """Return each claim of the paper, and each doubt of its reviewers, with the comparisons that answer it."""
     lines = []
     for claim, (supporting, places) in CLAIMS.items():
-        outcomes = [outcome(found, place, names) for place, names, _ in places]
-        answers = [
-            "" if verdict == "undecided" else "**for**" if verdict == supporting else "**against**"
-            for verdict in (outcomes[0].verdict, outcomes[0].exact_verdict)
-        ]
-        lines.append([f"**{claim}**", "", answers[0], answers[1]])
-        for (place, (a, b), note), of in zip(places, outcomes, strict=True):
+        texts = []
+        for place, (a, b), note in places:
             notes = [text for text in (note, place if place != "bases" else "") if text]
             title = f"`{a}` - `{b}`" + (f" ({'; '.join(notes)})" if notes else "")
-            if of is _NOT_RUN:
-                lines.append([title, of.observations, "", ""])
-            else:
-                cells = f"{of.log_loss} {of.verdict}", f"{of.exact} {of.exact_verdict}"
-                lines.append([title, of.observations, *cells])
+            both = _verdicts(found, place, (a, b)) or ("not run",)
+            texts.append(f"{title}: {' / '.join(dict.fromkeys(both))}")
+        first = _verdicts(found, *places[0][:2]) or ("not run", "not run")
+        answers = [
+            verdict
+            if verdict in ("undecided", "not run")
+            else f"**{'for' if verdict == supporting else 'against'}**"
+            for verdict in first
+        ]
+        lines.append([claim, *answers, "; ".join(texts)])
     others = "\n".join(f"- **{claim}** {text}" for claim, text in findings(found).items())
-    compared = table(
-        ["claim of the paper, or doubt", "observations", "log-loss", "exact match, points"], lines
-    )
-    return f"## The paper's claims\n\n{_WORDS}\n{compared}\n\n{others}\n"
+    header = [
+        "claim of the paper, or doubt",
+        "by log-loss",
+        "by exact match",
+        "comparisons: log-loss / exact match",
+    ]
+    return f"## The paper's claims\n\n{_WORDS}\n{table(header, lines, text_columns=(0, 3))}\n\n{others}\n"
 
 
 def findings(found: Found) -> dict[str, str]:
@@ -211,7 +187,7 @@ def _noise(found: Found) -> str:
     shares = [stability.noise_share(found.stability, 16, step) for step in steps]
     agreeing = ", ".join(f"{stability.agreement(found.stability, 16, step, 20):.2f}" for step in steps)
     return (
-        f"Of the squared norm of a batch of 16 problems {min(shares):.0%} to {max(shares):.0%} is noise. Still two "
+        f"Of the squared norm of a batch of 16 problems {100 * min(shares):.0f} to {100 * max(shares):.0f} % is noise. Still two "
         f"batches rank the layers alike (rank correlation {min(repeated):.2f} to {max(repeated):.2f}), and a mean over "
         f"20 steps ranks them as the gradient of {stability.REFERENCE:,} problems does: {agreeing} at the start, half "
         "way and at the end."

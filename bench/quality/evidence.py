@@ -147,7 +147,7 @@ def _levels(found: Found) -> list[str]:
         return []
     return [
         f"In the key contrast they answer {full.exact:.0f} % (full) and {ours.exact:.0f} % exactly; a step of GRASS "
-        f"trains {ours.trained_share:.0%} of the parameters."
+        f"trains {100 * ours.trained_share:.0f} % of the parameters."
     ]
 
 

@@ -71,9 +71,9 @@ gets the probability of another layer.
 """
 
 
-def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Return a table of Markdown; numbers are in all columns but the first."""
-    rows = [header, ["---", *("---:" for _ in header[1:])], *lines]
+def table(header: Sequence[str], lines: Iterable[Sequence[str]], text_columns: Sequence[int] = (0,)) -> str:
+    """Return a table of Markdown; numbers are in all columns but those of text."""
+    rows = [header, ["---" if i in text_columns else "---:" for i in range(len(header))], *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
