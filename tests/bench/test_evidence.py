@@ -72,7 +72,7 @@ def test_in_short_says_what_the_verdicts_are(rows, tmp_path):
         text,
     )
     assert "It is worse" not in text  # no other method was run
-    assert "In the key contrast they answer 70 % (full) and 60 % exactly; a step of GRASS trains 25%" in text
+    assert "In the key contrast they answer 70 % (full) and 60 % exactly; a step of GRASS trains 25 %" in text
     assert "largest norms" not in text
     assert "opposite directions" not in text
     more = rows_of("static-top", -0.3, 0.005)
