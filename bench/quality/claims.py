@@ -188,9 +188,9 @@ def _noise(found: Found) -> str:
     agreeing = ", ".join(f"{stability.agreement(found.stability, 16, step, 20):.2f}" for step in steps)
     return (
         f"Of the squared norm of a batch of 16 problems {100 * min(shares):.0f} to {100 * max(shares):.0f} % is noise. "
-        f"Still two batches rank the layers alike (rank correlation {min(repeated):.2f} to {max(repeated):.2f}), and a mean over "
-        f"20 steps ranks them as the gradient of {stability.REFERENCE:,} problems does: {agreeing} at the start, half "
-        "way and at the end."
+        f"Still two batches rank the layers alike (rank correlation {min(repeated):.2f} to {max(repeated):.2f}), and a "
+        f"mean over 20 steps ranks them as the gradient of {stability.REFERENCE:,} problems does: {agreeing} at the "
+        "start, half way and at the end."
     )
 
 
