@@ -255,11 +255,13 @@ class RealReport(NamedTuple):
         differences: of each other method, the differences GRASS - method of log-loss and of average accuracy in
             points, for each order of the data that both finished.
         num_examples: number of training records that are short enough.
+        hours: time of all runs on two cores.
     """
 
     methods: dict[str, Any]
     differences: dict[str, list[tuple[float, float]]]
     num_examples: int
+    hours: float
 
 
 def real_report(folder: Path, name: TableName) -> RealReport:
@@ -270,7 +272,7 @@ def real_report(folder: Path, name: TableName) -> RealReport:
     """
     rows = read_rows(folder / f"{name}.jsonl")
     if not rows:
-        return RealReport({}, {}, 0)
+        return RealReport({}, {}, 0, 0.0)
     settings = json.loads((folder / f"{name}.settings.json").read_text(encoding="utf-8"))
     options = real.options_for(name, settings["model"], "data", "", 1, 1.0)
     expected = settings_of(options, real.CONFIG, settings["weights"], settings["records"])
@@ -297,7 +299,8 @@ def real_report(folder: Path, name: TableName) -> RealReport:
         ]
         for method, of in values.items()
     }
-    return RealReport(methods, differences, rows[0]["num_examples"])
+    hours = sum(row["seconds"] for row in rows) / 3600 / 2
+    return RealReport(methods, differences, rows[0]["num_examples"], hours)
 
 
 def mean_and_range(values: Sequence[float], digits: int = 3) -> str:
@@ -351,7 +354,10 @@ def _real(folder: Path) -> str:
             *(f"{task}, %" for task in tasks),
             *("average, %", "difference, nats", "points"),
         ]
-        parts.append(f"**{name}**, {report.num_examples:,} training records\n\n{table(header, lines)}\n")
+        parts.append(
+            f"**{name}**, {report.num_examples:,} training records, {report.hours:.1f} hours of two cores\n\n"
+            f"{table(header, lines)}\n"
+        )
     return "\n".join(parts)
 
 

@@ -103,7 +103,7 @@ def test_rows_of_the_real_model_are_compared_by_order(tmp_path, rows):
     )
     assert "commonsense**: not run yet." in text
     table = tables_page(found)
-    assert "**arithmetic**, 677 training records" in table
+    assert "**arithmetic**, 677 training records, 1.7 hours of two cores" in table
     assert "confirmation, arithmetic, commonsense, norms of the real model" in page(
         found
     )  # not run completely
