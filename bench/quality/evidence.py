@@ -345,7 +345,7 @@ def _defaults(found: Found) -> str:
         ["`min_probability`", str(default.min_probability), differences(["grass-floor"], "units")],
         ["`always_active`", str(default.always_active), differences(["grass-inside"], "units")],
         ["`moments`", default.moments, differences(["reset"])],
-        ["`draw_ahead`", str(default.draw_ahead), differences(["ahead-5"])],
+        ["`draw_ahead`", str(default.draw_ahead), differences(["ahead-0", "ahead-5"])],
         ["`active_layers`", str(default.active_layers), differences(["active-1", "active-4"])],
     ]
     rows = "\n".join("| " + " | ".join(line) + " |" for line in lines)
