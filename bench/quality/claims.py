@@ -139,14 +139,14 @@ def findings(found: Found) -> dict[str, str]:
     return {
         "Doubt: does any rule beat uniform sampling?": " ".join(
             [
-                _counts("rules that see the gradients of all layers", seeing),
+                _counts("rules of the first table of the log that see all gradients", seeing),
                 _counts("rules that were chosen to run again on other bases", again),
             ]
         ),
         "Doubt: some layers starve.": "not run yet."
         if not waits
-        else "Also with uniform sampling. Longest wait of a layer in any run of the key contrast, of "
-        f"{BUDGETS[key.task].steps} steps: {', '.join(waits)}.",
+        else f"Longest wait of a layer in any run of the key contrast, of {BUDGETS[key.task].steps} steps: "
+        f"{', '.join(waits)}.",
         "Doubt: the norm of a batch is noise.": _noise(found),
         "Paper: which layers have large norms differs between tasks, and changes during training.": _order(
             found
@@ -171,11 +171,9 @@ def _counts(subject: str, found: Mapping[Names, Compared]) -> str:
         names = [f"`{name}`" for (name, _), of in found.items() if getattr(of, place) == "better"]
         better = f"{len(names)} better" + (f" ({', '.join(names)})" if names else "")
         texts.append(f"by {measure} {better}, {verdicts.count('worse')} worse")
-    least = sorted(of.log_loss.detectable for of in found.values())
-    return (
-        f"Of {len(found)} {subject}: {'; '.join(texts)}, the others undecided (detectable: {least[0]:.2f} to "
-        f"{least[-1]:.2f} nats)."
-    )
+    least = sorted(of.log_loss.detectable for of in found.values() if of.verdict == "undecided")
+    power = f" (detectable: {least[0]:.2f} to {least[-1]:.2f} nats)" if least else ""
+    return f"Of {len(found)} {subject}: {'; '.join(texts)}, the others undecided{power}."
 
 
 def _noise(found: Found) -> str:
@@ -188,9 +186,9 @@ def _noise(found: Found) -> str:
     agreeing = ", ".join(f"{stability.agreement(found.stability, 16, step, 20):.2f}" for step in steps)
     return (
         f"Of the squared norm of a batch of 16 problems {100 * min(shares):.0f} to {100 * max(shares):.0f} % is noise. "
-        f"Still two batches rank the layers alike (rank correlation {min(repeated):.2f} to {max(repeated):.2f}), and a "
-        f"mean over 20 steps ranks them as the gradient of {stability.REFERENCE:,} problems does: {agreeing} at the "
-        "start, half way and at the end."
+        f"The rank correlation of layers is {min(repeated):.2f} to {max(repeated):.2f} between two batches; of a mean "
+        f"over 20 steps with the gradient of {stability.REFERENCE:,} problems it is {agreeing} at the start, half way "
+        "and at the end."
     )
 
 
@@ -221,12 +219,12 @@ def _norms(found: Found) -> str:
 
     texts = []
     for panel, norms in panels.items():
-        of = "stages of training" if "training" in panel else f"{panel} tasks"
+        of = "stages of training by uniform sampling" if "training" in panel else f"{panel} tasks"
         texts.append(f"{correlations(combinations(norms, 2))} between two of {len(norms)} {of}")
     if {"arithmetic", "commonsense"} <= panels.keys():
         both = correlations(product(panels["arithmetic"], panels["commonsense"]))
         texts.append(f"{both} between one of arithmetic and one of commonsense")
-    return f" On SmolLM2, trained by uniform sampling: {', '.join(texts)}."
+    return f" On SmolLM2: {', '.join(texts)}."
 
 
 def _memory(found: Found) -> str:
@@ -244,9 +242,9 @@ def _memory(found: Found) -> str:
     below = [title for name, title in titles.items() if name in peaks and peaks[name] * 2**30 < 24e9]
     return (
         "Nothing is measured. The planner predicts for LLaMA2-7B, 4 texts of 1,792 tokens, activation checkpointing, "
-        f"in GiB: {shown}; `full` and LISA with moments in bfloat16, GRASS with moments and master weights in float32 "
-        f"([all methods and lengths](evidence/memory.png)). Below 24 GB: {', '.join(below) or 'none'}. DoRA and the "
-        "growth are not predicted."
+        f"in GiB: {shown}; `full`, LISA and LoRA with moments in bfloat16, GRASS with moments and master weights in "
+        f"float32 ([all methods and lengths](evidence/memory.png)). Below 24 GB: {', '.join(below) or 'none'}. DoRA "
+        "and the growth are not predicted."
         if shown
         else "not predicted yet."
     )

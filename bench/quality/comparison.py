@@ -78,7 +78,7 @@ class Compared(NamedTuple):
 def results(rows: Sequence[Row], part: Part, method: str) -> dict[Pair, Row]:
     """Return the rows of a method by pair, at its learning rate; also those that diverged."""
     found = {}
-    lr, _ = SEARCH.next_rates(rows, part.task, rate_of(method), part.bases)
+    lr = chosen_rate(rows, part, method)
     for row in rows:
         pair = (row["base"], row["order"])
         is_result = (row["task"], row["method"]) == (part.task, method) and pair in part.pairs
@@ -286,6 +286,7 @@ FAMILIES: dict[str, tuple[str, list[Names]]] = {
 
 ACROSS: list[Names] = [
     *(("grass", other) for other in ("uniform", "shuffled", "static", "full")),
+    ("shuffled", "uniform"),
     *(("grass", other) for other in ("galore", "lora-r32", "dora-r32", "lisa")),
     ("grass-inside", "lora-r32"),
     ("galore", "full"),
@@ -322,9 +323,10 @@ class Across(NamedTuple):
 
 
 def counted_parts(names: Names) -> list[Part]:
-    """Return the parts of arithmetic that have both methods, and on whose bases neither was chosen.
+    """Return the parts of arithmetic that have both methods, and on whose bases no method was chosen.
 
-    Rules were chosen on the bases of the rules, and `SUGGESTED` on those of the confirmation.
+    The best rules were chosen on the bases of the rules, and `SUGGESTED` on those of the confirmation, which count for
+    comparisons of other methods.
     """
     chosen_on = {"rules", "confirmation"} if {*SUGGESTED} & {*names} else {"rules"}
     return [
@@ -370,7 +372,7 @@ def at_uniform_rate(rows: Sequence[Row], method: str) -> tuple[list[float], list
     """
     losses, points = [], []
     for part in counted_parts((method, "uniform")):
-        lr, _ = SEARCH.next_rates(rows, part.task, "uniform", part.bases)
+        lr = chosen_rate(rows, part, "uniform")
         of: dict[str, dict[Pair, Row]] = {method: {}, "uniform": {}}
         for row in rows:
             pair = (row["base"], row["order"])
@@ -385,13 +387,15 @@ def at_uniform_rate(rows: Sequence[Row], method: str) -> tuple[list[float], list
     return losses, points
 
 
+def chosen_rate(rows: Sequence[Row], part: Part, method: str) -> float | None:
+    """Return the learning rate of a method in a part; None if its search is not finished."""
+    return SEARCH.next_rates(rows, part.task, rate_of(method), part.bases)[0]
+
+
 def rates_over_uniform(rows: Sequence[Row], method: str) -> set[float]:
     """Return the learning rates of a method over those of uniform sampling, in the parts that are counted."""
     rates = [
-        [
-            next((row["lr"] for row in results(rows, part, name).values()), None)
-            for name in (method, "uniform")
-        ]
+        (chosen_rate(rows, part, method), chosen_rate(rows, part, "uniform"))
         for part in counted_parts((method, "uniform"))
     ]
     return {of_method / of_uniform for of_method, of_uniform in rates if of_method and of_uniform}

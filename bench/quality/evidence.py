@@ -12,9 +12,10 @@ from bench.quality.comparison import (
     Found,
     Names,
     at_uniform_rate,
+    chosen_rate,
+    counted_parts,
     has_all,
     rates_over_uniform,
-    results,
     summarize,
     trained_lowest,
 )
@@ -27,6 +28,7 @@ from bench.quality.tables import (
     interval,
     means_and_ranges,
     real_report,
+    table,
     tables_page,
 )
 from grass import GrassConfig
@@ -51,8 +53,9 @@ Log-loss: held-out, of the answers, in nats a token, the primary outcome; negati
 better. Each base is one observation of a t test, so verdicts generalize to models of this kind. Intervals are 95 %,
 uncorrected; p is corrected for the comparisons of the table (Holm, which makes neighbouring values equal), so an
 interval may exclude 0 and still be undecided. *Detectable*: the smallest true difference found with a power of 80 %.
-*Undecided* does not mean equal. Rows are of different bases: do not subtract them. Bases were added after earlier
-results had been seen, for which p is not corrected.
+*Undecided* does not mean equal. Rows are of different bases: do not subtract them. Bases on which methods were chosen
+do not count: those of the part `rules`, and for `static-top` of `confirmation`. Bases were added after earlier results
+had been seen, for which p is not corrected.
 
 - `grass`: the default sampler, with `probe_steps` {probe}, `sample_interval` {sample} and `update_interval` {update}.
   Of it, `static` and `static-top`, the first {probe} steps are the probe, which trains nothing.
@@ -87,23 +90,24 @@ parts {hours:.0f}, without the base models.
 ANSWERS: dict[str, list[tuple[Names, str]]] = {
     "Norms or chance": [
         (("grass", "uniform"), "GRASS {} uniform sampling"),
-        (("grass", "shuffled"), "It {} the same probabilities on other layers"),
+        (("grass", "shuffled"), "GRASS {} `shuffled`, the same probabilities on other layers"),
+        (("shuffled", "uniform"), "`shuffled` {} uniform sampling"),
     ],
     "Norms of all layers, measured again in each period": [
         (("remeasured", "uniform"), "The sampler `remeasured` {} uniform sampling"),
-        (("remeasured", "positions"), "It {} training each layer as often without norms"),
+        (("remeasured", "positions"), "`remeasured` {} training each layer as often without norms"),
     ],
     "No sampling": [
         (
             ("static-top", "uniform"),
-            "Always training the two layers with the largest norms {} uniform sampling",
+            "`static-top`, nearly always the two layers with the largest norms, {} uniform sampling",
         ),
-        (("lowest", "uniform"), "Always training the two layers nearest to the input {} uniform sampling"),
+        (("lowest", "uniform"), "`lowest`, always the two layers nearest to the input, {} uniform sampling"),
     ],
     "Other methods": [
         (("grass", "full"), "GRASS {} full fine-tuning"),
-        (("grass", "galore"), "It {} GaLore"),
-        (("grass", "lora-r32"), "It {} LoRA of rank 32"),
+        (("grass", "galore"), "GRASS {} GaLore"),
+        (("grass", "lora-r32"), "GRASS {} LoRA of rank 32"),
     ],
 }
 """Questions that a reader in a hurry asks, with the comparisons on all bases that answer them, as sentences."""
@@ -133,7 +137,8 @@ def in_short(found: Found) -> str:
     bullets += [
         *_fixed_layers(found),
         *_disagreement(found),
-        f"**A second task**, relations, on four bases: {_briefly(found, 'relations')}.",
+        f"**A second task**, relations, verdicts by log-loss for these four bases only: "
+        f"{_briefly(found, 'relations')}.",
         *(f"**{name}**: {text}." for name, text in _real(found).items()),
     ]
     return "\n".join(f"- {bullet}" for bullet in bullets) + f"\n\n{_UNITS}"
@@ -146,33 +151,37 @@ def _levels(found: Found) -> list[str]:
     if full is None or ours is None:
         return []
     return [
-        f"In the key contrast they answer {full.exact:.0f} % (full) and {ours.exact:.0f} % exactly; a step of GRASS "
-        f"trains {100 * ours.trained_share:.0f} % of the parameters."
+        f"On the first four bases full fine-tuning answers {full.exact:.0f} % exactly and GRASS {ours.exact:.0f} %; a "
+        f"step of GRASS trains {100 * ours.trained_share:.0f} % of the parameters."
     ]
 
 
 def _verdict(of: Across) -> str:
-    """Return both verdicts of a comparison as the verb of a sentence.
-
-    A measure whose own interval excludes 0 is named even if it is undecided by the corrected test.
-    """
-    found = []
-    for tested, sign, measure in ((of.log_loss, -1, "log-loss"), (of.exact, 1, "exact match")):
-        if tested.difference.low * tested.difference.high > 0:
-            which = "better" if sign * tested.difference.mean > 0 else "worse"
-            found.append((which, measure, "before correction " if tested.verdict == "undecided" else ""))
-    match found:
-        case []:
-            return "is not shown to differ from"
-        case [(which, _, note), (other, _, other_note)] if (which, note) == (other, other_note):
-            return f"is {note}{which} than"
-    return f"is {' and '.join(f'{note}{which} by {measure}' for which, measure, note in found)} than"
+    """Return both verdicts of a comparison as the verb of a sentence."""
+    loss, points = of.log_loss.verdict, of.exact.verdict
+    if loss == points:
+        return "is not shown to differ from" if loss == "undecided" else f"is {loss} than"
+    decided = [
+        f"{verdict} by {measure}"
+        for verdict, measure in ((loss, "log-loss"), (points, "exact match"))
+        if verdict != "undecided"
+    ]
+    return f"is {' and '.join(decided)} than"
 
 
 def _numbers(of: Across) -> str:
-    """Return both differences of a comparison."""
+    """Return both differences of a comparison, and what is undecided only because of the correction."""
     loss, points = of.log_loss.difference, of.exact.difference
-    return f"{interval(loss)} nats, {interval(points, 1)} points, {loss.size} bases"
+    uncorrected = {
+        measure: "better" if sign * tested.difference.mean > 0 else "worse"
+        for tested, sign, measure in ((of.log_loss, -1, "log-loss"), (of.exact, 1, "exact match"))
+        if tested.verdict == "undecided" and tested.difference.low * tested.difference.high > 0
+    }
+    texts = [f"{which} by {measure}" for measure, which in uncorrected.items()]
+    if len(texts) == 2 and len({*uncorrected.values()}) == 1:
+        texts = [f"{uncorrected['log-loss']} by both"]
+    note = f" (before correction {' and '.join(texts)})" if texts else ""
+    return f"{interval(loss)} nats, {interval(points, 1)} points, {loss.size} bases{note}"
 
 
 def _fixed_layers(found: Found) -> list[str]:
@@ -180,18 +189,19 @@ def _fixed_layers(found: Found) -> list[str]:
     rates, texts = [], []
     for method in ("static-top", "lowest"):
         losses, points = at_uniform_rate(found.rows, method)
-        if losses:
+        if len(losses) > 1:
             ratios = "/".join(f"{ratio:g}" for ratio in sorted(rates_over_uniform(found.rows, method)))
             rates.append(f"`{method}` {ratios} times that of `uniform`")
             texts.append(
-                f"`{method}` - `uniform` {interval(mean_of(losses))} nats, {interval(mean_of(points), 1)} points"
+                f"`{method}` - `uniform` {interval(mean_of(losses))} nats, {interval(mean_of(points), 1)} points, "
+                f"{len(losses)} bases"
             )
     if not texts:
         return []
     lowest, runs = trained_lowest(found.rows, "static-top")
     return [
         f"**Is it the rate?** The search gave {' and '.join(rates)}. In the runs of the search at the rate of "
-        f"`uniform`: {'; '.join(texts)}. `static-top` trained the two layers nearest to the input in {lowest} of "
+        f"`uniform`: {'; '.join(texts)}. `static-top` trained only the two layers nearest to the input in {lowest} of "
         f"{runs} runs."
     ]
 
@@ -268,15 +278,19 @@ def _hours(rows: Iterable[Row]) -> float:
 def _by_exact(found: Found) -> str:
     """Return in how many searches of the methods of `ACROSS` exact match would have chosen another rate."""
     wrong = [row | {"log_loss": None if row["log_loss"] is None else 1 - row["exact"]} for row in found.rows]
+    searches = {
+        (part.task, tuple(part.bases), rate_of(method))
+        for names in ACROSS
+        for part in counted_parts(names)
+        for method in names
+    }
     chosen = [
         [
             min(losses, key=lambda lr: losses[lr])
             for rows in (found.rows, wrong)
-            if (losses := SEARCH.losses(rows, part.task, rate_of(method), part.bases))
+            if (losses := SEARCH.losses(rows, task, method, bases))
         ]
-        for method in dict.fromkeys(name for names in ACROSS for name in names)
-        for part in STUDY.parts.values()
-        if part.task == "arithmetic" and method in part.methods
+        for task, bases, method in searches
     ]
     others = sum(len({*rates}) > 1 for rates in chosen)
     return (
@@ -348,7 +362,6 @@ def _defaults(found: Found) -> str:
         ["`draw_ahead`", str(default.draw_ahead), differences(["ahead-0", "ahead-5"])],
         ["`active_layers`", str(default.active_layers), differences(["active-1", "active-4"])],
     ]
-    rows = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     better = [
         f"`{name}`"
         for name in ALTERNATIVES
@@ -370,7 +383,7 @@ def _defaults(found: Found) -> str:
         if least
         else ""
     )
-    rate = next((row["lr"] for row in results(found.rows, STUDY.parts["settings"], "grass").values()), None)
+    rate = chosen_rate(found.rows, STUDY.parts["settings"], "grass")
     return (
         "## Defaults\n\nLog-loss of each alternative minus that of GRASS as it is run here, with `probe_steps` "
         f"{CONFIG.probe_steps}, `sample_interval` {CONFIG.sample_interval} and `update_interval` "
@@ -384,7 +397,7 @@ def _defaults(found: Found) -> str:
         + "; `grass-floor` and `grass-inside` on four others, at rates of their own. Verdicts are corrected, intervals "
         "are not. `offload`, the buffers and `fused_backward` do not change what is trained "
         f"([offloading](offloading.md)). `active_layers` is what memory allows. {kept}{power}\n\n"
-        f"| option | default | alternatives |\n| --- | --- | --- |\n{rows}\n"
+        f"{table(['option', 'default', 'alternatives'], lines, text_columns=range(3))}\n"
     )
 
 
@@ -407,7 +420,7 @@ def _figures(found: Found) -> str:
             True,
             "memory.png",
             "peak memory by method and length, predicted (Figure 4); GRASS with float32 moments and master weights, "
-            "`full` and `lisa` with moments in bfloat16",
+            "`full`, `lisa` and LoRA with moments in bfloat16",
         ),
     ]
     links = [f"- [{title}](evidence/{name})" for is_there, name, title in figures if is_there]
@@ -445,7 +458,7 @@ def _limits(found: Found) -> str:
     for name in real.TASKS:
         reports = real_report(found.folder, name).methods.values()
         if not reports or min(report["runs"] for report in reports) < real.SEEDS:
-            missing.append(name)
+            missing.append(f"{name} on the real model")
     stages = [row["name"] for row in read_rows(found.folder / "norms.jsonl") if "training" in row["panel"]]
     if stages != [f"step {step}" for step in real.STAGES]:
         missing.append("norms of the real model in this study's stages")

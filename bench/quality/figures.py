@@ -62,7 +62,7 @@ def draw_all(results_folder: Path, output: Path) -> list[Path]:
         "timeline.png": _timeline,
         "memory.png": lambda path: _memory(path, results_folder / MEMORY),
     }
-    if any(results(rows, STUDY.parts["key"], method) for method in KEY):
+    if results(rows, STUDY.parts["key"], "uniform"):
         figures["losses.png"] = lambda path: draw_losses(rows, path)
         figures["differences.png"] = lambda path: draw_differences(rows, path)
     if stability:

@@ -73,7 +73,7 @@ NOTES: dict[str, Note] = {
         "p proportional to the gradient times AdamW's direction: the expected decrease by a unit of learning rate.",
         "better than `signal` by 0.02",
     ),
-    "progress-top": Note("The same without sampling.", "better than `progress`, equal to `signal-top`"),
+    "progress-top": Note("`progress` without sampling.", "better than `progress`, equal to `signal-top`"),
     "decrease": Note(
         "p proportional to the measured decrease of the loss by a sign step of each layer alone: the greedy optimum.",
         "the best of the drawn rules",
@@ -202,8 +202,9 @@ That a verdict needs the same sign on all bases was added when the first key con
 table over all base models, when the key contrast and the confirmation were, and before the runs with controls on other
 bases. Each part that is run adds its bases to that table: first the key contrast, the confirmation and `further`, then
 `methods` and `units`, `again` with controls that tell the norm from the position of a layer, and `settings`. `shuffled`
-was added to the last two, as the four bases of the key contrast decide little of it. The comparisons of the table were
-chosen before the runs of `settings`, and of `grass` in `again`.
+was added to the last two, as the four bases of the key contrast decide little of it. The list of comparisons was
+last changed while the runs of `settings` were under way; GRASS against uniform sampling, `shuffled`, `static` and full
+fine-tuning were in it before. `shuffled` against uniform sampling was added when its results were known.
 """
 
 
@@ -246,10 +247,10 @@ def log_page(found: Found) -> str:
             "[Evidence](evidence.md) explains the study; its [tables](evidence-tables.md) have all numbers.\n",
             "## Rules, against uniform sampling\n",
             f"They see gradients of all layers on {MEASURED} other problems at the beginning of each period, which no",
-            "method that saves memory does: a rule that does not help here need not be built. (`lowest`, `highest` and",
-            "`unseen` see none; `signal-top` is below.) Learning rates are those of uniform sampling, but for",
-            f"{own_rates}, which have their own. On {len(rules.bases)} bases, {rules.orders} orders of the data each,",
-            "but for what is said otherwise.\n",
+            "method that saves memory does: a rule that does not help here need not be built. (`lowest`, `highest`,",
+            "`unseen` and `positions` see none; `signal-top` is below.) Learning rates are those of uniform sampling,",
+            f"but for {own_rates}, which have",
+            f"their own. On {len(rules.bases)} bases, {rules.orders} orders of the data each.\n",
             *header("against uniform sampling", "against `unseen`"),
             *lines(
                 (name for name in rules.methods if name in RULES),
@@ -257,7 +258,7 @@ def log_page(found: Found) -> str:
                 ("rules", "uniform"),
                 ("turns", "unseen"),
             ),
-            f"\nAdded later, and run on {len(STUDY.parts['methods'].bases)} other bases:\n",
+            "\nAdded later, and run on four other bases each, those of `methods` and of `again`:\n",
             *header("against uniform sampling"),
             *lines(NEW_RULES, {}, ("methods", "uniform")),
             *lines(["progress-top", *CONTROLS], {}, ("again", "uniform")),

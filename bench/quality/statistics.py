@@ -87,7 +87,6 @@ class Mean(NamedTuple):
         low, high: 95 % interval.
         p_value: that the mean is 0, of this mean alone.
         size: number of observations.
-        same_sign: number of observations that have the sign of the mean.
     """
 
     mean: float
@@ -95,7 +94,6 @@ class Mean(NamedTuple):
     high: float
     p_value: float
     size: int
-    same_sign: int
 
 
 def mean_of(values: Sequence[float]) -> Mean:
@@ -104,8 +102,7 @@ def mean_of(values: Sequence[float]) -> Mean:
     error = max(float(np.std(values, ddof=1)), 1e-12 * abs(mean), 1e-300) / math.sqrt(count)
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
     p_value = 2 * float(stats.t.sf(abs(mean) / error, count - 1))
-    same_sign = sum((value < 0) == (mean < 0) for value in values)
-    return Mean(mean, mean - reach, mean + reach, p_value, count, same_sign)
+    return Mean(mean, mean - reach, mean + reach, p_value, count)
 
 
 def detectable(values: Sequence[float], comparisons: int) -> float:

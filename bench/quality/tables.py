@@ -127,7 +127,7 @@ COLUMNS = ["pairs", "log-loss", "bases", "p", "detectable", "verdict", "exact, p
 
 
 def _line(title: str, found: Compared | None) -> list[str]:
-    """Return a comparison as a line of a table of `COLUMNS`; None if it was not run."""
+    """Return a comparison, None if it was not run, as a line of a table of `COLUMNS`."""
     if found is None:
         return [title, "not run", *[""] * (len(COLUMNS) - 1)]
     diverged = f" ({found.diverged} diverged)" if found.diverged else ""

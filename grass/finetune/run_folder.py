@@ -165,7 +165,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    *lines, last = path.read_text(encoding="utf-8").split("\n")
+    *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
     rows = []
     for number, line in enumerate(lines, 1):
         try:

@@ -36,6 +36,41 @@ def test_claims_are_for_against_undecided_or_not_run(rows, tmp_path):
     assert line_of(text, "GRASS is better than LISA")[:2] == ["not run", "not run"]
 
 
+def test_a_doubt_is_confirmed_by_what_speaks_against_the_norms(rows, tmp_path):
+    """Permuted probabilities, or shares without norms, that do better; LoRA that does worse."""
+    key, again, settings = (STUDY.parts[name] for name in ("key", "again", "settings"))
+    more = rows_of("shuffled", -0.3, 0.005, key)
+    more += [
+        r
+        for name, shift in (("remeasured", 0.0), ("positions", -0.3))
+        for r in rows_of(name, shift, 0.005, again)
+    ]
+    more += [
+        r
+        for name, shift in (("grass", 0.0), ("lora-r32", 0.3))
+        for r in rows_of(name, shift, 0.005, settings)
+    ]
+    text = claims(found_in([*rows, *more], tmp_path))
+    for claim in (
+        "Doubt: the same probabilities",
+        "Doubt: layers trained as often",
+        "GRASS is better than LoRA",
+    ):
+        assert line_of(text, claim)[:2] == ["**for**", "**for**"]
+
+
+def test_chosen_rules_are_counted_against_uniform_sampling(rows, tmp_path):
+    """Against GRASS, which is better than this rule."""
+    part = STUDY.parts["confirmation"]
+    shifts = {"uniform": 0.0, "lowest": -0.1, "grass": -0.3}
+    more = [r for name, shift in shifts.items() for r in rows_of(name, shift, 0.005, part)]
+    text = findings(found_in([*rows, *more], tmp_path))["Doubt: does any rule beat uniform sampling?"]
+    assert (
+        "Of 1 rules that were chosen to run again on other bases: by log-loss 1 better (`lowest`), 0 worse"
+        in text
+    )
+
+
 def test_a_comparison_of_a_part_is_of_its_pairs(rows, tmp_path):
     """The comparison on all bases in its place, or the other way round."""
     part = STUDY.parts["relations"]
@@ -48,18 +83,18 @@ def test_a_comparison_of_a_part_is_of_its_pairs(rows, tmp_path):
 def test_findings_are_those_of_the_rows(rows, tmp_path):
     of = findings(found_in(rows, tmp_path))
     rules = of["Doubt: does any rule beat uniform sampling?"]
-    assert rules.startswith("Rules that see the gradients of all layers: not run yet.")
+    assert rules.startswith("Rules of the first table of the log that see all gradients: not run yet.")
     starving = of["Doubt: some layers starve."]
     assert starving.endswith("contrast, of 500 steps: `uniform` 30, `grass` 30, `static` 30.")
     memory = next(text for claim, text in of.items() if "1,792 tokens" in claim)
     assert memory == "not predicted yet."
-    peaks = {"lora-r128": 20.26, "grass-resident": 26.5}
+    peaks = {"lora-r128": 20.26, "lisa": 22.34, "grass-streamed": 22.36, "grass-resident": 26.5}
     write_rows(
         tmp_path / "memory.jsonl", [{"method": name, "peak_gib": peak} for name, peak in peaks.items()]
     )
     memory = next(text for claim, text in findings(Found.of(tmp_path)).items() if "1,792 tokens" in claim)
-    assert 'LoRA of rank 128 20.3, `"resident"` 26.5;' in memory
-    assert "Below 24 GB: LoRA of rank 128." in memory
+    assert 'LISA 22.3, LoRA of rank 128 20.3, `"resident"` 26.5, `"streamed"` 22.4;' in memory
+    assert "Below 24 GB: LISA, LoRA of rank 128." in memory  # 24 GB are 22.35 GiB
 
 
 def test_every_comparison_of_a_claim_is_made():
@@ -78,8 +113,8 @@ def test_rules_are_counted_by_verdict(rows, tmp_path):
     of = findings(found_in([*rows, *more, *uniform], tmp_path))
     line = of["Doubt: does any rule beat uniform sampling?"]
     assert line.startswith(
-        f"Of {len({*rules} - {*BLIND, 'signal-inverse'})} rules that see the gradients of all layers: by log-loss 1 "
-        "better (`signal`), "
+        f"Of {len({*rules} - {*BLIND, 'signal-inverse'})} rules of the first table of the log that see all gradients: "
+        "by log-loss 1 better (`signal`), "
     )
     assert re.search(r"better \(`signal`\), 0 worse; by exact match \d+ better", line)
 

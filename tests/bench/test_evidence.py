@@ -29,7 +29,7 @@ from bench.quality.study import (
     UNITS,
     rate_of,
 )
-from bench.quality.tables import TITLES, tables_page
+from bench.quality.tables import TITLES, across_table, interval, p_text, tables_page
 from grass.errors import GrassError
 from grass.finetune.run_folder import read_rows, write_rows
 from tests.support.study import BEST, found_in, row, rows_of, write_real
@@ -52,7 +52,9 @@ def test_what_fixed_layers_gain_is_told_at_both_rates(rows, tmp_path):
     text = in_short(found_in([*rows, *top, *lower], tmp_path))
     assert "in 24 of 32 runs." in text
     assert "The search gave `static-top` 0.5 times that of `uniform`." in text
-    assert "`static-top` - `uniform` -0.040 [-0.040, -0.040] nats, +20.0 [+20.0, +20.0] points." in text
+    assert (
+        "`static-top` - `uniform` -0.040 [-0.040, -0.040] nats, +20.0 [+20.0, +20.0] points, 4 bases." in text
+    )
 
 
 def test_searches_in_which_exact_match_would_have_chosen_another_rate_are_counted(rows, tmp_path):
@@ -71,17 +73,15 @@ def test_in_short_says_what_the_verdicts_are(rows, tmp_path):
         r"GRASS is better than uniform sampling: -0\.03\d \[.*?\] nats, \+3\.0 \[.*?\] points, 4 bases\.",
         text,
     )
-    assert "It is worse" not in text  # no other method was run
-    assert "In the key contrast they answer 70 % (full) and 60 % exactly; a step of GRASS trains 25 %" in text
+    assert "GaLore" not in text
+    assert "full fine-tuning answers 70 % exactly and GRASS 60 %; a step of GRASS trains 25 %" in text
     assert "largest norms" not in text
     assert "opposite directions" not in text
     more = rows_of("static-top", -0.3, 0.005)
     for r in more:
         r["exact"] = 0.1
     text = in_short(found_in([*rows, *more], tmp_path))
-    assert (
-        "with the largest norms is better by log-loss and worse by exact match than uniform sampling" in text
-    )
+    assert "largest norms, is better by log-loss and worse by exact match than uniform sampling" in text
     assert "exclude 0, for `static-top` - `uniform`, `static-top` - `grass`, `static-top` - `full`:" in text
     worse = [r for r in rows if r["method"] != "grass"] + rows_of("grass", 0.1, 0.005)
     assert "GRASS is worse than uniform sampling" in in_short(found_in(worse, tmp_path))
@@ -97,12 +97,83 @@ def test_in_short_says_what_the_verdicts_are(rows, tmp_path):
         if r["method"] == "grass":
             r["exact"] = 0.55 + 0.06 * r["base"]
     text = in_short(found_in(noisy, tmp_path))
-    assert "GRASS is before correction better by exact match than uniform sampling" in text
+    assert "GRASS is not shown to differ from uniform sampling" in text
+    assert "4 bases (before correction better by exact match)." in text
     for r in noisy:
         if r["method"] == "grass":
             r["exact"] = 0.9 + r["base"] / 100
     text = in_short(found_in(noisy, tmp_path))
     assert "GRASS is better by exact match than uniform sampling" in text
+
+
+def cells_of(text, title):
+    """The cells of the lines of tables that begin with a title."""
+    lines = [line for line in text.splitlines() if line.startswith(f"| {title} |")]
+    return [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines]
+
+
+def test_numbers_stand_in_their_columns(rows, tmp_path):
+    """The verdict or p of the other measure, or the comparison with another method: GRASS is better than `shuffled` by
+    log-loss with noise, and worse by exact match without."""
+    shuffled = [r | {"exact": 0.9} for r in rows_of("shuffled", 0.05, 0.05)]
+    top = [r | {"exact": 0.1} for r in rows_of("static-top", 0.01, 0.005)]
+    found = found_in([*rows, *shuffled, *top], tmp_path)
+    names = ("grass", "shuffled")
+    of, of_pairs = found.across[names], found.families["key"][names]
+    assert of.log_loss.verdict == "better"
+    assert p_text(of.log_loss.p_value) != p_text(of.exact.p_value)
+    ((bases, loss, loss_p, least, verdict, points, points_p, points_verdict),) = cells_of(
+        across_table(found), "`grass` - `shuffled`"
+    )
+    assert (bases, loss, points) == ("4", interval(of.log_loss.difference), "-30.0 [-30.0, -30.0]")
+    assert (loss_p, points_p) == (p_text(of.log_loss.p_value), p_text(of.exact.p_value))
+    assert (least, verdict, points_verdict) == (f"{of.log_loss.detectable:.3f}", "better", "worse")
+    ((pairs, loss, _, loss_p, least, verdict, points, points_p, points_verdict),) = cells_of(
+        tables_page(found), "`grass` - `shuffled`"
+    )
+    assert (pairs, loss, points) == ("32", interval(of_pairs.log_loss), "-30.0 [-30.0, -30.0]")
+    assert (loss_p, points_p) == (p_text(of_pairs.p_value), p_text(of_pairs.exact_p_value))
+    assert (least, verdict, points_verdict) == (f"{of_pairs.log_loss.detectable:.3f}", "better", "worse")
+    (*_, against_uniform, against_grass, _, _) = cells_of(log_page(found), "`static-top`")[-1]
+    for text, other in ((against_uniform, "uniform"), (against_grass, "grass")):
+        compared = found.families["key"]["static-top", other]
+        assert text.startswith(
+            f"{interval(compared.log_loss)} {compared.verdict}, p {p_text(compared.p_value)}; "
+        )
+        assert text.endswith(f"{interval(compared.exact, 1)} points, worse")
+
+
+def test_defaults_name_the_alternatives_that_are_better(rows, tmp_path):
+    part = STUDY.parts["settings"]
+    shifts = {"grass": 0.0, "probe-0": -0.2, "probe-5": 0.2}
+    more = [r for name, shift in shifts.items() for r in rows_of(name, shift, 0.005, part)]
+    text = page(found_in([*rows, *more], tmp_path))
+    assert "Decided to be better than the default here, by log-loss: `probe-0`. The default" in text
+    ((default, alternatives),) = cells_of(text, "`probe_steps`")
+    assert default == "20"
+    assert re.fullmatch(r"probe-0 -0\.[12]\d* \[.*\] better; probe-5 \+0\.[12]\d* \[.*\] worse", alternatives)
+
+
+def test_the_second_task_is_told_by_log_loss(rows, tmp_path):
+    part = STUDY.parts["relations"]
+    of_task = [r | {"exact": 0.9} for r in rows_of("grass", 0.2, 0.01, part)]
+    text = in_short(found_in([*rows, *of_task, *rows_of("uniform", 0.0, 0.01, part)], tmp_path))
+    assert re.search(r"`grass` - `uniform` \+0\.\d+ \(worse\) nats;", text)
+
+
+def test_hours_and_edges_of_the_search_are_told(rows, tmp_path):
+    text = " ".join(page(found_in(rows, tmp_path)).split())
+    assert f"The key contrast took {20 * len(rows) / 3600 / 2:.1f} hours on two cores" in text
+    assert "edge of the search" not in text
+    lower, lr = [], SEARCH.rates[0]
+    while lr > SEARCH.rates[0] / SEARCH.factor:
+        lr /= 2
+        lower += [r | {"lr": lr} for r in rows if r["method"] == "full" and r["lr"] == SEARCH.rates[0]]
+    for r in (*rows, *lower):
+        if r["method"] == "full" and r["order"] in SEARCH.orders:
+            r["log_loss"] = 1.0 + r["lr"]
+    text = page(found_in([*rows, *lower], tmp_path))
+    assert "The best rate lies at the edge of the search for full (arithmetic)." in text
 
 
 def test_every_arm_has_a_title_or_a_reason_and_a_prediction():

@@ -104,7 +104,7 @@ def test_rows_of_the_real_model_are_compared_by_order(tmp_path, rows):
     assert "commonsense**: not run yet." in text
     table = tables_page(found)
     assert "**arithmetic**, 677 training records, 1.7 hours of two cores" in table
-    assert "confirmation, arithmetic, commonsense, norms of the real model" in page(
+    assert "confirmation, arithmetic on the real model, commonsense on the real model, norms of" in page(
         found
     )  # not run completely
     assert "| grass | 0.0002 | 3 | 0.600 ± 0.100 | 15.0 | 15.0 | 15.0 | 15.0 | 15.0 ± 10.0 |  |  |" in table
