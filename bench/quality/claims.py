@@ -20,7 +20,7 @@ and the verdict holds for these two to four bases.
 """
 
 Place = tuple[str, Names, str]
-"""Where a comparison is, "bases" for all of them or a family; its methods; a note, which may be empty."""
+"""Family of a comparison, or "bases" for the table on all bases; methods; note, may be empty."""
 
 CLAIMS: dict[str, tuple[str, Sequence[Place]]] = {
     "Sampling by gradient norms is better than uniform sampling (LISA)": (
