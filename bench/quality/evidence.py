@@ -310,11 +310,11 @@ def _real(found: Found) -> dict[str, str]:
             if differences.get(other)
             for loss, points in [means_and_ranges(differences[other])]
         ]
-        fewest = min(map(len, filter(None, differences.values())), default=0)
+        fewest = min(map(len, differences.values()), default=0)
         texts[f"SmolLM2-135M-Instruct and {name}"] = (
-            f"GRASS - {'; '.join(others)} (mean and range of {fewest} orders or more, too few to decide)"
-            if others
-            else "not run yet"
+            f"GRASS - {'; '.join(others)} (mean and range of {fewest} orders, too few to decide)"
+            if fewest == real.SEEDS
+            else f"not run completely yet: {fewest} of {real.SEEDS} orders"
         )
     return texts
 

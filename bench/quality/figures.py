@@ -13,7 +13,7 @@ import torch
 
 from bench.__main__ import main as bench
 from bench.kernels.rows import describe_environment
-from bench.quality.comparison import across, results
+from bench.quality.comparison import across, results, summarize
 from bench.quality.methods import CONFIG
 from bench.quality.study import ALTERNATIVES, BUDGETS, KEY, STUDY
 from grass.cli import main as grass
@@ -62,7 +62,7 @@ def draw_all(results_folder: Path, output: Path) -> list[Path]:
         "timeline.png": _timeline,
         "memory.png": lambda path: _memory(path, results_folder / MEMORY),
     }
-    if results(rows, STUDY.parts["key"], "uniform"):
+    if summarize(rows, STUDY.parts["key"], "uniform"):
         figures["losses.png"] = lambda path: draw_losses(rows, path)
         figures["differences.png"] = lambda path: draw_differences(rows, path)
     if stability:

@@ -1,7 +1,7 @@
 """Study B: `grass reproduce` on SmolLM2-135M-Instruct, small enough for a CPU.
 
 Weights are float32, since bfloat16 is ten times slower on processors without instructions for it (AVX512-BF16). A step
-takes 3 to 5 s on a core, and a table about two hours of two cores.
+takes 3 to 5 s on a core, and a table two to three hours of two cores.
 """
 
 from grass.config import GrassConfig

@@ -97,11 +97,8 @@ def test_rows_of_the_real_model_are_compared_by_order(tmp_path, rows):
     assert report.methods["grass"]["lr"] == 2e-4
     found = Found.of(tmp_path)
     text = in_short(found_in(rows, tmp_path))
-    assert (
-        "GRASS - `uniform` +0.000 (-0.100 to +0.100) nats, +0.0 (-10.0 to +10.0) points; `full` +0.100 (+0.100 to "
-        "+0.100) nats, -10.0 (-10.0 to -10.0) points (mean and range of 2 orders" in text
-    )
-    assert "commonsense**: not run yet." in text
+    assert "arithmetic**: not run completely yet: 0 of 3 orders." in text
+    assert "commonsense**: not run completely yet: 0 of 3 orders." in text
     table = tables_page(found)
     assert "**arithmetic**, 677 training records, 1.7 hours of two cores" in table
     assert "confirmation, arithmetic on the real model, commonsense on the real model, norms of" in page(
@@ -109,6 +106,18 @@ def test_rows_of_the_real_model_are_compared_by_order(tmp_path, rows):
     )  # not run completely
     assert "| grass | 0.0002 | 3 | 0.600 ± 0.100 | 15.0 | 15.0 | 15.0 | 15.0 | 15.0 ± 10.0 |  |  |" in table
     assert "| static | 0.0002 | 0 |" in table
+
+
+def test_a_whole_table_of_the_real_model_is_told_in_short(tmp_path, rows):
+    losses = {"grass": [0.5, 0.6, 0.7], "uniform": [0.6, 0.6, 0.6], "full": [0.4, 0.5, 0.6]}
+    write_real(tmp_path, "arithmetic", dict.fromkeys(real.METHODS["arithmetic"], [0.5, 0.5, 0.5]) | losses)
+    text = in_short(found_in(rows, tmp_path))
+    assert (
+        "arithmetic**: GRASS - `uniform` +0.000 (-0.100 to +0.100) nats, +0.0 (-10.0 to +10.0) points; "
+        in text
+    )
+    assert "`full` +0.100 (+0.100 to +0.100) nats, -10.0 (-10.0 to -10.0) points; " in text
+    assert "(mean and range of 3 orders, too few to decide)" in text
 
 
 def test_rows_of_the_real_model_with_other_settings_are_refused(tmp_path, monkeypatch):
