@@ -8,15 +8,16 @@ from scipy import stats
 from bench.quality import stability
 from bench.quality.comparison import Compared, Found, Names, summarize
 from bench.quality.figures import MEMORY
+from bench.quality.markdown import marked, table
 from bench.quality.methods import BLIND
 from bench.quality.study import BUDGETS, CHOSEN, STUDY
-from bench.quality.tables import table
 from grass.finetune.run_folder import read_rows
 
-_WORDS = """\
-The first comparison answers; the numbers are in the table above. With a part in brackets they are of that part only, in
-the [tables](evidence-tables.md): there each pair of runs, on one base with one order of the data, is an observation,
-and the verdict holds for these two to four bases.
+_COMPARISONS = """\
+## Claims and their comparisons
+
+Verdicts by log-loss / by exact match, one if they are the same. [Evidence](evidence.md#the-papers-claims) answers a
+claim by the first one. Those without brackets are of all bases; the others are of a part of the study.
 """
 
 Place = tuple[str, Names, str]
@@ -44,8 +45,11 @@ CLAIMS: dict[str, tuple[str, Sequence[Place]]] = {
         [
             ("bases", ("grass", "lora-r32"), ""),
             ("bases", ("grass", "dora-r32"), ""),
-            ("bases", ("grass-inside", "lora-r32"), "embedding, head and norms frozen in both"),
         ],
+    ),
+    "The same with embedding, head and norms frozen in both": (
+        "better",
+        [("bases", ("grass-inside", "lora-r32"), "")],
     ),
     "GRASS is better than LISA, whose moments restart in the paper and are kept in its code (`uniform`)": (
         "better",
@@ -80,41 +84,50 @@ CLAIMS: dict[str, tuple[str, Sequence[Place]]] = {
 """Claim of the paper, or doubt of its reviewers -> the verdict on the first comparison that is for it; comparisons."""
 
 
-def _verdicts(found: Found, place: str, names: Names) -> tuple[str, str] | None:
-    """Return the verdicts of a comparison by log-loss and by exact match; None if it was not run."""
+def _answers(found: Found, place: str, names: Names) -> tuple[tuple[str, str], tuple[str, str]] | None:
+    """Return verdict and difference by log-loss, and both by exact match; None if the comparison was not run."""
     if place == "bases":
         of = found.across.get(names)
-        return (of.log_loss.verdict, of.exact.verdict) if of else None
+        return of and (
+            (of.log_loss.verdict, marked(of.log_loss.verdict, of.log_loss.difference)),
+            (of.exact.verdict, marked(of.exact.verdict, of.exact.difference, 1)),
+        )
     compared = found.families[place].get(names)
-    return (compared.verdict, compared.exact_verdict) if compared else None
+    return compared and (
+        (compared.verdict, marked(compared.verdict, compared.log_loss)),
+        (compared.exact_verdict, marked(compared.exact_verdict, compared.exact, 1)),
+    )
 
 
 def claims(found: Found) -> str:
-    """Return each claim of the paper, and each doubt of its reviewers, with the comparisons that answer it."""
+    """Return each claim of the paper, and each doubt of its reviewers, with what the first comparison answers."""
     lines = []
     for claim, (supporting, places) in CLAIMS.items():
+        place, (a, b), _ = places[0]
+        of = _answers(found, place, (a, b))
+        answers = [
+            f"{verdict if verdict == 'undecided' else 'for' if verdict == supporting else 'against'}: {difference}"
+            for verdict, difference in of or ()
+        ]
+        part = "" if place == "bases" else f" ({place})"
+        lines.append([claim, f"`{a}` - `{b}`{part}", *(answers or ["not run", "not run"])])
+    others = "\n".join(f"- **{claim}** {text}" for claim, text in findings(found).items())
+    header = ["claim of the paper, or doubt", "comparison", "by log-loss, nats", "by exact match, points"]
+    return f"## The paper's claims\n\n{table(header, lines, text_columns=range(4))}\n\n{others}\n"
+
+
+def comparisons_of_claims(found: Found) -> str:
+    """Return all comparisons that belong to a claim, with their verdicts."""
+    lines = []
+    for claim, (_, places) in CLAIMS.items():
         texts = []
         for place, (a, b), note in places:
             notes = [text for text in (note, place if place != "bases" else "") if text]
             title = f"`{a}` - `{b}`" + (f" ({'; '.join(notes)})" if notes else "")
-            both = _verdicts(found, place, (a, b)) or ("not run",)
-            texts.append(f"{title}: {' / '.join(dict.fromkeys(both))}")
-        first = _verdicts(found, *places[0][:2]) or ("not run", "not run")
-        answers = [
-            verdict
-            if verdict in ("undecided", "not run")
-            else f"**{'for' if verdict == supporting else 'against'}**"
-            for verdict in first
-        ]
-        lines.append([claim, *answers, "; ".join(texts)])
-    others = "\n".join(f"- **{claim}** {text}" for claim, text in findings(found).items())
-    header = [
-        "claim of the paper, or doubt",
-        "by log-loss",
-        "by exact match",
-        "comparisons: log-loss / exact match",
-    ]
-    return f"## The paper's claims\n\n{_WORDS}\n{table(header, lines, text_columns=(0, 3))}\n\n{others}\n"
+            verdicts = [verdict for verdict, _ in _answers(found, place, (a, b)) or [("not run", "")]]
+            texts.append(f"{title}: {' / '.join(dict.fromkeys(verdicts))}")
+        lines.append([claim, "; ".join(texts)])
+    return f"{_COMPARISONS}\n{table(['claim of the paper, or doubt', 'comparisons'], lines, range(2))}\n"
 
 
 def findings(found: Found) -> dict[str, str]:
@@ -139,8 +152,8 @@ def findings(found: Found) -> dict[str, str]:
     return {
         "Doubt: does any rule beat uniform sampling?": " ".join(
             [
-                _counts("rules of the first table of the log that see all gradients", seeing),
-                _counts("rules that were chosen to run again on other bases", again),
+                _counts("[rules](evidence-log.md) that see all gradients", seeing),
+                _counts("rules chosen to run again on other bases", again),
             ]
         ),
         "Doubt: some layers starve.": "not run yet."
@@ -164,15 +177,15 @@ def findings(found: Found) -> dict[str, str]:
 def _counts(subject: str, found: Mapping[Names, Compared]) -> str:
     """Return how many methods are better and worse than uniform sampling, with the names of the better ones."""
     if not found:
-        return f"{subject.capitalize()}: not run yet."
+        return f"Of {subject}: not run yet."
     texts = []
     for measure, place in (("log-loss", "verdict"), ("exact match", "exact_verdict")):
         verdicts = [getattr(of, place) for of in found.values()]
         names = [f"`{name}`" for (name, _), of in found.items() if getattr(of, place) == "better"]
         better = f"{len(names)} better" + (f" ({', '.join(names)})" if names else "")
         texts.append(f"by {measure} {better}, {verdicts.count('worse')} worse")
-    least = sorted(of.log_loss.detectable for of in found.values() if of.verdict == "undecided")
-    power = f" (detectable: {least[0]:.2f} to {least[-1]:.2f} nats)" if least else ""
+    least = [of.log_loss.detectable for of in found.values() if of.verdict == "undecided"]
+    power = f" (detectable: {max(least):.2f} nats)" if least else ""
     return f"Of {len(found)} {subject}: {'; '.join(texts)}, the others undecided{power}."
 
 

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from bench.quality.comparison import FAMILIES, Found, Names
+from bench.quality.markdown import interval, p_text
 from bench.quality.methods import MEASURED, RULES, SETTINGS
 from bench.quality.study import CHOSEN, CONTROLS, FIXED, FURTHER, NEW_RULES, REMOVED, STUDY, SUGGESTED
-from bench.quality.tables import interval, p_text
 
 
 class Note(NamedTuple):

@@ -5,8 +5,9 @@ Would catch: an answer that the comparison does not give, or one for the wrong s
 
 import re
 
-from bench.quality.claims import CLAIMS, claims, findings
+from bench.quality.claims import CLAIMS, claims, comparisons_of_claims, findings
 from bench.quality.comparison import ACROSS, FAMILIES, Found
+from bench.quality.markdown import interval
 from bench.quality.methods import BLIND, RULES
 from bench.quality.study import STUDY
 from grass.finetune.run_folder import write_rows
@@ -14,9 +15,14 @@ from tests.support.study import found_in, rows_of
 
 
 def line_of(text, claim):
-    """The cells of a claim: its answers, and its comparisons."""
+    """The cells of a claim."""
     (line,) = [line for line in text.splitlines() if line.startswith(f"| {claim}")]
     return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+def answers_to(text, claim):
+    """The verdicts on a claim, without their differences."""
+    return [cell.split(":")[0] for cell in line_of(text, claim)[1:]]
 
 
 def test_claims_are_for_against_undecided_or_not_run(rows, tmp_path):
@@ -25,15 +31,22 @@ def test_claims_are_for_against_undecided_or_not_run(rows, tmp_path):
     for r in rows:
         if r["method"] == "full":
             r["exact"] = 0.5 + 0.05 * r["base"]
-    text = claims(found_in([*rows, *top], tmp_path))
-    by_loss, by_exact, compared = line_of(text, "Sampling by gradient norms")
-    assert (by_loss, by_exact) == ("**for**", "**for**")
+    found = found_in([*rows, *top], tmp_path)
+    text = claims(found)
+    compared, by_loss, by_exact = line_of(text, "Sampling by gradient norms")
+    of = found.across["grass", "uniform"]
+    assert compared == "`grass` - `uniform`"
+    assert by_loss == f"for: {interval(of.log_loss.difference)}"
+    assert by_exact == f"for: {interval(of.exact.difference, 1)}"
+    assert answers_to(text, "GRASS is close to full") == ["against", "undecided"]
+    assert answers_to(text, "Sampling is needed") == ["against", "against"]
+    assert answers_to(text, "Adapting during training") == ["undecided", "undecided"]
+    assert answers_to(text, "GRASS is better than LISA") == ["not run", "not run"]
+    text = comparisons_of_claims(found)
+    (compared,) = line_of(text, "Sampling by gradient norms")
     assert compared == "`grass` - `uniform`: better; `grass` - `uniform` (relations): not run"
-    assert line_of(text, "GRASS is close to full")[:2] == ["**against**", "undecided"]
-    assert line_of(text, "GRASS is close to full")[2].startswith("`grass` - `full`: worse / undecided; ")
-    assert line_of(text, "Sampling is needed")[:2] == ["**against**", "**against**"]
-    assert line_of(text, "Adapting during training")[:2] == ["undecided", "undecided"]
-    assert line_of(text, "GRASS is better than LISA")[:2] == ["not run", "not run"]
+    (compared,) = line_of(text, "GRASS is close to full")
+    assert compared.startswith("`grass` - `full`: worse / undecided; ")
 
 
 def test_a_doubt_is_confirmed_by_what_speaks_against_the_norms(rows, tmp_path):
@@ -56,7 +69,7 @@ def test_a_doubt_is_confirmed_by_what_speaks_against_the_norms(rows, tmp_path):
         "Doubt: layers trained as often",
         "GRASS is better than LoRA",
     ):
-        assert line_of(text, claim)[:2] == ["**for**", "**for**"]
+        assert answers_to(text, claim) == ["for", "for"]
 
 
 def test_chosen_rules_are_counted_against_uniform_sampling(rows, tmp_path):
@@ -65,25 +78,23 @@ def test_chosen_rules_are_counted_against_uniform_sampling(rows, tmp_path):
     shifts = {"uniform": 0.0, "lowest": -0.1, "grass": -0.3}
     more = [r for name, shift in shifts.items() for r in rows_of(name, shift, 0.005, part)]
     text = findings(found_in([*rows, *more], tmp_path))["Doubt: does any rule beat uniform sampling?"]
-    assert (
-        "Of 1 rules that were chosen to run again on other bases: by log-loss 1 better (`lowest`), 0 worse"
-        in text
-    )
+    assert "Of 1 rules chosen to run again on other bases: by log-loss 1 better (`lowest`), 0 worse" in text
 
 
 def test_a_comparison_of_a_part_is_of_its_pairs(rows, tmp_path):
     """The comparison on all bases in its place, or the other way round."""
     part = STUDY.parts["relations"]
     more = [r for name, shift in (("grass", 0.2), ("uniform", 0.0)) for r in rows_of(name, shift, 0.01, part)]
-    text = claims(found_in([*rows, *more], tmp_path))
-    compared = line_of(text, "Sampling by gradient norms")[2]
+    (compared,) = line_of(
+        comparisons_of_claims(found_in([*rows, *more], tmp_path)), "Sampling by gradient norms"
+    )
     assert compared == "`grass` - `uniform`: better; `grass` - `uniform` (relations): worse"
 
 
 def test_findings_are_those_of_the_rows(rows, tmp_path):
     of = findings(found_in(rows, tmp_path))
     rules = of["Doubt: does any rule beat uniform sampling?"]
-    assert rules.startswith("Rules of the first table of the log that see all gradients: not run yet.")
+    assert rules.startswith("Of [rules](evidence-log.md) that see all gradients: not run yet.")
     starving = of["Doubt: some layers starve."]
     assert starving.endswith("contrast, of 500 steps: `uniform` 30, `grass` 30, `static` 30.")
     memory = next(text for claim, text in of.items() if "1,792 tokens" in claim)
@@ -113,7 +124,7 @@ def test_rules_are_counted_by_verdict(rows, tmp_path):
     of = findings(found_in([*rows, *more, *uniform], tmp_path))
     line = of["Doubt: does any rule beat uniform sampling?"]
     assert line.startswith(
-        f"Of {len({*rules} - {*BLIND, 'signal-inverse'})} rules of the first table of the log that see all gradients: "
+        f"Of {len({*rules} - {*BLIND, 'signal-inverse'})} [rules](evidence-log.md) that see all gradients: "
         "by log-loss 1 better (`signal`), "
     )
     assert re.search(r"better \(`signal`\), 0 worse; by exact match \d+ better", line)
