@@ -135,9 +135,12 @@ def findings(found: Found) -> dict[str, str]:
     key = STUDY.parts["key"]
     spread = summarize(found.rows, key, "grass")
     seeing = {
-        names: of
-        for names, of in found.families["rules"].items()
-        if names[0] not in (*BLIND, "signal-inverse")
+        other: {
+            names: of
+            for names, of in found.families[family].items()
+            if names[0] not in (*BLIND, "signal-inverse")
+        }
+        for family, other in (("rules", "uniform sampling"), ("turns", "`unseen`"), ("order", "`cyclic`"))
     }
     again = {
         names: of
@@ -150,12 +153,10 @@ def findings(found: Found) -> dict[str, str]:
         if (of := summarize(found.rows, key, name))
     ]
     return {
-        "Doubt: does any rule beat uniform sampling?": " ".join(
-            [
-                _counts("[rules](evidence-log.md) that see all gradients", seeing),
-                _counts("rules chosen to run again on other bases", again),
-            ]
-        ),
+        "Doubt: does any rule beat sampling without norms?": "[Rules](evidence-log.md) that see all gradients, "
+        + "; ".join(f"against {other} {_counts(of)}" for other, of in seeing.items())
+        + f". Those chosen to run again on other bases, against uniform sampling {_counts(again)}. The others are "
+        "undecided.",
         "Doubt: some layers starve.": "not run yet."
         if not waits
         else f"Longest wait of a layer in any run of the key contrast, of {BUDGETS[key.task].steps} steps: "
@@ -174,10 +175,10 @@ def findings(found: Found) -> dict[str, str]:
     }
 
 
-def _counts(subject: str, found: Mapping[Names, Compared]) -> str:
-    """Return how many methods are better and worse than uniform sampling, with the names of the better ones."""
+def _counts(found: Mapping[Names, Compared]) -> str:
+    """Return how many methods are better and worse than another one, with the names of the better ones."""
     if not found:
-        return f"Of {subject}: not run yet."
+        return "not run yet"
     texts = []
     for measure, place in (("log-loss", "verdict"), ("exact match", "exact_verdict")):
         verdicts = [getattr(of, place) for of in found.values()]
@@ -186,7 +187,7 @@ def _counts(subject: str, found: Mapping[Names, Compared]) -> str:
         texts.append(f"by {measure} {better}, {verdicts.count('worse')} worse")
     least = [of.log_loss.detectable for of in found.values() if of.verdict == "undecided"]
     power = f" (detectable: {max(least):.2f} nats)" if least else ""
-    return f"Of {len(found)} {subject}: {'; '.join(texts)}, the others undecided{power}."
+    return f"of {len(found)} {' and '.join(texts)}{power}"
 
 
 def _noise(found: Found) -> str:

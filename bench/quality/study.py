@@ -130,6 +130,7 @@ STUDY = Design(
             (
                 "uniform",
                 "grass",
+                "cyclic",
                 *(
                     n
                     for n in RULES

@@ -3,8 +3,6 @@
 Would catch: an answer that the comparison does not give, or one for the wrong side; rules counted by another verdict.
 """
 
-import re
-
 from bench.quality.claims import CLAIMS, claims, comparisons_of_claims, findings
 from bench.quality.comparison import ACROSS, FAMILIES, Found
 from bench.quality.markdown import interval
@@ -77,8 +75,11 @@ def test_chosen_rules_are_counted_against_uniform_sampling(rows, tmp_path):
     part = STUDY.parts["confirmation"]
     shifts = {"uniform": 0.0, "lowest": -0.1, "grass": -0.3}
     more = [r for name, shift in shifts.items() for r in rows_of(name, shift, 0.005, part)]
-    text = findings(found_in([*rows, *more], tmp_path))["Doubt: does any rule beat uniform sampling?"]
-    assert "Of 1 rules chosen to run again on other bases: by log-loss 1 better (`lowest`), 0 worse" in text
+    text = findings(found_in([*rows, *more], tmp_path))["Doubt: does any rule beat sampling without norms?"]
+    assert (
+        "chosen to run again on other bases, against uniform sampling of 1 by log-loss 1 better (`lowest`), 0 worse"
+        in text
+    )
 
 
 def test_a_comparison_of_a_part_is_of_its_pairs(rows, tmp_path):
@@ -93,8 +94,10 @@ def test_a_comparison_of_a_part_is_of_its_pairs(rows, tmp_path):
 
 def test_findings_are_those_of_the_rows(rows, tmp_path):
     of = findings(found_in(rows, tmp_path))
-    rules = of["Doubt: does any rule beat uniform sampling?"]
-    assert rules.startswith("Of [rules](evidence-log.md) that see all gradients: not run yet.")
+    rules = of["Doubt: does any rule beat sampling without norms?"]
+    assert rules.startswith(
+        "[Rules](evidence-log.md) that see all gradients, against uniform sampling not run yet; "
+    )
     starving = of["Doubt: some layers starve."]
     assert starving.endswith("contrast, of 500 steps: `uniform` 30, `grass` 30, `static` 30.")
     memory = next(text for claim, text in of.items() if "1,792 tokens" in claim)
@@ -118,16 +121,19 @@ def test_rules_are_counted_by_verdict(rows, tmp_path):
     """With all rules and eight pairs, a clear one is found."""
     part = STUDY.parts["rules"]
     rules = [name for name in part.methods if name in RULES]
-    shifts = {"signal": -0.08, "signal-inverse": 0.1}
+    shifts = {"signal": -0.08, "signal-inverse": 0.1, "unseen": -0.2}
     more = [r for name in rules for r in rows_of(name, shifts.get(name, 0.0), 0.005, part)]
-    uniform = rows_of("uniform", 0.0, 0.002, part)
-    of = findings(found_in([*rows, *more, *uniform], tmp_path))
-    line = of["Doubt: does any rule beat uniform sampling?"]
-    assert line.startswith(
-        f"Of {len({*rules} - {*BLIND, 'signal-inverse'})} [rules](evidence-log.md) that see all gradients: "
-        "by log-loss 1 better (`signal`), "
+    more += [
+        r for name, shift in (("uniform", 0.0), ("cyclic", 0.2)) for r in rows_of(name, shift, 0.002, part)
+    ]
+    of = findings(found_in([*rows, *more], tmp_path))
+    line = of["Doubt: does any rule beat sampling without norms?"]
+    count = len({*rules} - {*BLIND, "signal-inverse"})
+    assert (
+        f"against uniform sampling of {count} by log-loss 1 better (`signal`), 0 worse and by exact" in line
     )
-    assert re.search(r"better \(`signal`\), 0 worse; by exact match \d+ better", line)
+    assert f"against `unseen` of {count} by log-loss 0 better, {count} worse and" in line
+    assert f"against `cyclic` of {count} by log-loss {count} better" in line
 
 
 def test_norms_of_the_real_model_are_compared_by_task(tmp_path, measured):
