@@ -140,7 +140,7 @@ def findings(found: Found) -> dict[str, str]:
             for names, of in found.families[family].items()
             if names[0] not in (*BLIND, "signal-inverse")
         }
-        for family, other in (("rules", "uniform sampling"), ("turns", "`unseen`"), ("order", "`cyclic`"))
+        for family, other in (("rules", "uniform sampling"), ("turns", "`unseen`"))
     }
     again = {
         names: of
@@ -155,8 +155,8 @@ def findings(found: Found) -> dict[str, str]:
     return {
         "Doubt: does any rule beat sampling without norms?": "[Rules](evidence-log.md) that see all gradients, "
         + "; ".join(f"against {other} {_counts(of)}" for other, of in seeing.items())
-        + f". Those chosen to run again on other bases, against uniform sampling {_counts(again)}. The others are "
-        "undecided.",
+        + f". Those chosen to run again on other bases, against uniform sampling {_counts(again)}. Methods of the part "
+        f"`again`, against `cyclic` {_counts(found.families['order'])}. The others are undecided.",
         "Doubt: some layers starve.": "not run yet."
         if not waits
         else f"Longest wait of a layer in any run of the key contrast, of {BUDGETS[key.task].steps} steps: "

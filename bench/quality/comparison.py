@@ -256,11 +256,8 @@ FAMILIES: dict[str, tuple[str, list[Names]]] = {
         "rules",
         [(name, "unseen") for name in STUDY.parts["rules"].methods if name in RULES and name != "unseen"],
     ),
-    "order": (
-        "rules",
-        [(name, "cyclic") for name in STUDY.parts["rules"].methods if name in RULES],
-    ),
     "later-rules": ("methods", [(name, other) for name in NEW_RULES for other in ("unseen", "cyclic")]),
+    "order": ("again", [(name, "cyclic") for name in ("grass", *AGAIN)]),
     "controls": (
         "settings",
         [

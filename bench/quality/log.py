@@ -252,13 +252,12 @@ def log_page(found: Found) -> str:
             "longest, and `cyclic` all in order. Learning rates are those of uniform sampling,",
             f"but for {own_rates}, which have",
             f"their own. On {len(rules.bases)} bases, {rules.orders} orders of the data each.\n",
-            *header("against uniform sampling", "against `unseen`", "against `cyclic`"),
+            *header("against uniform sampling", "against `unseen`"),
             *lines(
                 (name for name in rules.methods if name in RULES),
                 {},
                 ("rules", "uniform"),
                 ("turns", "unseen"),
-                ("order", "cyclic"),
             ),
             "\nAdded later, and run on four other bases each, those of `methods` and of `again`:\n",
             *header("against uniform sampling", "against `unseen`", "against `cyclic`"),
@@ -266,8 +265,8 @@ def log_page(found: Found) -> str:
                 NEW_RULES, {}, ("methods", "uniform"), ("later-rules", "unseen"), ("later-rules", "cyclic")
             ),
             "",
-            *header("against uniform sampling"),
-            *lines(["progress-top", *CONTROLS], {}, ("again", "uniform")),
+            *header("against uniform sampling", "against `cyclic`"),
+            *lines(["progress-top", *CONTROLS], {}, ("again", "uniform"), ("order", "cyclic")),
             f"\n{NOT_BUILT}",
             "\n## Settings, against GRASS\n",
             "At the learning rates of GRASS, but for those named above.\n",
@@ -294,7 +293,13 @@ def log_page(found: Found) -> str:
             "\n## What became of them\n",
             "Methods that a user can choose and controls, at their own rates: on the bases and orders of the key",
             "contrast, and on other bases.\n",
-            *header("key: against uniform", "against GRASS", "other bases: against uniform", "against GRASS"),
+            *header(
+                "key: against uniform",
+                "against GRASS",
+                "`further`: against uniform",
+                "against GRASS",
+                "`again`: against `cyclic`",
+            ),
             *lines(
                 FURTHER,
                 FURTHER_PREDICTIONS,
@@ -302,6 +307,7 @@ def log_page(found: Found) -> str:
                 ("key", "grass"),
                 ("further", "uniform"),
                 ("further", "grass"),
+                ("order", "cyclic"),
             ),
             f"\n{REPLACED}",
         ]

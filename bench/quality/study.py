@@ -124,13 +124,14 @@ STUDY = Design(
             orders=2,
         ),
         "units": Part("arithmetic", ("uniform", "grass", *UNITS), range(60, 64), orders=2),
-        "again": Part("arithmetic", ("uniform", "grass", "shuffled", *AGAIN), range(70, 74), orders=2),
+        "again": Part(
+            "arithmetic", ("uniform", "cyclic", "grass", "shuffled", *AGAIN), range(70, 74), orders=2
+        ),
         "rules": Part(
             "arithmetic",
             (
                 "uniform",
                 "grass",
-                "cyclic",
                 *(
                     n
                     for n in RULES

@@ -444,7 +444,9 @@ def tables_page(found: Found) -> str:
             _part("`further`: what helped and its controls, arithmetic, on other bases", found, "further"),
             _part("`methods`: other methods, arithmetic", found, "methods", "later-rules"),
             _part("`units`: nothing outside of the layers, and a floor, arithmetic", found, "units"),
-            _part("`again`: what helped and more controls, arithmetic, on more bases", found, "again"),
+            _part(
+                "`again`: what helped and more controls, arithmetic, on more bases", found, "again", "order"
+            ),
             _part(
                 "`settings`: settings of GRASS, modules of layers, and controls, arithmetic",
                 found,
@@ -457,7 +459,7 @@ def tables_page(found: Found) -> str:
                 found,
                 "first-settings",
             ),
-            _part("`rules`: rules that see all gradients, arithmetic", found, "rules", "turns", "order"),
+            _part("`rules`: rules that see all gradients, arithmetic", found, "rules", "turns"),
             _part("`confirmation`: the best rules and settings, arithmetic", found, "confirmation"),
             _real(found.folder),
             _stability(found.stability),
