@@ -140,7 +140,7 @@ def test_numbers_stand_in_their_columns(rows, tmp_path):
     assert (pairs, loss, points) == ("32", interval(of_pairs.log_loss), interval(of_pairs.exact, 1))
     assert (loss_p, points_p) == (p_text(of_pairs.p_value), p_text(of_pairs.exact_p_value))
     assert (least, verdict, points_verdict) == (f"{of_pairs.log_loss.detectable:.3f}", "better", "worse")
-    (*_, against_uniform, against_grass, _, _) = cells_of(log_page(found), "`static-top`")[-1]
+    (*_, against_uniform, against_grass, _, _, _) = cells_of(log_page(found), "`static-top`")[-1]
     for text, other in ((against_uniform, "uniform"), (against_grass, "grass")):
         compared = found.families["key"]["static-top", other]
         assert text.startswith(
