@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from bench.kernels.rows import describe_environment
-from bench.quality.comparison import summarize
+from bench.quality.comparison import NORMS, summarize
 from bench.quality.evidence import written_pages
 from bench.quality.figures import check_figures, draw_all
 from bench.quality.real import CONFIG, TASKS, options_for
@@ -183,7 +183,7 @@ def _norms(arguments: argparse.Namespace) -> int:
         for row in measure_norms(arguments.model, arguments.data_dir, arguments.lr):
             print(row["panel"], row["name"], flush=True)
             rows.append(row)
-    write_rows(RESULTS / "norms.jsonl", (row | _origin() for row in rows))
+    write_rows(RESULTS / NORMS, (row | _origin() for row in rows))
     return 0
 
 

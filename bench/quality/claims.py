@@ -1,17 +1,20 @@
 """The claims of the paper, and the doubts of its reviewers, with what the stored rows say of them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations, product
 
 from scipy import stats
 
 from bench.quality import stability
-from bench.quality.comparison import Compared, Found, Names, summarize
-from bench.quality.figures import MEMORY
+from bench.quality.comparison import MEMORY, NORMS, Compared, Found, Names, summarize
 from bench.quality.markdown import marked, table
 from bench.quality.methods import BLIND
 from bench.quality.study import BUDGETS, CHOSEN, STUDY
 from grass.finetune.run_folder import read_rows
+
+_WORDS = """\
+*For* and *against* refer to the sentence of the first column. Numbers are of all bases, but for those of one part.
+"""
 
 _COMPARISONS = """\
 ## Claims and their comparisons
@@ -40,14 +43,12 @@ CLAIMS: dict[str, tuple[str, Sequence[Place]]] = {
         "better",
         [("bases", ("grass", "full"), ""), ("relations", ("grass", "full"), "")],
     ),
-    "GRASS is better than LoRA (by up to 4.38 points) and DoRA": (
+    "GRASS is better than LoRA (by up to 4.38 points)": (
         "better",
-        [
-            ("bases", ("grass", "lora-r32"), ""),
-            ("bases", ("grass", "dora-r32"), ""),
-        ],
+        [("bases", ("grass", "lora-r32"), "")],
     ),
-    "The same with embedding, head and norms frozen in both": (
+    "GRASS is better than DoRA": ("better", [("bases", ("grass", "dora-r32"), "")]),
+    "GRASS is better than LoRA with embedding, head and final norm frozen in both": (
         "better",
         [("bases", ("grass-inside", "lora-r32"), "")],
     ),
@@ -63,6 +64,7 @@ CLAIMS: dict[str, tuple[str, Sequence[Place]]] = {
             ("bases", ("remeasured", "uniform"), ""),
             ("relations", ("remeasured", "remeasured-shuffled"), ""),
             ("relations", ("remeasured", "uniform"), ""),
+            ("order", ("positions", "cyclic"), "the shares without norms against layers in order; `again`"),
         ],
     ),
     "Sampling is needed: without it some layers are never trained": (
@@ -76,9 +78,13 @@ CLAIMS: dict[str, tuple[str, Sequence[Place]]] = {
             ("confirmation", ("signal-top", "uniform"), "the largest norms in each period"),
         ],
     ),
-    "An interval of 25 to 50 steps is best and 5 is poor (here against 10)": (
+    "An interval of 25 to 50 steps is best (25 here against 10)": (
+        "better",
+        [("settings", (f"period-{n}", "grass"), "") for n in (25, 40, 20)],
+    ),
+    "An interval of 5 steps is poor (here against 10)": (
         "worse",
-        [("settings", (f"period-{n}", "grass"), "") for n in (5, 20, 25, 40)],
+        [("settings", ("period-5", "grass"), "")],
     ),
 }
 """Claim of the paper, or doubt of its reviewers -> the verdict on the first comparison that is for it; comparisons."""
@@ -109,11 +115,11 @@ def claims(found: Found) -> str:
             f"{verdict if verdict == 'undecided' else 'for' if verdict == supporting else 'against'}: {difference}"
             for verdict, difference in of or ()
         ]
-        part = "" if place == "bases" else f" ({place})"
+        part = "" if place == "bases" else f" (part `{place}`)"
         lines.append([claim, f"`{a}` - `{b}`{part}", *(answers or ["not run", "not run"])])
     others = "\n".join(f"- **{claim}** {text}" for claim, text in findings(found).items())
     header = ["claim of the paper, or doubt", "comparison", "by log-loss, nats", "by exact match, points"]
-    return f"## The paper's claims\n\n{table(header, lines, text_columns=range(4))}\n\n{others}\n"
+    return f"## The paper's claims\n\n{_WORDS}\n{table(header, lines, text_columns=range(4))}\n\n{others}\n"
 
 
 def comparisons_of_claims(found: Found) -> str:
@@ -132,133 +138,158 @@ def comparisons_of_claims(found: Found) -> str:
 
 def findings(found: Found) -> dict[str, str]:
     """Return the result for each claim of the paper, and doubt of its reviewers, that is no comparison."""
-    key = STUDY.parts["key"]
-    spread = summarize(found.rows, key, "grass")
-    seeing = {
-        other: {
-            names: of
-            for names, of in found.families[family].items()
-            if names[0] not in (*BLIND, "signal-inverse")
-        }
-        for family, other in (("rules", "uniform sampling"), ("turns", "`unseen`"))
-    }
-    again = {
-        names: of
-        for names, of in found.families["confirmation"].items()
-        if names[0] in CHOSEN and names[1] == "uniform"
-    }
-    waits = [
-        f"`{name}` {of.longest_wait}"
-        for name in ("uniform", "grass", "static", "remeasured", "static-top")
-        if (of := summarize(found.rows, key, name))
-    ]
     return {
-        "Doubt: does any rule beat sampling without norms?": "[Rules](evidence-log.md) that see all gradients, "
-        + "; ".join(f"against {other} {_counts(of)}" for other, of in seeing.items())
-        + f". Those chosen to run again on other bases, against uniform sampling {_counts(again)}. Methods of the part "
-        f"`again`, against `cyclic` {_counts(found.families['order'])}. The others are undecided.",
-        "Doubt: some layers starve.": "not run yet."
-        if not waits
-        else f"Longest wait of a layer in any run of the key contrast, of {BUDGETS[key.task].steps} steps: "
-        f"{', '.join(waits)}.",
+        "Doubt: no rule beats sampling without norms.": _rules(found),
+        "Doubt: some layers starve.": _starvation(found),
         "Doubt: the norm of a batch is noise.": _noise(found),
-        "Paper: which layers have large norms differs between tasks, and changes during training.": _order(
-            found
-        ),
-        "Paper: the deviation over seeds is 0.12 points.": "not run yet."
-        if spread is None
-        else f"Here {spread.exact_deviation:.1f} points over orders of the data, within a base model.",
-        "Paper: peak memory is up to 19.97 % lower; at 1,792 tokens LoRA and DoRA pass 24 GB, GRASS does not; "
-        "offloading cuts the growth in memory from 1.63 to 0.14 GB.": _memory(found),
-        "Paper: overlap gives 1.08x throughput; norms cost 2 to 6 %.": "Unmeasured ([Performance](performance.md)); "
-        "the overlap is [simulated](evidence/timeline.png).",
+        "Which layers have large norms changes during training, and differs between tasks.": _order(found),
+        "The deviation over seeds is 0.12 points.": _deviation(found),
+        "At 1,792 tokens LoRA and DoRA need more than 24 GB, and GRASS does not.": _memory(found),
+        "Peak memory is up to 19.97 % lower; offloading cuts its growth from 1.63 to 0.14 GB; overlap gives 1.08x "
+        "throughput; norms cost 2 to 6 %.": "Unmeasured ([performance](performance.md)).",
     }
 
 
-def _counts(found: Mapping[Names, Compared]) -> str:
-    """Return how many methods are better and worse than another one, with the names of the better ones."""
+NOT_RUN = "Not run yet."
+
+
+def _answer(supported: bool) -> str:
+    return "For" if supported else "Against"
+
+
+def _rules(found: Found) -> str:
+    """Return which rules are better than methods that see no norms."""
+    of = {
+        family: {
+            names: compared
+            for names, compared in found.families[family].items()
+            if names[0] not in (*BLIND, "signal-inverse")
+            and not names[0].endswith("-shuffled")
+            and (family != "confirmation" or (names[0] in CHOSEN and names[1] == "uniform"))
+            and (family != "later-rules" or names[1] == "cyclic")
+        }
+        for family in ("rules", "confirmation", "turns", "later-rules", "order")
+    }
+    return (
+        f"[Rules](evidence-log.md) that see all gradients, better than uniform sampling: {_better(of['rules'])}; the "
+        f"best of them on other bases: {_better(of['confirmation'])}; better than `unseen`, longest unseen first: "
+        f"{_better(of['turns'])}. Better than `cyclic`, in order: of later rules {_better(of['later-rules'])}, of the "
+        f"methods of `again` {_better(of['order'])}. The others are not decided to be better."
+    )
+
+
+def _better(found: Mapping[Names, Compared]) -> str:
+    """Return how many methods are better than another one by both measures, with their names."""
     if not found:
         return "not run yet"
     texts = []
     for measure, place in (("log-loss", "verdict"), ("exact match", "exact_verdict")):
-        verdicts = [getattr(of, place) for of in found.values()]
         names = [f"`{name}`" for (name, _), of in found.items() if getattr(of, place) == "better"]
-        better = f"{len(names)} better" + (f" ({', '.join(names)})" if names else "")
-        texts.append(f"by {measure} {better}, {verdicts.count('worse')} worse")
-    least = [of.log_loss.detectable for of in found.values() if of.verdict == "undecided"]
-    power = f" (detectable: {max(least):.2f} nats)" if least else ""
-    return f"of {len(found)} {' and '.join(texts)}{power}"
+        texts.append(
+            f"{len(names)} of {len(found)} by {measure}" + (f" ({', '.join(names)})" if names else "")
+        )
+    return " and ".join(texts)
+
+
+def _starvation(found: Found) -> str:
+    """Return the longest waits of the key contrast; GRASS starves layers if they wait longer than by chance."""
+    key = STUDY.parts["key"]
+    waits = {
+        name: of.longest_wait
+        for name in ("uniform", "grass", "static", "remeasured", "static-top")
+        if (of := summarize(found.rows, key, name))
+    }
+    if not {"uniform", "grass"} <= waits.keys():
+        return NOT_RUN
+    longest = ", ".join(f"`{name}` {wait}" for name, wait in waits.items())
+    return (
+        f"{_answer(waits['grass'] > waits['uniform'])}, if compared with uniform sampling: the longest wait of a layer "
+        f"in any run of the key contrast was, of {BUDGETS[key.task].steps} steps: {longest}."
+    )
+
+
+def _deviation(found: Found) -> str:
+    """Return the deviation over orders of the data."""
+    spread = summarize(found.rows, STUDY.parts["key"], "grass")
+    if spread is None:
+        return NOT_RUN
+    return f"Not comparable: here {spread.exact_deviation:.1f} points over orders of the data, within a base."
+
+
+ALIKE = 0.7
+"""Rank correlation from which two orders of the layers are called alike."""
 
 
 def _noise(found: Found) -> str:
     """Return how noisy the norms of batches are."""
     if not found.stability:
-        return "not run yet."
+        return NOT_RUN
     steps = sorted({row["step"] for row in found.stability if row["kind"] == "norms"})
     repeated = [stability.repeatability(found.stability, 16, step, 1) for step in steps]
     shares = [stability.noise_share(found.stability, 16, step) for step in steps]
     agreeing = ", ".join(f"{stability.agreement(found.stability, 16, step, 20):.2f}" for step in steps)
     return (
-        f"Of the squared norm of a batch of 16 problems {100 * min(shares):.0f} to {100 * max(shares):.0f} % is noise. "
-        f"The rank correlation of layers is {min(repeated):.2f} to {max(repeated):.2f} between two batches; of a mean "
-        f"over 20 steps with the gradient of {stability.REFERENCE:,} problems it is {agreeing} at the start, half way "
-        "and at the end."
+        f"{_answer(max(shares) > 0.5)} as to its size: {100 * min(shares):.0f} to {100 * max(shares):.0f} % of the "
+        f"squared norm of 16 problems is noise. {_answer(min(repeated) < ALIKE)} as to the order of layers: their rank "
+        f"correlation is {min(repeated):.2f} to {max(repeated):.2f} between two batches, and of a mean over 20 steps "
+        f"with the gradient of {stability.REFERENCE:,} problems {agreeing} at the start, half way and at the end."
     )
 
 
 def _order(found: Found) -> str:
     """Return how much alike the layers are ordered in tasks and stages."""
-    if not found.stability:
-        return "not run yet."
-    steps = sorted({row["step"] for row in found.stability if row["kind"] == "norms"})
-    correlation = stability.drift(found.stability, 16, steps[0], steps[-1])
-    here = (
-        f"Rank correlation of the layers: on the small models, trained by GRASS, {correlation:+.2f} from the first "
-        "step to the last."
-    )
-    return here + _norms(found)
+    texts = []
+    if found.stability:
+        steps = sorted({row["step"] for row in found.stability if row["kind"] == "norms"})
+        correlation = stability.drift(found.stability, 16, steps[0], steps[-1])
+        texts.append(
+            f"{_answer(correlation < ALIKE)}, on the small models: rank correlation of the layers from the first step "
+            f"to the last {correlation:+.2f}."
+        )
+    return " ".join([*texts, *_norms(found)]) or NOT_RUN
 
 
-def _norms(found: Found) -> str:
+def _norms(found: Found) -> list[str]:
     """Return how much alike the layers of the real model are ordered in its tasks and stages."""
     panels: dict[str, list[list[float]]] = {}
-    for row in read_rows(found.folder / "norms.jsonl"):
+    for row in read_rows(found.folder / NORMS):
         panels.setdefault(row["panel"], []).append(row["norms"])
-    if not panels:
-        return ""
-
-    def correlations(pairs: Iterable[tuple[list[float], list[float]]]) -> str:
-        values = [float(stats.spearmanr(a, b).statistic) for a, b in pairs]
-        return f"{min(values):+.2f} to {max(values):+.2f}"
-
-    texts = []
+    pairs: dict[str, list[tuple[list[float], list[float]]]] = {}
     for panel, norms in panels.items():
         of = "stages of training by uniform sampling" if "training" in panel else f"{panel} tasks"
-        texts.append(f"{correlations(combinations(norms, 2))} between two of {len(norms)} {of}")
+        pairs[f"between two of {len(norms)} {of}"] = list(combinations(norms, 2))
     if {"arithmetic", "commonsense"} <= panels.keys():
-        both = correlations(product(panels["arithmetic"], panels["commonsense"]))
-        texts.append(f"{both} between one of arithmetic and one of commonsense")
-    return f" On SmolLM2: {', '.join(texts)}."
+        both = list(product(panels["arithmetic"], panels["commonsense"]))
+        pairs["between one of arithmetic and one of commonsense"] = both
+    if not pairs:
+        return []
+    values = {
+        title: [float(stats.spearmanr(a, b).statistic) for a, b in of] for title, of in pairs.items() if of
+    }
+    lowest = min(map(min, values.values()))
+    ranges = ", ".join(f"{min(of):+.2f} to {max(of):+.2f} {title}" for title, of in values.items())
+    return [f"{_answer(lowest < ALIKE)}, on SmolLM2-135M-Instruct: {ranges}."]
 
 
 def _memory(found: Found) -> str:
     """Return predicted peaks at the paper's longest texts."""
+    limit = 24e9 / 2**30
     peaks = {row["method"]: row["peak_gib"] for row in read_rows(found.folder / MEMORY)}
     titles = {
         "full": "full",
         "lisa": "LISA",
         "lora-r128": "LoRA of rank 128",
-        "grass": '`offload="none"`',
-        "grass-resident": '`"resident"`',
-        "grass-streamed": '`"streamed"`',
+        "grass": 'GRASS with `offload="none"`',
+        "grass-resident": 'with `"resident"`',
+        "grass-streamed": 'with `"streamed"`',
     }
-    shown = ", ".join(f"{title} {peaks[name]:.1f}" for name, title in titles.items() if name in peaks)
-    below = [title for name, title in titles.items() if name in peaks and peaks[name] * 2**30 < 24e9]
+    if not titles.keys() <= peaks.keys():
+        return "Not predicted yet."
+    shown = ", ".join(f"{title} {peaks[name]:.1f}" for name, title in titles.items())
+    supported = (
+        peaks["lora-r128"] > limit > max(peak for name, peak in peaks.items() if name.startswith("grass"))
+    )
     return (
-        "Nothing is measured. The planner predicts for LLaMA2-7B, 4 texts of 1,792 tokens, activation checkpointing, "
-        f"in GiB: {shown}; `full`, LISA and LoRA with moments in bfloat16, GRASS with moments and master weights in "
-        f"float32 ([all methods and lengths](evidence/memory.png)). Below 24 GB: {', '.join(below) or 'none'}. DoRA "
-        "and the growth are not predicted."
-        if shown
-        else "not predicted yet."
+        f"{_answer(supported)}, by prediction for LLaMA2-7B and 4 texts, in GiB (24 GB are {limit:.1f}): {shown}. "
+        "GRASS has moments and master weights in float32, the others moments in bfloat16. DoRA is not predicted."
     )

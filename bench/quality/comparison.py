@@ -38,6 +38,8 @@ from grass.reproduce.study import Pair, Row
 
 Names = tuple[str, str]
 """A method and the one it is compared with."""
+MEMORY, NORMS = "memory.jsonl", "norms.jsonl"
+"""Files of predicted peaks, which the command that draws them writes, and of norms of the real model's layers."""
 FEWEST = 8
 """Pairs that a comparison needs: of fewer no interval is right, and they would spoil the correction of others."""
 

@@ -13,7 +13,7 @@ import torch
 
 from bench.__main__ import main as bench
 from bench.kernels.rows import describe_environment
-from bench.quality.comparison import across, results, summarize
+from bench.quality.comparison import MEMORY, NORMS, across, results, summarize
 from bench.quality.methods import CONFIG
 from bench.quality.study import ALTERNATIVES, BUDGETS, KEY, STUDY
 from grass.cli import main as grass
@@ -25,13 +25,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MANIFEST = "figures.json"
-MEMORY = "memory.jsonl"
-"""Predicted peaks of memory, which the command that draws the figure writes."""
 SOURCES = {
     "losses.png": "study.jsonl",
     "differences.png": "study.jsonl",
     "norms-small.png": "stability.jsonl",
-    "norms.png": "norms.jsonl",
+    "norms.png": NORMS,
     "memory.png": MEMORY,
 }
 """Rows of each figure that is drawn from some."""
@@ -57,7 +55,7 @@ def draw_all(results_folder: Path, output: Path) -> list[Path]:
     output.mkdir(parents=True, exist_ok=True)
     rows = STUDY.matching(read_rows(results_folder / "study.jsonl"))
     stability = read_rows(results_folder / "stability.jsonl")
-    norms = read_rows(results_folder / "norms.jsonl")
+    norms = read_rows(results_folder / NORMS)
     figures: dict[str, Callable[[Path], Any]] = {
         "timeline.png": _timeline,
         "memory.png": lambda path: _memory(path, results_folder / MEMORY),

@@ -18,7 +18,7 @@ def interval(found: Contrast | Mean, digits: int = 3) -> str:
 
 
 def marked(verdict: str, found: Contrast | Mean, digits: int = 3) -> str:
-    """Return a difference with its interval, marked if only the correction of the verdict leaves it undecided."""
+    """Return a difference with its interval, marked if that excludes 0 and the verdict is undecided all the same."""
     mark = r"\*" if verdict == "undecided" and found.low * found.high > 0 else ""
     return interval(found, digits) + mark
 

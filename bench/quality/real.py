@@ -4,8 +4,17 @@ Weights are float32, since bfloat16 is ten times slower on processors without in
 takes 3 to 5 s on a core, and a table two to three hours of two cores.
 """
 
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
 from grass.config import GrassConfig
+from grass.errors import GrassError
+from grass.finetune.run_folder import read_rows
+from grass.reproduce.job import digest_of, settings_of
 from grass.reproduce.options import ReproduceOptions, TableName
+from grass.reproduce.report import make_report, results_of
 
 METHODS: dict[TableName, tuple[str, ...]] = {
     "arithmetic": ("full", "lora-r8", "uniform", "static", "static-top", "grass", "shuffled", "remeasured"),
@@ -52,3 +61,59 @@ def options_for(
         minutes=minutes,
         output=output,
     )
+
+
+class Report(NamedTuple):
+    """A table of study B.
+
+    Attributes:
+        methods: report of each method, as of `make_report`; empty without rows.
+        differences: of each other method, the differences GRASS - method of log-loss and of average accuracy in
+            points, for each order of the data that both finished.
+        num_examples: number of training records that are short enough.
+        hours: time of all runs on two cores.
+    """
+
+    methods: dict[str, Any]
+    differences: dict[str, list[tuple[float, float]]]
+    num_examples: int
+    hours: float
+
+
+def report_of(folder: Path, name: TableName) -> Report:
+    """Return a table of study B, from its rows and the file of their settings.
+
+    Raises:
+        GrassError: the rows were made with other settings than `options_for` gives.
+    """
+    rows = read_rows(folder / f"{name}.jsonl")
+    if not rows:
+        return Report({}, {}, 0, 0.0)
+    settings = json.loads((folder / f"{name}.settings.json").read_text(encoding="utf-8"))
+    options = options_for(name, settings["model"], "data", "", 1, 1.0)
+    expected = settings_of(options, CONFIG, settings["weights"], settings["records"])
+    if settings != expected or {row["settings"] for row in rows} != {digest_of(settings)}:
+        raise GrassError(
+            f"the rows of {name} were made with other settings than those of `bench.quality real`: remove "
+            f"{folder / name}.jsonl and its settings, and run it again"
+        )
+    methods: dict[str, Any] = make_report(rows, options)["methods"]
+    values = {
+        method: {
+            row["order"]: (row["log_loss"], 100 * mean(row["accuracies"].values()))
+            for row in results_of(rows, options, method)[1]
+            if row["log_loss"] is not None
+        }
+        for method in methods
+    }
+    grass = values.pop("grass")
+    differences = {
+        method: [
+            (grass[order][0] - loss, grass[order][1] - accuracy)
+            for order, (loss, accuracy) in of.items()
+            if order in grass
+        ]
+        for method, of in values.items()
+    }
+    hours = sum(row["seconds"] for row in rows) / 3600 / 2
+    return Report(methods, differences, rows[0]["num_examples"], hours)

@@ -1,11 +1,8 @@
 """docs/evidence-tables.md: all numbers of the studies, from the stored rows; and what the other pages have of it."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import mean
-from typing import Any, NamedTuple
 
 from bench.quality import real, stability
 from bench.quality.claims import comparisons_of_claims
@@ -14,7 +11,6 @@ from bench.quality.comparison import (
     FAMILIES,
     Compared,
     Found,
-    Names,
     counted_parts,
     summarize,
 )
@@ -22,11 +18,7 @@ from bench.quality.markdown import interval, means_and_ranges, p_text, table
 from bench.quality.methods import CONFIG, MEASURED
 from bench.quality.study import BUDGETS, SEARCH, STUDY, Part, rate_of
 from grass import GrassConfig
-from grass.errors import GrassError
-from grass.finetune.run_folder import read_rows
-from grass.reproduce.job import digest_of, settings_of
-from grass.reproduce.options import TableName
-from grass.reproduce.report import make_report, plus_minus, results_of
+from grass.reproduce.report import plus_minus
 from grass.reproduce.study import Row
 
 TITLES = {
@@ -230,9 +222,7 @@ def _line(title: str, found: Compared | None) -> list[str]:
 def _part(title: str, found: Found, *families: str) -> str:
     """Return the methods of a part of study A, and families of comparisons between them."""
     part = STUDY.parts[FAMILIES[families[0]][0]]
-    tables = [
-        _differences(found, family, FAMILIES[family][1]) for family in families if found.families[family]
-    ]
+    tables = [_differences(found, family) for family in families if found.families[family]]
     return f"### {title}\n\n" + "\n\n".join([_methods(found.rows, part), *tables]) + "\n"
 
 
@@ -255,11 +245,11 @@ def _methods(rows: Sequence[Row], part: Part) -> str:
     return table(header, lines) if lines else "Not run yet."
 
 
-def _differences(found: Found, family: str, comparisons: Sequence[Names]) -> str:
+def _differences(found: Found, family: str) -> str:
     """Return a table of the comparisons of a family."""
     lines = [
         _line(" - ".join(f"`{name}`" for name in names), found.families[family].get(names))
-        for names in comparisons
+        for names in FAMILIES[family][1]
     ]
     return table(["difference", *COLUMNS], lines)
 
@@ -329,69 +319,13 @@ def _stability(rows: Sequence[Row]) -> str:
     )
 
 
-class RealReport(NamedTuple):
-    """A table of study B.
-
-    Attributes:
-        methods: report of each method, as of `make_report`; empty without rows.
-        differences: of each other method, the differences GRASS - method of log-loss and of average accuracy in
-            points, for each order of the data that both finished.
-        num_examples: number of training records that are short enough.
-        hours: time of all runs on two cores.
-    """
-
-    methods: dict[str, Any]
-    differences: dict[str, list[tuple[float, float]]]
-    num_examples: int
-    hours: float
-
-
-def real_report(folder: Path, name: TableName) -> RealReport:
-    """Return a table of study B, from its rows and the file of their settings.
-
-    Raises:
-        GrassError: the rows were made with other settings than `real.options_for` gives.
-    """
-    rows = read_rows(folder / f"{name}.jsonl")
-    if not rows:
-        return RealReport({}, {}, 0, 0.0)
-    settings = json.loads((folder / f"{name}.settings.json").read_text(encoding="utf-8"))
-    options = real.options_for(name, settings["model"], "data", "", 1, 1.0)
-    expected = settings_of(options, real.CONFIG, settings["weights"], settings["records"])
-    if settings != expected or {row["settings"] for row in rows} != {digest_of(settings)}:
-        raise GrassError(
-            f"the rows of {name} were made with other settings than those of `bench.quality real`: remove "
-            f"{folder / name}.jsonl and its settings, and run it again"
-        )
-    methods: dict[str, Any] = make_report(rows, options)["methods"]
-    values = {
-        method: {
-            row["order"]: (row["log_loss"], 100 * mean(row["accuracies"].values()))
-            for row in results_of(rows, options, method)[1]
-            if row["log_loss"] is not None
-        }
-        for method in methods
-    }
-    grass = values.pop("grass")
-    differences = {
-        method: [
-            (grass[order][0] - loss, grass[order][1] - accuracy)
-            for order, (loss, accuracy) in of.items()
-            if order in grass
-        ]
-        for method, of in values.items()
-    }
-    hours = sum(row["seconds"] for row in rows) / 3600 / 2
-    return RealReport(methods, differences, rows[0]["num_examples"], hours)
-
-
 def _points(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
 def _real(folder: Path) -> str:
     parts = [
-        "## A real model\n\nSmolLM2-135M-Instruct on LLM-Adapters' files, by `python -m bench.quality real`: "
+        "## Study B, a real model\n\nSmolLM2-135M-Instruct on LLM-Adapters' files, by `python -m bench.quality real`: "
         f"{real.STEPS} steps of {real.BATCH} texts of at most {real.CONTEXT} tokens, {real.CONFIG.active_layers} of 30 "
         "layers at a time; rates chosen by runs of half as many steps, on training records that are held out. "
         f"Accuracy by LLM-Adapters' rules on {real.RECORDS} test records a task that are not among the training "
@@ -402,7 +336,7 @@ def _real(folder: Path) -> str:
         "over orders of the data and their range; three orders decide nothing alone.\n"
     ]
     for name, tasks in real.TASKS.items():
-        report = real_report(folder, name)
+        report = real.report_of(folder, name)
         if not report.methods:
             parts.append(f"{name}: not run yet.\n")
             continue

@@ -13,10 +13,11 @@ import pytest
 from bench.quality import __main__ as command
 from bench.quality import figures, real
 from bench.quality.comparison import FAMILIES, Found, across
+from bench.quality.defaults import ALTERNATIVES, defaults
 from bench.quality.evidence import BEGIN, END, in_short, page, written_pages
 from bench.quality.log import NOTES, log_page
 from bench.quality.markdown import interval, p_text
-from bench.quality.methods import RULES, SETTINGS
+from bench.quality.methods import CONFIG, METHODS, RULES, SETTINGS
 from bench.quality.study import (
     CONTROLS,
     FURTHER,
@@ -31,6 +32,7 @@ from bench.quality.study import (
     rate_of,
 )
 from bench.quality.tables import TITLES, across_table, tables_page
+from bench.quality.training import make_model
 from grass.errors import GrassError
 from grass.finetune.run_folder import read_rows, write_rows
 from tests.support.study import BEST, found_in, row, rows_of, write_real
@@ -52,7 +54,7 @@ def test_what_fixed_layers_gain_is_told_at_both_rates(rows, tmp_path):
     lower = [r | {"lr": SEARCH.rates[0] / 2, "log_loss": 2.0} for r in top if r["lr"] == SEARCH.rates[2]]
     text = in_short(found_in([*rows, *top, *lower], tmp_path))
     assert "in 24 of 32 runs." in text
-    assert "The search gave `static-top` 0.5 times that of `uniform`." in text
+    assert "The search gave `static-top` 0.5 times the learning rate of `uniform`." in text
     assert (
         "`static-top` - `uniform` -0.040 [-0.040, -0.040] nats, +20.0 [+20.0, +20.0] points, 4 bases." in text
     )
@@ -75,7 +77,10 @@ def test_in_short_says_what_the_verdicts_are(rows, tmp_path):
         text,
     )
     assert "GaLore" not in text
-    assert "full fine-tuning answers 70 % exactly and GRASS 60 %; a step of GRASS trains 25 %" in text
+    assert (
+        "full fine-tuning answers 70 % exactly and GRASS 60 %. A step of GRASS trains 25 % of the parameters."
+        in text
+    )
     assert "largest norms" not in text
     assert "opposite directions" not in text
     more = rows_of("static-top", -0.3, 0.005)
@@ -149,22 +154,60 @@ def test_numbers_stand_in_their_columns(rows, tmp_path):
         assert text.endswith(f"{interval(compared.exact, 1)} points, worse")
 
 
-def test_defaults_name_the_alternatives_that_are_better(rows, tmp_path):
-    part = STUDY.parts["settings"]
-    shifts = {"grass": 0.0, "probe-0": -0.2, "probe-5": 0.2}
-    more = [r for name, shift in shifts.items() for r in rows_of(name, shift, 0.005, part)]
-    text = page(found_in([*rows, *more], tmp_path))
-    assert "Better than the default: `probe-0`. It stays" in text
-    ((default, alternatives),) = cells_of(text, "`probe_steps`")
+def test_defaults_are_told_with_the_verdicts_on_other_values(rows, tmp_path):
+    """A verdict on another value, or none; a power that is not that of what is undecided."""
+    part, units = STUDY.parts["settings"], STUDY.parts["units"]
+    shifts = {"grass": (0.0, 0.005), "probe-0": (-0.2, 0.005), "probe-5": (0.2, 0.005), "tau-2": (0.0, 0.1)}
+    more = [r for name, (shift, noise) in shifts.items() for r in rows_of(name, shift, noise, part)]
+    more += [
+        r
+        for name, shift in (("grass", 0.0), ("grass-inside", 0.2))
+        for r in rows_of(name, shift, 0.005, units)
+    ]
+    top = [r | {"exact": 0.5} for r in rows_of("static-top", -0.3, 0.005)]
+    found = found_in([*rows, *more, *top], tmp_path)
+    text = defaults(found)
+    assert f"at GRASS's rate, {BEST:g}" in text
+    ((default, values),) = cells_of(text, "`probe_steps`")
     assert default == "20"
-    assert re.fullmatch(r"probe-0 -0\.[12]\d* \[.*\] better; probe-5 \+0\.[12]\d* \[.*\] worse", alternatives)
+    assert re.fullmatch(r"0: -0\.[12]\d* \[.*\] better; 5: \+0\.[12]\d* \[.*\] worse", values)
+    ((default, values),) = cells_of(text, "`sample_interval`")
+    assert (default, values.split("; ")[0]) == ("25 (10 here)", "5: not run")
+    ((_, values),) = cells_of(text, "`always_active`")
+    assert re.fullmatch(r"none: \+0\.\d+ \[.*\] worse", values)
+    ((_, values),) = cells_of(text, "`sampler`")
+    assert re.search(r'not run; "static", `temperature` 0\.01: -0\.\d+ \[[^]]*\] better$', values)
+    undecided = found.families["settings"]["tau-2", "grass"]
+    least = f"{undecided.log_loss.detectable:.2f}"
+    assert f"undecided: differences below {least} to {least} nats could not be decided" in text
+
+
+def test_values_of_the_defaults_are_those_that_ran():
+    """A value in the page that is not that of the method's runs."""
+    model = make_model(0)
+    for option, values in ALTERNATIVES.items():
+        for method, text in values.items():
+            config = (METHODS | SETTINGS)[method](model, CONFIG).config
+            shown = {option: text.split(", `")[0], **dict(re.findall(r"`(\w+)` ([\w.]+)", text))}
+            assert {name: str(getattr(config, name)) for name in shown} == {
+                name: value.strip('"') for name, value in shown.items()
+            }
 
 
 def test_the_second_task_is_told_by_log_loss(rows, tmp_path):
     part = STUDY.parts["relations"]
     of_task = [r | {"exact": 0.9} for r in rows_of("grass", 0.2, 0.01, part)]
-    text = in_short(found_in([*rows, *of_task, *rows_of("uniform", 0.0, 0.01, part)], tmp_path))
-    assert re.search(r"`grass` - `uniform` \+0\.\d+ \(worse\) nats;", text)
+    others = [
+        r for name, noise in (("uniform", 0.01), ("remeasured", 0.2)) for r in rows_of(name, 0.0, noise, part)
+    ]
+    found = found_in([*rows, *of_task, *others], tmp_path)
+    text = in_short(found)
+    assert re.search(
+        r"by log-loss\. `grass` is worse than `uniform`, \+0\.\d+ nats\. Undecided, detectable", text
+    )
+    least = found.families["relations"]["remeasured", "uniform"].log_loss.detectable
+    assert re.search(rf"detectable {least:.2f} to {least:.2f}: `remeasured` - `uniform` [+-]0\.\d+\.\n", text)
+    assert "A second task" not in in_short(found_in(rows, tmp_path))
 
 
 def test_hours_and_edges_of_the_search_are_told(rows, tmp_path):
@@ -362,7 +405,8 @@ def test_the_page_is_written_with_all_rows(tmp_path, rows, measured):
     write_rows(tmp_path / "study.jsonl", [*rows, *removed])
     enough = [r | {"norms": r["norms"] * 10} if r["kind"] == "norms" else r for r in measured]
     write_rows(tmp_path / "stability.jsonl", enough)
-    write_rows(tmp_path / "memory.jsonl", [{"method": "grass", "peak_gib": 20.0}])
+    methods = ("full", "lisa", "lora-r128", "grass", "grass-resident", "grass-streamed")
+    write_rows(tmp_path / "memory.jsonl", [{"method": name, "peak_gib": 20.0} for name in methods])
     norms = {"panel": "arithmetic, while training", "norms": [1.0, 2.0]}
     write_rows(tmp_path / "norms.jsonl", [norms | {"name": f"step {step}"} for step in real.STAGES])
     for table in real.TASKS:
@@ -371,7 +415,7 @@ def test_the_page_is_written_with_all_rows(tmp_path, rows, measured):
     found = Found.of(tmp_path)
     text = page(found) + tables_page(found) + log_page(found)
     assert "not run" not in text.lower()
-    assert "not predicted yet" not in text
+    assert "not predicted yet" not in text.lower()
     assert "nan" not in text
 
 

@@ -1,0 +1,105 @@
+"""The defaults of `GrassConfig`, each with the comparisons that speak for or against it."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from bench.quality.comparison import Found, chosen_rate
+from bench.quality.markdown import marked, table
+from bench.quality.methods import CONFIG
+from bench.quality.statistics import Contrast, Mean
+from bench.quality.study import STUDY
+from grass import GrassConfig
+
+ALTERNATIVES: dict[str, Mapping[str, str]] = {
+    "sampler": {
+        "remeasured": '"remeasured", `probe_steps` 0, `temperature` 0.5, `ema` 1.0',
+        "static-top": '"static", `temperature` 0.01',
+    },
+    "probe_steps": {"probe-0": "0", "probe-5": "5"},
+    "sample_interval": {
+        "period-5": "5",
+        "period-20": "20",
+        "period-25": "25, `update_interval` 100",
+        "period-40": "40, `update_interval` 40",
+    },
+    "update_interval": {"window-10": "10", "window-80": "80"},
+    "temperature": {"tau-0.25": "0.25", "tau-0.5": "0.5", "tau-2": "2.0"},
+    "ema": {"ema-0.1": "0.1", "ema-1": "1.0"},
+    "importance_scale": {"scale-mean": "mean", "scale-zscore": "zscore", "scale-none": "none"},
+    "min_probability": {"grass-floor": "0.0625"},
+    "always_active": {"grass-inside": "none"},
+    "moments": {"reset": "reset"},
+    "draw_ahead": {"ahead-0": "0", "ahead-5": "5"},
+    "active_layers": {"active-1": "1", "active-4": "4"},
+}
+"""Option -> method that has another value, and that value."""
+
+_HEAD = """\
+## Defaults
+
+Log-loss of other values minus that of GRASS. Runs are short, so *here* GRASS has other intervals than by default.
+`sampler`: on all bases, each at the rate of its own search. The others: on four bases, at {rate}, and
+`min_probability` and `always_active` on four others, at rates of their own.
+"""
+
+_KEPT = """\
+Where another value is better, the default stays that of the published method, since these are small models of one kind;
+all values are [options](optimizers.md#grassgrassadamw). `offload`, buffers and `fused_backward` do not change what is
+trained.
+"""
+
+
+class _Alternative(NamedTuple):
+    """What was found of a value: its verdict, its difference from GRASS, and the smallest one that can be found."""
+
+    verdict: str
+    difference: Contrast | Mean
+    detectable: float
+
+
+def _found_of(found: Found, method: str) -> _Alternative | None:
+    """Return what was found of a method against GRASS; None if it was not run."""
+    names = (method, "grass")
+    if method in ALTERNATIVES["sampler"]:
+        of = found.across.get(names)
+        return of and _Alternative(of.log_loss.verdict, of.log_loss.difference, of.log_loss.detectable)
+    pairs = found.families["settings"].get(names) or found.families["units"].get(names)
+    return pairs and _Alternative(pairs.verdict, pairs.log_loss, pairs.log_loss.detectable)
+
+
+def defaults(found: Found) -> str:
+    """Return the defaults as a table, with what was found of other values."""
+    lines = []
+    for option, values in ALTERNATIVES.items():
+        default, here = getattr(GrassConfig(), option), getattr(CONFIG, option)
+        shown = f"{default}" if default == here else f"{default} ({here} here)"
+        texts = []
+        for method, value in values.items():
+            of = _found_of(found, method)
+            texts.append(f"{value}: " + ("not run" if of is None else _text(of)))
+        lines.append([f"`{option}`", shown, "; ".join(texts)])
+    rate = chosen_rate(found.rows, STUDY.parts["settings"], "grass")
+    head = _HEAD.format(rate="GRASS's rate" if rate is None else f"GRASS's rate, {rate:g}")
+    rows = table(["option", "default", "other values"], lines, text_columns=range(3))
+    return f"{head}\n{rows}\n\n{_power(found)}{_KEPT}"
+
+
+def _text(of: _Alternative) -> str:
+    """Return a difference, with its verdict if it was decided."""
+    return marked(of.verdict, of.difference) + (f" {of.verdict}" if of.verdict != "undecided" else "")
+
+
+def _power(found: Found) -> str:
+    """Return how large the differences were that could not be decided."""
+    least = [
+        of.detectable
+        for values in ALTERNATIVES.values()
+        for method in values
+        if (of := _found_of(found, method)) and of.verdict == "undecided"
+    ]
+    if not least:
+        return ""
+    return (
+        "Values without a verdict are undecided: differences below "
+        f"{min(least):.2f} to {max(least):.2f} nats could not be decided.\n"
+    )
