@@ -2,18 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations, product
+from typing import NamedTuple
 
 from scipy import stats
 
-from bench.quality import stability
-from bench.quality.comparison import MEMORY, NORMS, Compared, Found, Names, summarize
+from bench.quality import real, stability
+from bench.quality.comparison import MEMORY, NORMS, PAPER_GB, Compared, Found, Names, summarize
 from bench.quality.markdown import marked, table
 from bench.quality.methods import BLIND
 from bench.quality.study import BUDGETS, CHOSEN, STUDY
 from grass.finetune.run_folder import read_rows
 
 _WORDS = """\
-*For* and *against* refer to the sentence of the first column. Numbers are of all bases, but for those of one part.
+*For* and *against* refer to the sentence of the first column.
 """
 
 _COMPARISONS = """\
@@ -78,7 +79,7 @@ CLAIMS: dict[str, tuple[str, Sequence[Place]]] = {
             ("confirmation", ("signal-top", "uniform"), "the largest norms in each period"),
         ],
     ),
-    "An interval of 25 to 50 steps is best (25 here against 10)": (
+    "An interval of 25 to 50 steps is best (25 here, and `update_interval` 100, against 10 and 20)": (
         "better",
         [("settings", (f"period-{n}", "grass"), "") for n in (25, 40, 20)],
     ),
@@ -90,18 +91,28 @@ CLAIMS: dict[str, tuple[str, Sequence[Place]]] = {
 """Claim of the paper, or doubt of its reviewers -> the verdict on the first comparison that is for it; comparisons."""
 
 
-def _answers(found: Found, place: str, names: Names) -> tuple[tuple[str, str], tuple[str, str]] | None:
-    """Return verdict and difference by log-loss, and both by exact match; None if the comparison was not run."""
+class _Answers(NamedTuple):
+    """Verdicts on a comparison with its differences, by log-loss and by exact match; and its number of observations."""
+
+    log_loss: tuple[str, str]
+    exact: tuple[str, str]
+    size: int
+
+
+def _answers(found: Found, place: str, names: Names) -> _Answers | None:
+    """Return what a comparison answers; None if it was not run."""
     if place == "bases":
         of = found.across.get(names)
-        return of and (
+        return of and _Answers(
             (of.log_loss.verdict, marked(of.log_loss.verdict, of.log_loss.difference)),
             (of.exact.verdict, marked(of.exact.verdict, of.exact.difference, 1)),
+            of.log_loss.difference.size,
         )
     compared = found.families[place].get(names)
-    return compared and (
+    return compared and _Answers(
         (compared.verdict, marked(compared.verdict, compared.log_loss)),
         (compared.exact_verdict, marked(compared.exact_verdict, compared.exact, 1)),
+        compared.log_loss.num_pairs,
     )
 
 
@@ -111,12 +122,15 @@ def claims(found: Found) -> str:
     for claim, (supporting, places) in CLAIMS.items():
         place, (a, b), _ = places[0]
         of = _answers(found, place, (a, b))
+        if of is None:
+            lines.append([claim, f"`{a}` - `{b}`", "not run", "not run"])
+            continue
         answers = [
             f"{verdict if verdict == 'undecided' else 'for' if verdict == supporting else 'against'}: {difference}"
-            for verdict, difference in of or ()
+            for verdict, difference in (of.log_loss, of.exact)
         ]
-        part = "" if place == "bases" else f" (part `{place}`)"
-        lines.append([claim, f"`{a}` - `{b}`{part}", *(answers or ["not run", "not run"])])
+        size = f"{of.size} bases" if place == "bases" else f"{of.size} pairs of the part `{place}`"
+        lines.append([claim, f"`{a}` - `{b}`, {size}", *answers])
     others = "\n".join(f"- **{claim}** {text}" for claim, text in findings(found).items())
     header = ["claim of the paper, or doubt", "comparison", "by log-loss, nats", "by exact match, points"]
     return f"## The paper's claims\n\n{_WORDS}\n{table(header, lines, text_columns=range(4))}\n\n{others}\n"
@@ -130,8 +144,9 @@ def comparisons_of_claims(found: Found) -> str:
         for place, (a, b), note in places:
             notes = [text for text in (note, place if place != "bases" else "") if text]
             title = f"`{a}` - `{b}`" + (f" ({'; '.join(notes)})" if notes else "")
-            verdicts = [verdict for verdict, _ in _answers(found, place, (a, b)) or [("not run", "")]]
-            texts.append(f"{title}: {' / '.join(dict.fromkeys(verdicts))}")
+            of = _answers(found, place, (a, b))
+            verdicts = "not run" if of is None else " / ".join(dict.fromkeys((of.log_loss[0], of.exact[0])))
+            texts.append(f"{title}: {verdicts}")
         lines.append([claim, "; ".join(texts)])
     return f"{_COMPARISONS}\n{table(['claim of the paper, or doubt', 'comparisons'], lines, range(2))}\n"
 
@@ -159,22 +174,26 @@ def _answer(supported: bool) -> str:
 
 def _rules(found: Found) -> str:
     """Return which rules are better than methods that see no norms."""
-    of = {
-        family: {
+
+    def chosen(family: str, *, blind: bool = False) -> dict[Names, Compared]:
+        return {
             names: compared
             for names, compared in found.families[family].items()
-            if names[0] not in (*BLIND, "signal-inverse")
-            and not names[0].endswith("-shuffled")
-            and (family != "confirmation" or (names[0] in CHOSEN and names[1] == "uniform"))
-            and (family != "later-rules" or names[1] == "cyclic")
+            if (names[0] in BLIND or names[0].endswith("-shuffled")) == blind and names[0] != "signal-inverse"
         }
-        for family in ("rules", "confirmation", "turns", "later-rules", "order")
+
+    again = {
+        names: of
+        for names, of in chosen("confirmation").items()
+        if names[0] in CHOSEN and names[1] == "uniform"
     }
+    later = {names: of for names, of in chosen("later-rules").items() if names[1] == "cyclic"}
     return (
-        f"[Rules](evidence-log.md) that see all gradients, better than uniform sampling: {_better(of['rules'])}; the "
-        f"best of them on other bases: {_better(of['confirmation'])}; better than `unseen`, longest unseen first: "
-        f"{_better(of['turns'])}. Better than `cyclic`, in order: of later rules {_better(of['later-rules'])}, of the "
-        f"methods of `again` {_better(of['order'])}. The others are not decided to be better."
+        f"[Rules](evidence-log.md) that see all gradients, better than uniform sampling: {_better(chosen('rules'))}; "
+        f"the best of them on other bases: {_better(again)}; better than `unseen`, longest unseen first: "
+        f"{_better(chosen('turns'))}. Better than `cyclic`, in order: of later rules {_better(later)}, of the methods "
+        f"of `again` that follow norms {_better(chosen('order'))}, and of those that do not "
+        f"{_better(chosen('order', blind=True))}."
     )
 
 
@@ -192,28 +211,32 @@ def _better(found: Mapping[Names, Compared]) -> str:
 
 
 def _starvation(found: Found) -> str:
-    """Return the longest waits of the key contrast; GRASS starves layers if they wait longer than by chance."""
+    """Return how long layers wait in the key contrast; GRASS starves them if they wait longer than by chance."""
     key = STUDY.parts["key"]
     waits = {
-        name: of.longest_wait
+        name: of
         for name in ("uniform", "grass", "static", "remeasured", "static-top")
         if (of := summarize(found.rows, key, name))
     }
     if not {"uniform", "grass"} <= waits.keys():
         return NOT_RUN
-    longest = ", ".join(f"`{name}` {wait}" for name, wait in waits.items())
+    longest = ", ".join(f"`{name}` {of.mean_wait:.0f} ({of.longest_wait})" for name, of in waits.items())
     return (
-        f"{_answer(waits['grass'] > waits['uniform'])}, if compared with uniform sampling: the longest wait of a layer "
-        f"in any run of the key contrast was, of {BUDGETS[key.task].steps} steps: {longest}."
+        f"{_answer(waits['grass'].mean_wait > waits['uniform'].mean_wait)}, if compared with uniform sampling: the "
+        f"longest wait of a layer in a run of the key contrast, of {BUDGETS[key.task].steps} steps, a mean over runs "
+        f"and the largest: {longest}."
     )
 
 
 def _deviation(found: Found) -> str:
     """Return the deviation over orders of the data."""
     spread = summarize(found.rows, STUDY.parts["key"], "grass")
-    if spread is None:
-        return NOT_RUN
-    return f"Not comparable: here {spread.exact_deviation:.1f} points over orders of the data, within a base."
+    texts = [] if spread is None else [f"{spread.exact_deviation:.1f} points within a base"]
+    for name in real.TASKS:
+        of = real.report_of(found.folder, name).methods.get("grass")
+        if of and of["accuracy_deviation"] is not None:
+            texts.append(f"{100 * of['accuracy_deviation']:.1f} on SmolLM2 and {name}")
+    return f"Here over orders of the data: {', '.join(texts)}." if texts else NOT_RUN
 
 
 ALIKE = 0.7
@@ -231,8 +254,9 @@ def _noise(found: Found) -> str:
     return (
         f"{_answer(max(shares) > 0.5)} as to its size: {100 * min(shares):.0f} to {100 * max(shares):.0f} % of the "
         f"squared norm of 16 problems is noise. {_answer(min(repeated) < ALIKE)} as to the order of layers: their rank "
-        f"correlation is {min(repeated):.2f} to {max(repeated):.2f} between two batches, and of a mean over 20 steps "
-        f"with the gradient of {stability.REFERENCE:,} problems {agreeing} at the start, half way and at the end."
+        f"correlation is {min(repeated):.2f} to {max(repeated):.2f} between two batches (alike from {ALIKE}), "
+        f"and of a mean over 20 steps with the gradient of {stability.REFERENCE:,} problems {agreeing} at the start, "
+        "half way and at the end."
     )
 
 
@@ -244,7 +268,7 @@ def _order(found: Found) -> str:
         correlation = stability.drift(found.stability, 16, steps[0], steps[-1])
         texts.append(
             f"{_answer(correlation < ALIKE)}, on the small models: rank correlation of the layers from the first step "
-            f"to the last {correlation:+.2f}."
+            f"to the last {correlation:+.2f} (alike from {ALIKE})."
         )
     return " ".join([*texts, *_norms(found)]) or NOT_RUN
 
@@ -273,7 +297,7 @@ def _norms(found: Found) -> list[str]:
 
 def _memory(found: Found) -> str:
     """Return predicted peaks at the paper's longest texts."""
-    limit = 24e9 / 2**30
+    limit = PAPER_GB * 1e9 / 2**30
     peaks = {row["method"]: row["peak_gib"] for row in read_rows(found.folder / MEMORY)}
     titles = {
         "full": "full",
@@ -290,6 +314,7 @@ def _memory(found: Found) -> str:
         peaks["lora-r128"] > limit > max(peak for name, peak in peaks.items() if name.startswith("grass"))
     )
     return (
-        f"{_answer(supported)}, by prediction for LLaMA2-7B and 4 texts, in GiB (24 GB are {limit:.1f}): {shown}. "
-        "GRASS has moments and master weights in float32, the others moments in bfloat16. DoRA is not predicted."
+        f"{_answer(supported)}, by prediction for LLaMA2-7B and 4 texts, in GiB ({PAPER_GB} GB are {limit:.1f}): "
+        f"{shown}. GRASS has moments and master weights in float32, the others moments in bfloat16. DoRA is not "
+        "predicted."
     )

@@ -40,6 +40,8 @@ Names = tuple[str, str]
 """A method and the one it is compared with."""
 MEMORY, NORMS = "memory.jsonl", "norms.jsonl"
 """Files of predicted peaks, which the command that draws them writes, and of norms of the real model's layers."""
+PAPER_GB = 24
+"""Device memory of which the paper says what fits, GB."""
 FEWEST = 8
 """Pairs that a comparison needs: of fewer no interval is right, and they would spoil the correction of others."""
 
@@ -149,7 +151,8 @@ class Summary(NamedTuple):
         log_loss, exact: means.
         log_loss_deviation, exact_deviation: deviations within bases.
         trained_share: parameters that a step trains over those of the base model.
-        longest_wait: largest number of steps in a row in which a layer did not train.
+        longest_wait, mean_wait: largest number of steps in a row in which a layer did not train: in any run, and the
+            mean over runs.
     """
 
     rate: float
@@ -161,6 +164,7 @@ class Summary(NamedTuple):
     exact_deviation: float
     trained_share: float
     longest_wait: int
+    mean_wait: float
 
 
 def summarize(rows: Sequence[Row], part: Part, method: str) -> Summary | None:
@@ -187,6 +191,7 @@ def summarize(rows: Sequence[Row], part: Part, method: str) -> Summary | None:
         *statistics(exact),
         mean(_share_of_base(row) for row in of.values()),
         max(row["longest_wait"] for row in of.values()),
+        mean(row["longest_wait"] for row in of.values()),
     )
 
 
@@ -260,6 +265,7 @@ FAMILIES: dict[str, tuple[str, list[Names]]] = {
     ),
     "later-rules": ("methods", [(name, other) for name in NEW_RULES for other in ("unseen", "cyclic")]),
     "order": ("again", [(name, "cyclic") for name in ("grass", *AGAIN)]),
+    "bound": ("rules", [("signal", "noisy")]),
     "controls": (
         "settings",
         [

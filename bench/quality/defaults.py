@@ -14,6 +14,10 @@ ALTERNATIVES: dict[str, Mapping[str, str]] = {
     "sampler": {
         "remeasured": '"remeasured", `probe_steps` 0, `temperature` 0.5, `ema` 1.0',
         "static-top": '"static", `temperature` 0.01',
+        "uniform": '"uniform"',
+        "static": '"static"',
+        "cyclic": '"cyclic"',
+        "weight-norm": '"weight_norm"',
     },
     "probe_steps": {"probe-0": "0", "probe-5": "5"},
     "sample_interval": {
@@ -38,14 +42,13 @@ _HEAD = """\
 ## Defaults
 
 Log-loss of other values minus that of GRASS. Runs are short, so *here* GRASS has other intervals than by default.
-`sampler`: on all bases, each at the rate of its own search. The others: on four bases, at {rate}, and
-`min_probability` and `always_active` on four others, at rates of their own.
+`sampler`: on all bases, "cyclic" and "weight_norm" on four, each at the rate of its own search. The others: on four
+bases, at {rate}, and `min_probability` and `always_active` on four others, at rates of their own.
 """
 
 _KEPT = """\
-Where another value is better, the default stays that of the published method, since these are small models of one kind;
-all values are [options](optimizers.md#grassgrassadamw). `offload`, buffers and `fused_backward` do not change what is
-trained.
+Where another value is better, the default stays all the same, since these are small models of one kind; all values are
+[options](optimizers.md#grassgrassadamw). `offload`, buffers and `fused_backward` do not change what is trained.
 """
 
 
@@ -58,13 +61,27 @@ class _Alternative(NamedTuple):
 
 
 def _found_of(found: Found, method: str) -> _Alternative | None:
-    """Return what was found of a method against GRASS; None if it was not run."""
-    names = (method, "grass")
-    if method in ALTERNATIVES["sampler"]:
-        of = found.across.get(names)
-        return of and _Alternative(of.log_loss.verdict, of.log_loss.difference, of.log_loss.detectable)
-    pairs = found.families["settings"].get(names) or found.families["units"].get(names)
-    return pairs and _Alternative(pairs.verdict, pairs.log_loss, pairs.log_loss.detectable)
+    """Return what was found of a method against GRASS, first on all bases; None if it was not run."""
+    ours, theirs = (method, "grass"), ("grass", method)
+    for names in (ours, theirs):
+        if of := found.across.get(names):
+            alternative = _Alternative(of.log_loss.verdict, of.log_loss.difference, of.log_loss.detectable)
+            return alternative if names == ours else _reversed(alternative)
+    for family in ("settings", "units", "methods"):
+        for names in (ours, theirs):
+            if pairs := found.families[family].get(names):
+                alternative = _Alternative(pairs.verdict, pairs.log_loss, pairs.log_loss.detectable)
+                return alternative if names == ours else _reversed(alternative)
+    return None
+
+
+def _reversed(of: _Alternative) -> _Alternative:
+    """Return what was found of GRASS against a method as that of the method against GRASS."""
+    difference = of.difference._replace(
+        mean=-of.difference.mean, low=-of.difference.high, high=-of.difference.low
+    )
+    verdict = {"better": "worse", "worse": "better"}.get(of.verdict, of.verdict)
+    return _Alternative(verdict, difference, of.detectable)
 
 
 def defaults(found: Found) -> str:

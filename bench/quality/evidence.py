@@ -1,6 +1,7 @@
 """docs/evidence.md, and the lines of the README that repeat it, written from the stored rows."""
 
 from pathlib import Path
+from statistics import mean
 
 from bench.output import replace_between
 from bench.quality import real
@@ -18,7 +19,7 @@ from bench.quality.comparison import (
 )
 from bench.quality.defaults import defaults
 from bench.quality.log import log_page
-from bench.quality.markdown import interval, marked, means_and_ranges
+from bench.quality.markdown import interval, marked
 from bench.quality.statistics import mean_of
 from bench.quality.study import SEARCH, STUDY
 from bench.quality.tables import tables_page
@@ -207,20 +208,32 @@ def page(found: Found) -> str:
 
 
 def _real(found: Found) -> dict[str, str]:
-    """Return the differences of study B, by the name of its table, of tables that are complete."""
+    """Return in how many orders GRASS was better in study B, by the name of its table, of tables that are complete."""
     texts = {}
     for name in real.TASKS:
         differences = real.report_of(found.folder, name).differences
         if min(map(len, differences.values()), default=0) < real.SEEDS:
             continue
-        others = "; ".join(
-            f"`{other}` {loss} nats, {points} points"
-            for other in ("uniform", "shuffled", "static", "static-top", "remeasured", "full", "lora-r8")
-            if differences.get(other)
-            for loss, points in [means_and_ranges(differences[other])]
-        )
+        outcomes: dict[str, list[str]] = {"higher": [], "lower": [], "mixed": []}
+        for other, of in differences.items():
+            losses = [loss for loss, _ in of]
+            signs = {loss > 0 for loss in losses}
+            outcome = "mixed" if len(signs) > 1 else "higher" if signs == {True} else "lower"
+            outcomes[outcome].append(f"`{other}` ({mean(losses):+.3f})")
+        points = [mean(points for _, points in of) for of in differences.values()]
+        sentences = [
+            f"{of} than {', '.join(methods)}"
+            for of, methods in (
+                (f"a higher log-loss in all {real.SEEDS} orders", outcomes["higher"]),
+                (f"a lower one in all {real.SEEDS}", outcomes["lower"]),
+                ("a higher one in some only", outcomes["mixed"]),
+            )
+            if methods
+        ]
         texts[f"SmolLM2-135M-Instruct and {name}"] = (
-            f"GRASS - {others} (mean and range of {real.SEEDS} orders, too few to decide)"
+            f"GRASS has {'; '.join(sentences)}. Accuracy differs by "
+            f"{min(points):+.1f} to {max(points):+.1f} points, less than {real.RECORDS} records a task resolve. "
+            f"{real.SEEDS} orders decide nothing alone"
         )
     return texts
 
@@ -232,7 +245,7 @@ def _figures(found: Found) -> str:
         (bool(found.stability), "norms-small.png", "norms by layer and stage, small model (1 and 6)"),
         ((found.folder / NORMS).exists(), "norms.png", "norms by layer, task and stage, SmolLM2 (1 and 6)"),
         (True, "timeline.png", "a step with offloading, simulated (3)"),
-        (True, "memory.png", "peak memory by method and length, predicted (4)"),
+        (True, "memory.png", "peak memory by method and length, predicted, without DoRA (4)"),
     ]
     links = ", ".join(f"[{title}](evidence/{name})" for is_there, name, title in figures if is_there)
     return f"## The paper's figures\n\nFrom our rows: {links}. Throughput by method (5) needs a GPU: unmeasured.\n"
@@ -250,6 +263,10 @@ def _limits(found: Found) -> str:
             and SEARCH.next_rates(rows, part.task, method, part.bases)[0] in (min(losses), max(losses))
         }
     )
+    reports_by_table = {name: real.report_of(found.folder, name) for name in real.TASKS}
+    edges += [
+        f"{method} (SmolLM2, {name})" for name, report in reports_by_table.items() for method in report.edges
+    ]
     missing = [
         f"the part `{name}`"
         for name, part in STUDY.parts.items()
@@ -258,7 +275,9 @@ def _limits(found: Found) -> str:
     lines = [
         "Models above 135 million parameters, and runs of thousands of steps.",
         "LoRA of rank 128, whose matrices would be larger than those of the small model.",
-        "DoRA, GaLore, moments that restart, and modules, on the real model.",
+        "On the real model: LoRA of rank 128, DoRA, GaLore, `cyclic`, moments that restart, `min_probability`, "
+        "modules, frozen outside parameters; LoRA and `static-top` in commonsense; more than half an epoch.",
+        "On the small models: frozen outside parameters but for uniform sampling and GRASS.",
         "The paper's models and training sets. Their files can be passed to `grass reproduce`.",
         "Weight decay, clipping of gradients, other schedules of the learning rate.",
         "Memory and throughput on a GPU: [performance](performance.md).",
@@ -266,7 +285,7 @@ def _limits(found: Found) -> str:
     if edges:
         lines.append(f"The best rate lies at the edge of the search for {', '.join(edges)}.")
     for name in real.TASKS:
-        reports = real.report_of(found.folder, name).methods.values()
+        reports = reports_by_table[name].methods.values()
         if not reports or min(report["runs"] for report in reports) < real.SEEDS:
             missing.append(f"{name} on the real model")
     stages = [row["name"] for row in read_rows(found.folder / NORMS) if "training" in row["panel"]]

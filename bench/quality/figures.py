@@ -13,7 +13,7 @@ import torch
 
 from bench.__main__ import main as bench
 from bench.kernels.rows import describe_environment
-from bench.quality.comparison import MEMORY, NORMS, across, results, summarize
+from bench.quality.comparison import MEMORY, NORMS, PAPER_GB, across, results, summarize
 from bench.quality.methods import CONFIG
 from bench.quality.study import ALTERNATIVES, BUDGETS, KEY, STUDY
 from grass.cli import main as grass
@@ -110,6 +110,7 @@ def _timeline(path: Path) -> None:
 def _memory(path: Path, rows: Path) -> None:
     """Figure 4: predicted peak memory of LLaMA2-7B against sequence length, by method; rows of the paper's longest."""
     step = ["--model", "llama2-7b", "--batch-size", "4", "--context", "1792", "--activation-checkpointing"]
+    step += ["--gpu-gib", f"{PAPER_GB * 1e9 / 2**30:.2f}"]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         _run(grass, ["plan", *step, "--json", "--plot", str(path), "--plot-points", "5"])

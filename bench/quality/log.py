@@ -184,7 +184,8 @@ FURTHER_PREDICTIONS = {
 NOT_BUILT = """\
 Norm times learning rate over weight norm is `relative`, as all layers have one learning rate. An estimate of the norm
 of the mean gradient from some coordinates of each layer was not built: `signal` is the norm that it estimates, and
-`noisy` has the noise that it would take away, so that their difference is the most that it could gain.
+`noisy` has the noise that it would take away, so that their difference is the most that it could gain: {bound}.
+Rules are code of the study alone, kept so that it can be run again.
 """
 
 REPLACED = """\
@@ -270,9 +271,9 @@ def log_page(found: Found) -> str:
             "",
             *header("against uniform sampling", "against `cyclic`"),
             *lines(["progress-top", *CONTROLS], {}, ("again", "uniform"), ("order", "cyclic")),
-            f"\n{NOT_BUILT}",
+            "\n" + NOT_BUILT.format(bound=outcome("bound", "signal", "noisy")),
             "\n## Settings, against GRASS\n",
-            "At the learning rates of GRASS, but for those named above.\n",
+            "At the learning rates of GRASS, but for those named above and `grass-floor`, which have their own.\n",
             *header("outcome", "first bases"),
             *lines(
                 (name for name in SETTINGS if name not in SUGGESTED),

@@ -1,7 +1,7 @@
 """Study B: `grass reproduce` on SmolLM2-135M-Instruct, small enough for a CPU.
 
 Weights are float32, since bfloat16 is ten times slower on processors without instructions for it (AVX512-BF16). A step
-takes 3 to 5 s on a core, and a table two to three hours of two cores.
+takes 2 to 5 s on a core, and a table two to three hours of two cores.
 """
 
 import json
@@ -72,12 +72,14 @@ class Report(NamedTuple):
             points, for each order of the data that both finished.
         num_examples: number of training records that are short enough.
         hours: time of all runs on two cores.
+        edges: methods whose best learning rate is the smallest or the largest that was tried.
     """
 
     methods: dict[str, Any]
     differences: dict[str, list[tuple[float, float]]]
     num_examples: int
     hours: float
+    edges: list[str]
 
 
 def report_of(folder: Path, name: TableName) -> Report:
@@ -88,7 +90,7 @@ def report_of(folder: Path, name: TableName) -> Report:
     """
     rows = read_rows(folder / f"{name}.jsonl")
     if not rows:
-        return Report({}, {}, 0, 0.0)
+        return Report({}, {}, 0, 0.0, [])
     settings = json.loads((folder / f"{name}.settings.json").read_text(encoding="utf-8"))
     options = options_for(name, settings["model"], "data", "", 1, 1.0)
     expected = settings_of(options, CONFIG, settings["weights"], settings["records"])
@@ -116,4 +118,10 @@ def report_of(folder: Path, name: TableName) -> Report:
         for method, of in values.items()
     }
     hours = sum(row["seconds"] for row in rows) / 3600 / 2
-    return Report(methods, differences, rows[0]["num_examples"], hours)
+    edges = [
+        method
+        for method, of in methods.items()
+        if (losses := options.search.losses(rows, name, method, [options.base]))
+        and of["lr"] in (min(losses), max(losses))
+    ]
+    return Report(methods, differences, rows[0]["num_examples"], hours, edges)

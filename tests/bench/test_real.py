@@ -106,17 +106,30 @@ def test_rows_of_the_real_model_are_compared_by_order(tmp_path, rows):
 
 
 def test_a_whole_table_of_the_real_model_is_told_in_short(tmp_path, rows):
-    losses = {"grass": [0.5, 0.6, 0.7], "uniform": [0.6, 0.6, 0.6], "full": [0.4, 0.5, 0.6]}
+    """An order in which GRASS was not worse; a method on the wrong side."""
+    losses = {"grass": [0.5, 0.6, 0.7], "full": [0.4, 0.5, 0.6], "static": [0.9, 0.9, 0.9]}
     write_real(
-        tmp_path, "arithmetic", {name: losses.get(name, [0.5] * 3) for name in real.METHODS["arithmetic"]}
+        tmp_path, "arithmetic", {name: losses.get(name, [0.6] * 3) for name in real.METHODS["arithmetic"]}
     )
     text = in_short(found_in(rows, tmp_path))
     assert (
-        "arithmetic**: GRASS - `uniform` +0.000 (-0.100 to +0.100) nats, +0.0 (-10.0 to +10.0) points; "
-        in text
+        "arithmetic**: GRASS has a higher log-loss in all 3 orders than `full` (+0.100); a lower one in all 3 than "
+        "`static` (-0.300); a higher one in some only than `lora-r8` (+0.000), `uniform` (+0.000), " in text
     )
-    assert "`full` +0.100 (+0.100 to +0.100) nats, -10.0 (-10.0 to -10.0) points; " in text
-    assert "(mean and range of 3 orders, too few to decide)" in text
+    assert "Accuracy differs by -10.0 to +30.0 points" in text
+
+
+def test_a_best_rate_at_the_edge_of_the_search_is_told(tmp_path, rows):
+    write_real(tmp_path, "arithmetic", {name: [0.5] * 3 for name in real.METHODS["arithmetic"]})
+    assert "edge of the search" not in page(found_in(rows, tmp_path))
+    of_real = read_rows(tmp_path / "arithmetic.jsonl")
+    search = [r for r in of_real if r["method"] == "lora-r8" and "accuracies" not in r]
+    for r in search:
+        r["log_loss"] = 1.0 - r["lr"]
+    for lr in (8e-4, 16e-4, 32e-4):
+        of_real.append(search[0] | {"lr": lr, "log_loss": 1.0 - lr})
+    write_rows(tmp_path / "arithmetic.jsonl", of_real)
+    assert "edge of the search for lora-r8 (SmolLM2, arithmetic)." in page(Found.of(tmp_path))
 
 
 def test_rows_of_the_real_model_with_other_settings_are_refused(tmp_path, monkeypatch):
