@@ -211,7 +211,7 @@ def _real(found: Found) -> dict[str, str]:
     """Return in how many orders GRASS was better in study B, by the name of its table, of tables that are complete."""
     texts = {}
     for name in real.TASKS:
-        differences = real.report_of(found.folder, name).differences
+        methods, differences = real.report_of(found.folder, name)[:2]
         if min(map(len, differences.values()), default=0) < real.SEEDS:
             continue
         outcomes: dict[str, list[str]] = {"higher": [], "lower": [], "mixed": []}
@@ -219,21 +219,22 @@ def _real(found: Found) -> dict[str, str]:
             losses = [loss for loss, _ in of]
             signs = {loss > 0 for loss in losses}
             outcome = "mixed" if len(signs) > 1 else "higher" if signs == {True} else "lower"
-            outcomes[outcome].append(f"`{other}` ({mean(losses):+.3f})")
-        points = [mean(points for _, points in of) for of in differences.values()]
+            outcomes[outcome].append(f"`{other}` ({mean(losses):+.4f})")
+        averages = [100 * of["accuracy"] for of in methods.values()]
+        guess = f", where guesses are right in {real.GUESSED[name]} %" if name in real.GUESSED else ""
         sentences = [
-            f"{of} than {', '.join(methods)}"
-            for of, methods in (
+            f"{of} than {', '.join(others)}"
+            for of, others in (
                 (f"a higher log-loss in all {real.SEEDS} orders", outcomes["higher"]),
-                (f"a lower one in all {real.SEEDS}", outcomes["lower"]),
-                ("a higher one in some only", outcomes["mixed"]),
+                (f"a lower log-loss in all {real.SEEDS} orders", outcomes["lower"]),
+                ("a higher log-loss in some orders only", outcomes["mixed"]),
             )
-            if methods
+            if others
         ]
         texts[f"SmolLM2-135M-Instruct and {name}"] = (
-            f"GRASS has {'; '.join(sentences)}. Accuracy differs by "
-            f"{min(points):+.1f} to {max(points):+.1f} points, less than {real.RECORDS} records a task resolve. "
-            f"{real.SEEDS} orders decide nothing alone"
+            f"GRASS has {'; '.join(sentences)}. Methods answer {min(averages):.1f} to {max(averages):.1f} % "
+            f"correctly{guess}: differences that {real.RECORDS} records a task do not resolve. {real.SEEDS} orders "
+            "decide nothing alone"
         )
     return texts
 

@@ -38,4 +38,4 @@ def means_and_ranges(pairs: Sequence[tuple[float, float]] | None) -> tuple[str, 
     if not pairs:
         return "", ""
     losses, points = zip(*pairs, strict=True)
-    return mean_and_range(losses), mean_and_range(points, 1)
+    return mean_and_range(losses, 4), mean_and_range(points, 1)

@@ -1,7 +1,7 @@
 """Study B: `grass reproduce` on SmolLM2-135M-Instruct, small enough for a CPU.
 
 Weights are float32, since bfloat16 is ten times slower on processors without instructions for it (AVX512-BF16). A step
-takes 2 to 5 s on a core, and a table two to three hours of two cores.
+takes 2 to 5 s on a core, and a table one to two and a half hours of two cores.
 """
 
 import json
@@ -29,6 +29,8 @@ STAGES = tuple(STEPS * quarter // 4 for quarter in range(4))
 """Steps of a run after which norms are measured."""
 VALIDATION: dict[TableName, int] = {"arithmetic": 200, "commonsense": 50}
 """Of which those that are not longer than the context choose the rates: a quarter in arithmetic."""
+GUESSED: dict[TableName, int] = {"commonsense": 25}
+"""Percentage of guesses that are right, of tasks with options."""
 NEW_TOKENS: dict[TableName, int] = {"arithmetic": 96, "commonsense": 16}
 CONFIG = GrassConfig(active_layers=6, probe_steps=10, sample_interval=10, update_interval=10)
 """A fifth of 30 layers. Importance is refreshed before each draw: in short runs `grass` would else be `static`."""

@@ -169,7 +169,7 @@ SMALL = Design(
     },
     {"arithmetic": Budget(steps=60)},
 )
-"""A study of ten minutes, too small to decide anything."""
+"""A study of less than ten minutes on two cores, too small to decide anything."""
 
 
 def problems(task: str, budget: Budget, base: int, *, is_search: bool) -> tuple[Data, Data]:

@@ -350,7 +350,7 @@ def _real(folder: Path) -> str:
                 method,
                 "" if of["lr"] is None else f"{of['lr']:g}",
                 str(of["runs"]) + (f" ({of['diverged']} diverged)" if of["diverged"] else ""),
-                plus_minus(of["log_loss"], of["log_loss_deviation"], 3),
+                plus_minus(of["log_loss"], of["log_loss_deviation"], 4),
                 *(f"{100 * of['accuracies'][task]:.1f}" if of["accuracies"] else "" for task in tasks),
                 plus_minus(_points(of["accuracy"]), _points(of["accuracy_deviation"]), 1),
                 *means_and_ranges(report.differences.get(method)),

@@ -101,7 +101,7 @@ def test_rows_of_the_real_model_are_compared_by_order(tmp_path, rows):
     assert "**arithmetic**, 677 training records, 1.7 hours of two cores" in table
     missing = "the part `confirmation`, arithmetic on the real model, commonsense on the real model, norms of"
     assert missing in page(found)
-    assert "| grass | 0.0002 | 3 | 0.600 ± 0.100 | 15.0 | 15.0 | 15.0 | 15.0 | 15.0 ± 10.0 |  |  |" in table
+    assert "| grass | 0.0002 | 3 | 0.6000 ± 0.1000 | 15.0 | 15.0 | 15.0 | 15.0 | 15.0 ± 10.0 |  |  |" in table
     assert "| static | 0.0002 | 0 |" in table
 
 
@@ -113,10 +113,16 @@ def test_a_whole_table_of_the_real_model_is_told_in_short(tmp_path, rows):
     )
     text = in_short(found_in(rows, tmp_path))
     assert (
-        "arithmetic**: GRASS has a higher log-loss in all 3 orders than `full` (+0.100); a lower one in all 3 than "
-        "`static` (-0.300); a higher one in some only than `lora-r8` (+0.000), `uniform` (+0.000), " in text
+        "arithmetic**: GRASS has a higher log-loss in all 3 orders than `full` (+0.1000); a lower log-loss in all 3 "
+        "orders than `static` (-0.3000); a higher log-loss in some orders only than `lora-r8` (+0.0000), `uniform` "
+        in text
     )
-    assert "Accuracy differs by -10.0 to +30.0 points" in text
+    assert "Methods answer -15.0 to 25.0 % correctly: differences" in text  # of made-up accuracies
+    table = {name: losses.get(name, [0.6] * 3) for name in real.METHODS["commonsense"]}
+    write_real(tmp_path, "commonsense", table)
+    assert "-15.0 to 25.0 % correctly, where guesses are right in 25 %: differences" in in_short(
+        Found.of(tmp_path)
+    )
 
 
 def test_a_best_rate_at_the_edge_of_the_search_is_told(tmp_path, rows):
