@@ -45,9 +45,11 @@ Log-loss of other values minus that of GRASS. Runs are short, so *here* GRASS ha
 `sampler`: on all bases, "cyclic" and "weight_norm" on four, each at the rate of its own search. The others: on four
 bases, at {rate}, and `min_probability` and `always_active` on four others, at rates of their own.
 """
+_CONCLUSION = """\
+## Defaults
 
-_KEPT = """\
-Where another value is better, the default stays all the same, since these are small models of one kind; all values are
+[Each default and other values](evidence-tables.md#defaults) were compared by log-loss. {decided} The others are
+undecided. Defaults stay all the same, since these are small models of one kind; all values are
 [options](optimizers.md#grassgrassadamw). `offload`, buffers and `fused_backward` do not change what is trained.
 """
 
@@ -98,7 +100,21 @@ def defaults(found: Found) -> str:
     rate = chosen_rate(found.rows, STUDY.parts["settings"], "grass")
     head = _HEAD.format(rate="GRASS's rate" if rate is None else f"GRASS's rate, {rate:g}")
     rows = table(["option", "default", "other values"], lines, text_columns=range(3))
-    return f"{head}\n{rows}\n\n{_power(found)}{_KEPT}"
+    return f"{head}\n{rows}\n\n{_power(found)}"
+
+
+def conclusion(found: Found) -> str:
+    """Return which values are better and worse than a default, for the page that has no table of them."""
+    texts = []
+    for wanted in ("better", "worse"):
+        names = [
+            f"`{option}` {value}"
+            for option, values in ALTERNATIVES.items()
+            for method, value in values.items()
+            if (of := _found_of(found, method)) and of.verdict == wanted
+        ]
+        texts.append(f"{wanted.capitalize()} than the default: {'; '.join(names) or 'none'}.")
+    return _CONCLUSION.format(decided=" ".join(texts))
 
 
 def _text(of: _Alternative) -> str:

@@ -17,7 +17,7 @@ from bench.quality.comparison import (
     summarize,
     trained_lowest,
 )
-from bench.quality.defaults import defaults
+from bench.quality.defaults import conclusion
 from bench.quality.log import log_page
 from bench.quality.markdown import interval, marked
 from bench.quality.statistics import mean_of
@@ -200,7 +200,7 @@ def page(found: Found) -> str:
             in_short(found, with_numbers=False),
             picture,
             claims(found),
-            defaults(found),
+            conclusion(found),
             _figures(found),
             _limits(found),
         ]

@@ -14,6 +14,7 @@ from bench.quality.comparison import (
     counted_parts,
     summarize,
 )
+from bench.quality.defaults import defaults
 from bench.quality.markdown import interval, means_and_ranges, p_text, table
 from bench.quality.methods import CONFIG, MEASURED
 from bench.quality.study import BUDGETS, SEARCH, STUDY, Part, rate_of
@@ -377,6 +378,7 @@ def tables_page(found: Found) -> str:
             _method(found),
             _all_bases(found),
             comparisons_of_claims(found),
+            defaults(found),
             _PARTS,
             _part("`key`: the key contrast, arithmetic", found, "key"),
             _part("`relations`: the second task", found, "relations"),

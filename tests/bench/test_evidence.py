@@ -13,7 +13,7 @@ import pytest
 from bench.quality import __main__ as command
 from bench.quality import figures, real
 from bench.quality.comparison import FAMILIES, Found, across
-from bench.quality.defaults import ALTERNATIVES, defaults
+from bench.quality.defaults import ALTERNATIVES, conclusion, defaults
 from bench.quality.evidence import BEGIN, END, in_short, page, written_pages
 from bench.quality.log import NOTES, log_page
 from bench.quality.markdown import interval, p_text
@@ -180,6 +180,11 @@ def test_defaults_are_told_with_the_verdicts_on_other_values(rows, tmp_path):
     assert re.search(
         r'"uniform": \+0\.03\d \[\+0\.\d+, \+0\.\d+\] worse; ', values
     )  # GRASS is better than it
+    assert re.search(
+        r'Better than the default: `sampler` "static", `temperature` 0\.01; `probe_steps` 0\. Worse than the default: '
+        r'`sampler` "uniform"; `probe_steps` 5; `always_active` none\. The others',
+        conclusion(found),
+    )
     static, tau = found.across["grass", "static"], found.families["settings"]["tau-2", "grass"]
     low, high = sorted([static.log_loss.detectable, tau.log_loss.detectable])
     assert f"undecided: differences below {low:.2f} to {high:.2f} nats could not be decided" in text
