@@ -10,7 +10,7 @@ from bench.quality.statistics import Contrast, Mean
 from bench.quality.study import STUDY
 from grass import GrassConfig
 
-ALTERNATIVES: dict[str, Mapping[str, str]] = {
+OTHER_VALUES: dict[str, Mapping[str, str]] = {
     "sampler": {
         "remeasured": '"remeasured", `probe_steps` 0, `temperature` 0.5, `ema` 1.0',
         "static-top": '"static", `temperature` 0.01',
@@ -55,7 +55,13 @@ undecided. Defaults stay all the same, since these are small models of one kind;
 
 
 class _Alternative(NamedTuple):
-    """What was found of a value: its verdict, its difference from GRASS, and the smallest one that can be found."""
+    """A value in place of the default, compared with GRASS.
+
+    Attributes:
+        verdict: "better", "worse" or "undecided", by log-loss.
+        difference: of log-loss, nats.
+        detectable: difference that would have been decided in 80 % of such experiments.
+    """
 
     verdict: str
     difference: Contrast | Mean
@@ -89,7 +95,7 @@ def _reversed(of: _Alternative) -> _Alternative:
 def defaults(found: Found) -> str:
     """Return the defaults as a table, with what was found of other values."""
     lines = []
-    for option, values in ALTERNATIVES.items():
+    for option, values in OTHER_VALUES.items():
         default, here = getattr(GrassConfig(), option), getattr(CONFIG, option)
         shown = f"{default}" if default == here else f"{default} ({here} here)"
         texts = []
@@ -109,7 +115,7 @@ def conclusion(found: Found) -> str:
     for wanted in ("better", "worse"):
         names = [
             f"`{option}` {value}"
-            for option, values in ALTERNATIVES.items()
+            for option, values in OTHER_VALUES.items()
             for method, value in values.items()
             if (of := _found_of(found, method)) and of.verdict == wanted
         ]
@@ -126,7 +132,7 @@ def _power(found: Found) -> str:
     """Return how large the differences were that could not be decided."""
     least = [
         of.detectable
-        for values in ALTERNATIVES.values()
+        for values in OTHER_VALUES.values()
         for method in values
         if (of := _found_of(found, method)) and of.verdict == "undecided"
     ]

@@ -13,7 +13,7 @@ import pytest
 from bench.quality import __main__ as command
 from bench.quality import figures, real
 from bench.quality.comparison import FAMILIES, Found, across
-from bench.quality.defaults import ALTERNATIVES, conclusion, defaults
+from bench.quality.defaults import OTHER_VALUES, conclusion, defaults
 from bench.quality.evidence import BEGIN, END, in_short, page, written_pages
 from bench.quality.log import NOTES, log_page
 from bench.quality.markdown import interval, p_text
@@ -193,7 +193,7 @@ def test_defaults_are_told_with_the_verdicts_on_other_values(rows, tmp_path):
 def test_values_of_the_defaults_are_those_that_ran():
     """A value in the page that is not that of the method's runs."""
     model = make_model(0)
-    for option, values in ALTERNATIVES.items():
+    for option, values in OTHER_VALUES.items():
         for method, text in values.items():
             config = (METHODS | SETTINGS)[method](model, CONFIG).config
             shown = {option: text.split(", `")[0], **dict(re.findall(r"`(\w+)` ([\w.]+)", text))}
