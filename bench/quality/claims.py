@@ -7,7 +7,7 @@ from typing import NamedTuple
 from scipy import stats
 
 from bench.quality import real, stability
-from bench.quality.comparison import MEMORY, NORMS, PAPER_GB, Compared, Found, Names, summarize
+from bench.quality.comparison import FAMILIES, MEMORY, NORMS, PAPER_GB, Compared, Found, Names, summarize
 from bench.quality.markdown import marked, table
 from bench.quality.methods import BLIND
 from bench.quality.study import BUDGETS, CHOSEN, STUDY
@@ -65,7 +65,7 @@ CLAIMS: dict[str, tuple[str, Sequence[Place]]] = {
             ("bases", ("remeasured", "uniform"), ""),
             ("relations", ("remeasured", "remeasured-shuffled"), ""),
             ("relations", ("remeasured", "uniform"), ""),
-            ("order", ("positions", "cyclic"), "the shares without norms against layers in order; `again`"),
+            ("order", ("positions", "cyclic"), "the shares without norms against layers in order"),
         ],
     ),
     "Sampling is needed: without it some layers are never trained": (
@@ -129,7 +129,9 @@ def claims(found: Found) -> str:
             f"{verdict if verdict == 'undecided' else 'for' if verdict == supporting else 'against'}: {difference}"
             for verdict, difference in (of.log_loss, of.exact)
         ]
-        size = f"{of.size} bases" if place == "bases" else f"{of.size} pairs of the part `{place}`"
+        size = (
+            f"{of.size} bases" if place == "bases" else f"{of.size} pairs of the part `{FAMILIES[place][0]}`"
+        )
         lines.append([claim, f"`{a}` - `{b}`, {size}", *answers])
     others = "\n".join(f"- **{claim}** {text}" for claim, text in findings(found).items())
     header = ["claim of the paper, or doubt", "comparison", "by log-loss, nats", "by exact match, points"]
@@ -142,7 +144,7 @@ def comparisons_of_claims(found: Found) -> str:
     for claim, (_, places) in CLAIMS.items():
         texts = []
         for place, (a, b), note in places:
-            notes = [text for text in (note, place if place != "bases" else "") if text]
+            notes = [text for text in (note, "" if place == "bases" else FAMILIES[place][0]) if text]
             title = f"`{a}` - `{b}`" + (f" ({'; '.join(notes)})" if notes else "")
             of = _answers(found, place, (a, b))
             verdicts = "not run" if of is None else " / ".join(dict.fromkeys((of.log_loss[0], of.exact[0])))
